@@ -1,0 +1,363 @@
+"""MFNet (Ma et al., TGRS 2025): one frozen SAM encoder for M modalities, deep fusion, a UNetFormer decoder.
+
+    image ---+                       +-> map --+
+             +-> SAM's encoder, with |         +-> DeepFusionModule -> 4 scales -> decoder -> logits
+    height --+   a tuner's blocks    +-> map --+
+
+The modalities are stacked along the batch, modality-major, so the frozen layers see one batch of M*B rasters.
+
+Shapes: `B` batch, `M` modalities, `H, W` pixels (of a raster, or of the map at hand inside the decoder), `h, w` tokens
+(H/16, W/16), `C` channels (256 from the encoder, 64 in the decoder), `K` classes.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfm import DeepFusionModule, SumFusion
+from sam_vit import ImageEncoderViT, LoadReport, WeightsError, build_image_encoder, check_total
+from tuners import apply_tuner, tuner_names
+
+MIN_SIZE = 64  # pixels: below it the coarsest level of the pyramid has less than two rows to reflect
+SIZE_STEP = 32  # pixels: patches of 16, and a coarsest level of half that resolution
+
+
+def reflect_pad(x: Tensor, height: int, width: int) -> Tensor:
+    """(..., H, W) -> (..., height, width), continued below and on the right by reflection, as often as needed.
+
+    differs: F.pad refuses to reflect more than the map is wide, which is where the published decoder crashes.
+    """
+    for dim, size in ((-2, height), (-1, width)):
+        n = x.shape[dim]
+        if size > n:
+            i = torch.arange(size, device=x.device) % max(2 * n - 2, 1)
+            x = x.index_select(dim, torch.minimum(i, 2 * n - 2 - i))
+    return x
+
+
+def round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+# ------------------------------------------------------------------------------- decoder (UNetFormer, Wang et al. 2022)
+
+
+def conv_bn(c_in: int, c_out: int, kernel: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(c_out))
+
+
+def conv_bn_relu(c_in: int, c_out: int, kernel: int = 3) -> nn.Sequential:
+    return conv_bn(c_in, c_out, kernel).append(nn.ReLU6())
+
+
+def separable_conv(channels: int, kernel: int) -> nn.Sequential:
+    """Depthwise convolution (an even kernel loses one row and column) - batch norm - 1x1 convolution."""
+    depthwise = nn.Conv2d(channels, channels, kernel, padding=(kernel - 1) // 2, groups=channels, bias=False)
+    return nn.Sequential(depthwise, nn.BatchNorm2d(channels), nn.Conv2d(channels, channels, 1, bias=False))
+
+
+def relative_position_index(window: int) -> Tensor:
+    """(window^2, window^2) indices into a table of (2 window - 1)^2 offsets, for tokens in rows."""
+    y, x = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
+    dy = y.flatten()[:, None] - y.flatten()[None, :] + window - 1
+    dx = x.flatten()[:, None] - x.flatten()[None, :] + window - 1
+    return dy * (2 * window - 1) + dx
+
+
+class GlobalLocalAttention(nn.Module):
+    """Window attention, spread over window borders by averages along columns and rows, plus two local convolutions."""
+
+    def __init__(self, dim: int, num_heads: int, window: int):
+        super().__init__()
+        self.num_heads, self.window = num_heads, window
+        self.local1 = conv_bn(dim, dim, 3)
+        self.local2 = conv_bn(dim, dim, 1)
+        self.qkv = nn.Conv2d(dim, 3 * dim, 1, bias=False)
+        table = torch.empty((2 * window - 1) ** 2, num_heads)
+        self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
+        self.register_buffer("index", relative_position_index(window), persistent=False)
+        self.proj = separable_conv(dim, window)
+
+    def forward(self, x: Tensor) -> Tensor:
+        H, W = x.shape[-2:]
+        out = self.window_attention(x) + self.local1(x) + self.local2(x)  # (B, C, H, W)
+        out = self.proj(reflect_pad(out, H + 1, W + 1))
+        return out[..., :H, :W]
+
+    def window_attention(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        s = self.window
+        qkv = reflect_pad(self.qkv(x), round_up(H, s), round_up(W, s))
+        rows, cols = qkv.shape[-2] // s, qkv.shape[-1] // s
+        qkv = qkv.view(B, 3, self.num_heads, -1, rows, s, cols, s)
+        q, k, v = qkv.permute(1, 0, 4, 6, 2, 5, 7, 3).reshape(3, B * rows * cols, self.num_heads, s * s, -1)
+        bias = self.relative_position_bias_table[self.index].permute(2, 0, 1)  # (heads, s*s, s*s)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        out = out.view(B, rows, cols, self.num_heads, s, s, -1).permute(0, 3, 6, 1, 4, 2, 5)
+        return average_rows_and_columns(out.reshape(B, C, rows * s, cols * s)[..., :H, :W], s)
+
+
+def average_rows_and_columns(x: Tensor, size: int) -> Tensor:
+    """The mean over `size` rows plus the mean over `size` columns: one reflected row or column at the end, zeros around,
+    counted as values."""
+    H, W = x.shape[-2:]
+    vertical = F.avg_pool2d(reflect_pad(x, H + 1, W), (size, 1), stride=1, padding=(size // 2 - 1, 0))
+    horizontal = F.avg_pool2d(reflect_pad(x, H, W + 1), (1, size), stride=1, padding=(0, size // 2 - 1))
+    return vertical + horizontal
+
+
+class ConvMLP(nn.Module):
+    def __init__(self, dim: int, ratio: int = 4):
+        super().__init__()
+        self.fc1 = nn.Conv2d(dim, ratio * dim, 1)
+        self.fc2 = nn.Conv2d(ratio * dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.relu6(self.fc1(x)))
+
+
+class DecoderBlock(nn.Module):
+    def __init__(self, dim: int, num_heads: int, window: int):
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(dim)
+        self.attn = GlobalLocalAttention(dim, num_heads, window)
+        self.norm2 = nn.BatchNorm2d(dim)
+        self.mlp = ConvMLP(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class WeightedFusion(nn.Module):
+    """x at twice its size plus a skip of the encoder, with two normalised positive weights; then a convolution.
+
+    Built without a skip (the ablation without DFM), it only enlarges and convolves.
+    """
+
+    def __init__(self, skip_channels: int | None, dim: int):
+        super().__init__()
+        self.post_conv = conv_bn_relu(dim, dim, 3)
+        if skip_channels is not None:
+            self.pre_conv = nn.Conv2d(skip_channels, dim, 1, bias=False)
+            self.weights = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        x = F.interpolate(x, scale_factor=2, mode="bilinear")
+        if skip is not None:
+            w = F.relu(self.weights)
+            w = w / (w.sum() + 1e-8)
+            x = w[0] * self.pre_conv(skip) + w[1] * x
+        return self.post_conv(x)
+
+
+class FeatureRefinementHead(WeightedFusion):
+    """The last fusion, followed by a gate for each pixel and a gate for each channel."""
+
+    def __init__(self, skip_channels: int | None, dim: int):
+        super().__init__(skip_channels, dim)
+        self.pa = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.ca = nn.Sequential(
+            nn.Conv2d(dim, dim // 16, 1, bias=False), nn.ReLU6(), nn.Conv2d(dim // 16, dim, 1, bias=False)
+        )
+        self.shortcut = conv_bn(dim, dim, 1)
+        self.proj = separable_conv(dim, 3)
+
+    def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        x = super().forward(x, skip)
+        by_pixel = x * torch.sigmoid(self.pa(x))
+        by_channel = x * torch.sigmoid(self.ca(x.mean(dim=(2, 3), keepdim=True)))
+        return F.relu6(self.proj(by_pixel + by_channel) + self.shortcut(x))
+
+
+class Decoder(nn.Module):
+    """Fused maps, finest first, at strides 4, 8, 16, 32 pixels (or one map alone) -> logits at `size`.
+
+    One map alone is decoded by the same layers without skips.
+    """
+
+    def __init__(self, num_classes: int, in_channels: int = 256, dim: int = 64, skips: bool = True, dropout: float = 0.1):
+        super().__init__()
+        num_heads, window = 8, 8
+        skip_channels = in_channels if skips else None
+        self.pre_conv = conv_bn(in_channels, dim)
+        self.b4 = DecoderBlock(dim, num_heads, window)
+        self.p3 = WeightedFusion(skip_channels, dim)
+        self.b3 = DecoderBlock(dim, num_heads, window)
+        self.p2 = WeightedFusion(skip_channels, dim)
+        self.b2 = DecoderBlock(dim, num_heads, window)
+        self.p1 = FeatureRefinementHead(skip_channels, dim)
+        self.segmentation_head = nn.Sequential(
+            conv_bn_relu(dim, dim, 3), nn.Dropout2d(dropout), nn.Conv2d(dim, num_classes, 1, bias=False)
+        )
+
+    def forward(self, maps: list[Tensor], size: tuple[int, int]) -> Tensor:
+        *skips, coarsest = maps
+        fine, middle, coarse = skips or (None, None, None)
+        x = self.b4(self.pre_conv(coarsest))  # (B, 64, h/2, w/2)
+        x = self.b3(self.p3(x, coarse))  # (B, 64, h, w)
+        x = self.b2(self.p2(x, middle))  # (B, 64, 2h, 2w)
+        x = self.segmentation_head(self.p1(x, fine))  # (B, K, 4h, 4w)
+        return F.interpolate(x, size=size, mode="bilinear")
+
+
+# ----------------------------------------------------------------------------------------------------------- the network
+
+
+class MFNet(nn.Module):
+    """The whole network. Input values: image in [0, 1], height scaled to [0, 1] over its tile (PAPER.md 1)."""
+
+    def __init__(self, image_encoder: ImageEncoderViT, fusion: nn.Module, decoder: Decoder, modalities: int):
+        super().__init__()
+        self.image_encoder = image_encoder
+        self.fusion = fusion
+        self.decoder = decoder
+        self.modalities = modalities
+
+    def forward(self, image: Tensor | None, dsm: Tensor | None = None, *more: Tensor) -> Tensor:
+        """image (B, 3, H, W), dsm and any further raster (B, H, W), (B, 1, H, W) or (B, 3, H, W) -> (B, K, H, W).
+
+        H and W are at least 64; what is no multiple of 32 is continued by reflection and cut off again. A network of
+        one modality takes either of the two. Raises ValueError for another number of rasters than the network has
+        modalities, for rasters of different sizes, and for a size below 64.
+        """
+        H, W = next(r for r in (image, dsm, *more) if r is not None).shape[-2:]
+        maps = self.encode(image, dsm, *more)
+        padded = round_up(H, SIZE_STEP), round_up(W, SIZE_STEP)
+        return self.decoder(self.fusion(maps), padded)[..., :H, :W]
+
+    def encode(self, image: Tensor | None, dsm: Tensor | None = None, *more: Tensor) -> tuple[Tensor, ...]:
+        """The rasters as in `forward` -> the encoder's map of each, M times (B, 256, h, w)."""
+        rasters = [as_three_channels(r) for r in (image, dsm, *more) if r is not None]
+        if len(rasters) != self.modalities:
+            raise ValueError(f"this network takes {self.modalities} rasters, not {len(rasters)}")
+        sizes = sorted({tuple(r.shape[-2:]) for r in rasters})
+        if len(sizes) > 1:
+            raise ValueError(f"the rasters differ in size: {sizes}")
+        H, W = sizes[0]
+        if min(H, W) < MIN_SIZE:
+            raise ValueError(f"rasters of {H} x {W} pixels are too small; the network takes {MIN_SIZE} and more")
+        x = torch.cat(rasters)  # (M*B, 3, H, W)
+        x = reflect_pad(x, round_up(H, SIZE_STEP), round_up(W, SIZE_STEP))
+        return self.image_encoder(x).chunk(self.modalities)
+
+
+def as_three_channels(raster: Tensor) -> Tensor:
+    """(B, H, W) or (B, 1, H, W) -> (B, 3, H, W) by repetition; three channels stay."""
+    if raster.ndim == 3:
+        raster = raster[:, None]
+    return raster.expand(-1, 3, -1, -1)
+
+
+def build_mfnet(
+    encoder: str | dict = "vit_l",
+    tuner: str = "adapter",
+    num_classes: int = 6,
+    modalities: int = 2,
+    fusion: str = "dfm",
+    **options,
+) -> MFNet:
+    """The network with random weights. `encoder`: a name in `sam_vit.SIZES` or a dict; `tuner`: a name in
+    `tuners.TUNERS`, with its `options`; `fusion`: "dfm", or "sum" for the ablation without it."""
+    if fusion not in ("dfm", "sum"):
+        raise ValueError(f"unknown fusion {fusion!r}; there are dfm, sum")
+    image_encoder = apply_tuner(build_image_encoder(encoder), tuner, modalities, **options)
+    fused = DeepFusionModule(modalities=modalities) if fusion == "dfm" else SumFusion()
+    return MFNet(image_encoder, fused, Decoder(num_classes, skips=fusion == "dfm"), modalities)
+
+
+def trained_names(model: MFNet) -> list[str]:
+    """The names of all parameters that are meant to be trained: the tuner's own, fusion and decoder."""
+    tuned = {"image_encoder." + n for n in tuner_names(model.image_encoder)}
+    return [n for n, _ in model.named_parameters() if n in tuned or not n.startswith("image_encoder.")]
+
+
+def count_parameters(model: MFNet) -> dict[str, int]:
+    """Numbers of parameters: encoder (as SAM has it), tuner (what it added), fusion, decoder, total, trainable."""
+    added = {"image_encoder." + n for n in model.image_encoder.added_names}
+    counts = dict.fromkeys(("encoder", "tuner", "fusion", "decoder", "total", "trainable"), 0)
+    for name, p in model.named_parameters():
+        group = name.split(".")[0].replace("image_encoder", "encoder")
+        counts["tuner" if name in added else group] += p.numel()
+        counts["total"] += p.numel()
+        counts["trainable"] += p.numel() * p.requires_grad
+    return counts
+
+
+# --------------------------------------------------------------------------------------- weights of the published code
+
+# (published, ours); x is the image's, y the height's. `lora_Ax` and its like are collected into one tensor of ours.
+PUBLISHED_NAMES = (
+    (r"\.attn\.rel_([hw])$", r".attn.rel_pos_\1"),
+    (r"\.Img_Adapter\.D_fc", r".attn_adapters.0.fc"),
+    (r"\.DSM_Adapter\.D_fc", r".attn_adapters.1.fc"),
+    (r"\.MLPx_Adapter\.D_fc", r".mlp_adapters.0.fc"),
+    (r"\.MLPy_Adapter\.D_fc", r".mlp_adapters.1.fc"),
+    (r"\.w([xy])_Adapter$", r".mixing:\1"),
+    (r"\.lora_w([xy])$", r".mixing:\1"),
+    (r"\.lora_([AB])([xy])$", r".lora_\1:\2"),
+    (r"^fpn1x\.1\.ln\.", r"fpn1x.1."),
+    (r"^fpn1x\.", r"fusion.pyramids.0.up4."),
+    (r"^fpn1y\.", r"fusion.pyramids.1.up4."),
+    (r"^fpn2x\.0\.", r"fusion.pyramids.0.up2."),
+    (r"^fpn2y\.0\.", r"fusion.pyramids.1.up2."),
+    (r"^fusion1\.", r"fusion.levels.0."),
+    (r"^fusion2\.", r"fusion.levels.1."),
+    (r"^fusion3\.", r"fusion.levels.2."),
+    (r"^fusion4\.", r"fusion.levels.3."),
+    (r"\.se_rgb\.", r".se.0."),
+    (r"\.se_depth\.", r".se.1."),
+    (r"\.attn\.qkv\.0\.weight$", r".attn.qkv.weight"),
+    (r"(decoder\.p[123]\.pre_conv)\.0\.", r"\1."),
+    (r"\.pa\.0\.", r".pa."),
+    (r"\.ca\.1\.0\.", r".ca.0."),
+    (r"\.ca\.3\.0\.", r".ca.2."),
+    (r"(segmentation_head\.2)\.0\.", r"\1."),
+)
+PUBLISHED_UNUSED = re.compile(r"^sam\.(prompt_encoder|mask_decoder)\.|^sam\.pixel_|\.relative_position_index$")
+
+
+def load_published_weights(model: MFNet, state_dict: dict[str, Tensor]) -> LoadReport:
+    """Loads a state dict saved by the published code, of either tuner, into a network of two modalities.
+
+    The published network holds its encoder twice, as `image_encoder.*` and `sam.image_encoder.*`; `module.` of a
+    DataParallel is accepted. Raises WeightsError with both differences, and changes nothing, if it does not fit.
+    """
+    expected = model.state_dict()
+    report = LoadReport()
+    given: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        name = name.removeprefix("module.")
+        if PUBLISHED_UNUSED.search(name):
+            report.ignored.append(name)
+            continue
+        ours = name.removeprefix("sam.")
+        for pattern, replacement in PUBLISHED_NAMES:
+            ours = re.sub(pattern, replacement, ours)
+        if ours in given:
+            if not torch.equal(given[ours], tensor):
+                raise WeightsError(f"the state dict holds {ours} twice, with different values")
+            report.ignored.append(name)
+        given[ours] = tensor
+    report.loaded = list(given)
+    given = stack_modalities(given, expected)
+    check_total(expected, given, "the published state dict")
+    model.load_state_dict(given)
+    return report
+
+
+def stack_modalities(given: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Puts the pairs `name:x`, `name:y` together as rows 0 and 1 of our `name`; the rest stays as it is."""
+    out = {n: t for n, t in given.items() if ":" not in n}
+    for name in {n.split(":")[0] for n in given if ":" in n}:
+        pair = [given[f"{name}:{m}"] for m in "xy" if f"{name}:{m}" in given]
+        target = expected.get(name)
+        if target is not None and len(pair) == 2 and pair[0].numel() * 2 == target.numel():
+            pair = [t.reshape(target.shape[1:]) for t in pair]
+        out[name] = torch.stack(pair)
+    return out
