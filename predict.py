@@ -1,0 +1,159 @@
+"""From two rasters to a class map.
+
+    python predict.py --run runs/NAME --image ortho.tif --dsm heights.tif --out map.png
+
+The map is a PNG with the colours of the classes, or a TIFF (by the ending of --out) of class indices with a colour
+table. `predict_tile` is what `evaluate.py` uses too.
+
+Shapes: `H, W` pixels of the raster, `B` windows of a batch, `K` classes.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import tifffile
+import torch
+import torch.nn as nn
+from PIL import Image
+from torch import Tensor
+
+from checkpoints import load_model, newest_run, pick_device, replace_atomically
+from console import Parser, Ticker, run_script
+from data import MODALITIES, DataError, Tile, height_range, image_input, scale_heights, sliding_windows, window_places
+
+
+# ------------------------------------------------------------------------------------------------------- sliding window
+
+
+@torch.inference_mode()
+def predict_tile(
+    model: nn.Module,
+    image: np.ndarray | None,
+    dsm: np.ndarray | None,
+    window: int = 256,
+    stride: int = 128,
+    batch_size: int = 8,
+    heights: tuple[float, float] | None = None,
+    repeat_border: bool = False,
+    precision: str = "fp32",
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """Class map (H, W) uint8 of a raster of any size, from overlapping windows whose logits are averaged (paper IV-B).
+
+    image (H, W, 3), 8 or 16 bit or float in [0, 1]; dsm (H, W) metres, scaled over `heights` (by default its own lowest
+    and highest); a network of one modality gets the one that is not None. `repeat_border=True` counts the windows at
+    the right and lower edge as often as the published code visits them (PAPER.md 3.5). Only the rows of logits that
+    still wait for a window are kept. `progress(done, all)` is called after each row of windows.
+    """
+    rasters = [r for r in (image, dsm) if r is not None]
+    H, W = rasters[0].shape[:2]
+    if dsm is not None and heights is None:
+        heights = height_range(dsm)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    rows, columns = window_places(H, window, stride), window_places(W, window, stride)
+    classes = np.empty((H, W), dtype=np.uint8)
+    logits: Tensor | None = None  # (K, window, width) sums of the rows from the current window's top on
+    for i, (top, row_weight) in enumerate(rows):
+        for left_batch in _batches(columns, batch_size):
+            boxes = [np.s_[top : top + window, left : left + window] for left, _ in left_batch]
+            inputs = [_windows(r, boxes, window, heights).to(device) for r in rasters]
+            with autocast(precision, device):
+                out = model(*inputs).float()  # (B, K, window, window)
+            if logits is None:
+                logits = out.new_zeros(out.shape[1], window, max(W, window))
+            for window_logits, (left, column_weight) in zip(out, left_batch):
+                weight = row_weight * column_weight if repeat_border else 1
+                logits[:, :, left : left + window] += weight * window_logits
+        # The mean and the sum of a pixel's windows have the same largest class: there is nothing to divide by.
+        below = rows[i + 1][0] if i + 1 < len(rows) else H
+        classes[top:below] = logits[:, : below - top, :W].argmax(dim=0).byte().cpu().numpy()
+        logits = torch.cat([logits[:, below - top :], torch.zeros_like(logits[:, : below - top])], dim=1)
+        if progress:
+            progress(i + 1, len(rows))
+    return classes
+
+
+def _batches(items: list, size: int) -> list[list]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _windows(raster: np.ndarray, boxes: list, window: int, heights: tuple[float, float] | None) -> Tensor:
+    """The windows of one raster as a network input, (B, 3, w, w) or (B, w, w); reflected where the raster ends."""
+    windows = []
+    for box in boxes:
+        array = image_input(raster[box]) if raster.ndim == 3 else scale_heights(raster[box], heights)
+        missing = [(0, 0)] * (array.ndim - 2) + [(0, window - n) for n in array.shape[-2:]]
+        windows.append(np.pad(array, missing, mode="reflect"))
+    return torch.from_numpy(np.stack(windows))
+
+
+def autocast(precision: str, device: torch.device):
+    """The context in which a network runs in `fp32` or `bf16`; `auto` is bf16 on CUDA devices that have it."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+# ---------------------------------------------------------------------------------------------------------------- script
+
+
+def write_map(path: Path, classes: np.ndarray, palette: list[tuple[int, int, int]]) -> None:
+    """A class map (H, W) as a PNG or TIFF of class indices with a colour table."""
+    table = np.zeros((256, 3), dtype=np.uint8)
+    table[: len(palette)] = palette
+    if path.suffix.lower() in (".tif", ".tiff"):
+        colormap = table.T.astype(np.uint16) * 257  # TIFF's colour tables are of 16 bit
+        options = dict(photometric="palette", colormap=colormap, compression="zlib")
+        replace_atomically(path, lambda p: tifffile.imwrite(p, classes, **options))
+    else:
+        picture = Image.fromarray(classes)
+        picture.putpalette(table.tobytes())
+        replace_atomically(path, lambda p: picture.save(p, format="PNG"))
+
+
+def main() -> None:
+    parser = Parser(prog="predict.py", description="Predicts a class map from an image and a height raster.")
+    parser.add_argument("--run", type=Path, help="folder of a run; by default the newest below runs/")
+    parser.add_argument("--image", type=Path, help="image of three or more bands (TIFF, PNG, JPEG)")
+    parser.add_argument("--dsm", type=Path, help="height raster of the same size")
+    parser.add_argument("--out", type=Path, required=True, help="class map to write: .png or .tif")
+    parser.add_argument("--stride", type=int, help="pixels between windows; by default as the run was scored")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    args = parser.parse_args()
+    if args.out.suffix.lower() not in (".png", ".tif", ".tiff"):
+        raise DataError(f"--out {args.out}: the map is written as .png or .tif")
+    if not args.out.resolve().parent.is_dir():
+        raise DataError(f"--out {args.out}: its folder does not exist")
+
+    run = args.run or newest_run()
+    device = pick_device(args.device)
+    model, settings, classes = load_model(run / "model.pt")
+    modalities = MODALITIES[settings["modalities"]]
+    paths = {kind: path for kind, path in (("image", args.image), ("dsm", args.dsm)) if kind in modalities}
+    for kind, path in paths.items():
+        if path is None or not path.is_file():
+            raise DataError(f"--{kind}: {'missing' if path is None else f'{path} is no file'}; {run} was trained on it")
+    tile = Tile(args.out.stem, paths, tuple((name, tuple(color)) for name, color in classes))
+    loaded = tile.load(modalities)
+    for note in tile.notes:
+        print(f"note: {note}")
+    stride = args.stride or settings["eval_stride"]
+    labels = predict_tile(
+        model.to(device),
+        loaded.image,
+        loaded.dsm,
+        settings["crop"],
+        stride,
+        precision=settings["precision"],
+        progress=Ticker("rows of windows"),
+    )
+    write_map(args.out, labels, [tuple(color) for _, color in classes])
+    print(f"{args.out}: {labels.shape[1]} x {labels.shape[0]} pixels by {run}, windows of {settings['crop']}, stride {stride}")
+
+
+if __name__ == "__main__":
+    run_script(main)

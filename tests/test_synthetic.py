@@ -1,0 +1,234 @@
+"""The synthetic city: its layout, what it promises about heights and colours, and its care with folders."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import synthetic
+from synthetic import (BUILDING, CAR, IGNORE, IMPERVIOUS, LOW, PALETTE, TEST_AREAS, TRAIN_AREAS, TREE, ensure_city,
+                       erode_labels, make_tile, tile_paths, write_city)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """The four test tiles in a moderate size."""
+    return [make_tile(0, area, 512, 512) for area in TEST_AREAS]
+
+
+@pytest.fixture(scope="module")
+def city(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "city"
+    assert ensure_city(root, seed=3, size=(96, 112))
+    return root
+
+
+def same(one, other):
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("image", "dsm", "labels"))
+
+
+def above_ground(scene, mask):
+    """Median height of the mask's pixels above the ground found within 4 m of each (a sample of them)."""
+    ground = np.isin(scene.labels, (IMPERVIOUS, LOW))
+    heights = []
+    for row, column in np.argwhere(mask)[::499]:
+        window = slice(max(0, row - 44), row + 45), slice(max(0, column - 44), column + 45)
+        if ground[window].any():
+            heights.append(scene.dsm[row, column] - np.median(scene.dsm[window][ground[window]]))
+    return np.median(heights)
+
+
+def overlap(one, other):
+    """How much of two distributions of grey values in 0..255 is common, 0 to 1, in 16 bins."""
+    shares = [np.histogram(values, bins=16, range=(0, 256))[0] / len(values) for values in (one, other)]
+    return np.minimum(*shares).sum()
+
+
+def test_a_tile_is_a_function_of_seed_area_and_size():
+    assert same(make_tile(5, 7, 160, 200), make_tile(5, 7, 160, 200))
+
+
+@pytest.mark.parametrize("seed, area", [(6, 7), (5, 8), (7, 5)])
+def test_other_seeds_and_areas_give_other_tiles(seed, area):
+    one, other = make_tile(5, 7, 160, 160), make_tile(seed, area, 160, 160)
+    assert (one.image != other.image).mean() > 0.5 and (one.dsm != other.dsm).mean() > 0.99
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (65, 190), (201, 70)])
+def test_any_size_gives_the_declared_types_and_shapes(height, width):
+    for area in TRAIN_AREAS[:4]:
+        scene = make_tile(1, area, height, width)
+        assert (scene.image.shape, scene.image.dtype) == ((height, width, 3), np.uint8)
+        assert (scene.dsm.shape, scene.dsm.dtype) == ((height, width), np.float32)
+        assert (scene.labels.shape, scene.labels.dtype) == ((height, width), np.uint8)
+        assert np.isfinite(scene.dsm).all() and 250 < scene.dsm.min() and scene.dsm.max() < 320
+        assert scene.labels.max() < len(PALETTE)
+
+
+def test_every_test_tile_holds_the_five_scored_classes(scenes):
+    for scene in scenes:
+        shares = np.bincount(scene.labels.ravel(), minlength=6) / scene.labels.size
+        assert (shares[:CAR] > 0.04).all() and shares[CAR] > 0.003
+
+
+def test_the_shares_of_the_classes_are_those_of_a_town():
+    labels = np.concatenate([make_tile(0, area, 400, 400).labels.ravel() for area in TRAIN_AREAS])
+    shares = np.bincount(labels, minlength=6) / labels.size
+    low = (0.18, 0.18, 0.12, 0.15, 0.01, 0.001)
+    high = (0.40, 0.38, 0.30, 0.30, 0.05, 0.03)
+    assert (shares > low).all() and (shares < high).all()
+
+
+def test_roofs_and_crowns_stand_more_than_two_metres_above_the_ground_nearby(scenes):
+    for scene in scenes:
+        assert above_ground(scene, scene.labels == BUILDING) > 2
+        assert above_ground(scene, scene.labels == TREE) > 2
+
+
+def test_a_car_is_lower_than_a_roof_and_higher_than_the_street(scenes):
+    assert 0.7 < np.median([above_ground(scene, scene.labels == CAR) for scene in scenes]) < 2
+
+
+def test_shrubs_and_lawns_are_ground_in_height(scenes):
+    for scene in scenes:
+        assert abs(above_ground(scene, scene.labels == LOW)) < 0.5
+
+
+def test_many_roofs_have_the_colours_of_paved_ground_and_many_have_not(scenes):
+    roofs, ground = ([scene.image[scene.labels == label] for scene in scenes] for label in (BUILDING, IMPERVIOUS))
+    for band in range(3):
+        common = overlap(np.concatenate(roofs)[:, band], np.concatenate(ground)[:, band])
+        assert common > 0.5
+    tints = np.concatenate([roof[:, 0].astype(float) - roof[:, 2] for roof in roofs])     # tiles are warm, asphalt grey
+    assert 0.3 < (np.abs(tints) < 16).mean() < 0.9
+
+
+def test_much_low_vegetation_has_the_colours_of_crowns_and_much_has_not(scenes):
+    """Lawn is paler than leaves in the green band, in the light as in the shade; shrubs are not."""
+    def paleness(label):
+        pixels = np.concatenate([scene.image[scene.labels == label] for scene in scenes]).astype(float)
+        return 255 * pixels[:, 2] / pixels[:, 0].clip(1)
+    low, tree = paleness(LOW), paleness(TREE)
+    assert 0.4 < overlap(low, tree) < 0.9
+
+
+def test_a_roof_and_a_yard_of_the_same_draws_look_the_same():
+    def picture(label, height, caster):
+        canvas = synthetic.Canvas(np.random.default_rng(9), 200, 200)
+        synthetic.slab(canvas, 9.0, 9.0, 0.4, 9.0, 8.0, label, height, caster)
+        return synthetic.photograph(canvas), synthetic.measure_heights(canvas), canvas.labels
+    (roof, high, as_roof), (yard, low, as_yard) = picture(BUILDING, 5.0, 5.0), picture(IMPERVIOUS, 0.0, 5.0)
+    assert np.array_equal(roof, yard)
+    assert np.array_equal(as_roof == BUILDING, as_yard == IMPERVIOUS) and (high - low)[as_roof == BUILDING].mean() > 4
+
+
+label_maps = hnp.arrays(np.uint8, st.tuples(st.integers(1, 12), st.integers(1, 12)), elements=st.integers(0, 2))
+
+
+@settings(max_examples=60, deadline=None)
+@given(label_maps, st.integers(0, 4))
+def test_eroded_labels_are_the_labels_except_where_the_disc_holds_a_second_class(labels, radius):
+    eroded = erode_labels(labels, radius)
+    rows, columns = np.indices(labels.shape)
+    for (row, column), label in np.ndenumerate(labels):
+        disc = labels[(rows - row) ** 2 + (columns - column) ** 2 <= radius ** 2]
+        assert eroded[row, column] == (label if (disc == label).all() else IGNORE)
+
+
+def test_the_folders_are_those_of_vaihingen(city):
+    expected = {"city.json"}
+    for n in TRAIN_AREAS + TEST_AREAS:
+        expected |= {f"top/top_mosaic_09cm_area{n}.tif", f"dsm/dsm_09cm_matching_area{n}.tif",
+                     f"gts_for_participants/top_mosaic_09cm_area{n}.tif",
+                     f"gts_eroded_for_participants/top_mosaic_09cm_area{n}_noBoundary.tif"}
+    assert {path.relative_to(city).as_posix() for path in city.rglob("*") if path.is_file()} == expected
+
+
+def test_the_files_hold_the_tile_in_the_official_types_and_colours(city):
+    paths, scene = tile_paths(city, 5), make_tile(3, 5, 96, 112)
+    image, dsm, full, eroded = (tifffile.imread(paths[name]) for name in ("image", "dsm", "labels", "eroded"))
+    assert np.array_equal(image, scene.image) and np.array_equal(dsm, scene.dsm) and dsm.dtype == np.float32
+    assert np.array_equal(full, np.uint8(PALETTE)[scene.labels]) and full.dtype == np.uint8
+    black = (eroded == 0).all(-1)
+    assert np.array_equal(black, erode_labels(scene.labels) == IGNORE) and black.any()
+    assert np.array_equal(eroded[~black], full[~black])
+
+
+def test_a_complete_city_is_used_again(city):
+    before = {path: path.stat().st_mtime_ns for path in city.rglob("*.tif")}
+    assert not ensure_city(city, seed=3, size=(96, 112))
+    assert before == {path: path.stat().st_mtime_ns for path in city.rglob("*.tif")}
+
+
+def test_a_city_of_other_parameters_is_refused_and_kept(city):
+    before = (city / "city.json").read_bytes()
+    for seed, size in ((4, (96, 112)), (3, 96)):
+        with pytest.raises(ValueError, match="another synthetic city"):
+            ensure_city(city, seed, size)
+    assert (city / "city.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name, text", [("notes.txt", "mine"), *(("city.json", text) for text in ("[1]", "{", "{}"))])
+def test_a_foreign_folder_is_refused_and_kept(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match="new or empty folder"):
+        ensure_city(tmp_path, size=64)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == text
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "city").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        ensure_city(tmp_path / "city", size=64)
+
+
+def test_a_missing_tile_is_written_again(tmp_path):
+    write_city(tmp_path, seed=1, size=64, areas=TRAIN_AREAS)      # a city without its test tiles
+    assert ensure_city(tmp_path, seed=1, size=64)
+    assert not ensure_city(tmp_path, seed=1, size=64)
+
+
+def test_an_interrupted_city_is_finished(tmp_path, monkeypatch):
+    def interrupt(seed, area, height, width):
+        if area == TRAIN_AREAS[2]:
+            raise KeyboardInterrupt
+        return make_tile(seed, area, height, width)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(synthetic, "make_tile", interrupt)
+        ensure_city(tmp_path, size=64)
+    assert json.loads((tmp_path / "city.json").read_text())["complete"] is False
+    assert ensure_city(tmp_path, size=64)
+    assert not ensure_city(tmp_path, size=64)
+
+
+def test_a_file_interrupted_while_it_is_written_never_has_its_name(tmp_path, monkeypatch):
+    def break_off(path, array, **options):
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(tifffile, "imwrite", break_off)
+        ensure_city(tmp_path, size=64)
+    assert not list(tmp_path.rglob("*.tif"))
+    assert ensure_city(tmp_path, size=64)
+
+
+@pytest.mark.parametrize("arguments", [["--size", "8"], ["--seed", "-1"], ["--root", __file__]])
+def test_a_mistake_on_the_command_line_ends_with_status_2_and_one_line(tmp_path, arguments):
+    command = [sys.executable, synthetic.__file__, "--root", str(tmp_path / "city"), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and not result.stdout
+    assert not (tmp_path / "city").exists()
+
+
+def test_the_command_line_writes_a_city_and_prints_its_shares(tmp_path):
+    command = [sys.executable, synthetic.__file__, "--root", str(tmp_path / "city"), "--size", "64"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0 and "building" in result.stdout and len(result.stdout.splitlines()) == 1
+    assert not ensure_city(tmp_path / "city", size=64)
