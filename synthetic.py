@@ -33,7 +33,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-GENERATOR_VERSION = 1          # raise it whenever a tile changes, so that old folders are not taken for new ones
+GENERATOR_VERSION = 2          # raise it whenever a tile changes, so that old folders are not taken for new ones
 PIXEL = 0.09                   # metres
 TRAIN_AREAS = (1, 3, 23, 26, 7, 11, 13, 28, 17, 32, 34, 37)
 TEST_AREAS = (5, 21, 15, 30)
@@ -93,12 +93,9 @@ def turned(x: float, y: float, angle: float, a: float, b: float) -> tuple[float,
 
 def blur(x: np.ndarray) -> np.ndarray:
     """Binomial blur (1 2 1) along both axes of (H, W) or (H, W, C)."""
-    for axis in (0, 1):
-        first, last = np.take(x, [0], axis), np.take(x, [-1], axis)
-        before = np.concatenate([first, np.delete(x, -1, axis)], axis)
-        after = np.concatenate([np.delete(x, 0, axis), last], axis)
-        x = (before + 2 * x + after) / 4
-    return x
+    x = np.pad(x, [(1, 1), (1, 1)] + [(0, 0)] * (x.ndim - 2), mode="edge")
+    x = (x[:-2] + 2 * x[1:-1] + x[2:]) / 4
+    return (x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:]) / 4
 
 
 class Canvas:
@@ -120,7 +117,7 @@ class Canvas:
         self.relief = 0.02 * small                        # the surface that the sun shades
 
     def frame(self, x: float, y: float, angle: float, reach: float):
-        """The pixels within `reach` of (x, y): their window, and coordinates (a, b) about that point, a along `angle`."""
+        """The pixels within `reach` of (x, y): their window, and coordinates (a, b) about that point, a along angle."""
         top, left = (max(0, math.floor((p - reach) / PIXEL)) for p in (y, x))
         bottom, right = (max(0, math.ceil((p + reach) / PIXEL)) for p in (y, x))
         window = slice(top, min(bottom, self.shape[0])), slice(left, min(right, self.shape[1]))
@@ -159,7 +156,7 @@ STREET, WALK = 6.8, 1.7                               # widths of a carriageway 
 class Plan:
     """What the streets leave to the rest."""
     streets: list                                     # of lists of (x, y, angle), one for every metre of the street
-    lots: list                                        # of (x, y, angle, width, depth); depth points away from the street
+    lots: list                                        # of (x, y, angle, width, depth), angle along the street
 
 
 def draw_streets(canvas: Canvas) -> Plan:
@@ -219,7 +216,7 @@ def draw_lot(canvas: Canvas, x: float, y: float, angle: float, width: float, dep
     def at(a, b):                                     # a along the street, b away from it, from the middle of the lot
         return turned(x, y, angle, a, b)
 
-    kind = rng.choice(("house", "flat", "yard", "garden"), p=(0.40, 0.42, 0.15, 0.03))
+    kind = rng.choice(("house", "flat", "yard", "garden"), p=(0.37, 0.41, 0.19, 0.03))
     if rng.random() < 0.5:                            # a hedge towards the neighbour
         window, _, _, mask = canvas.rectangle(*at(width / 2 - 0.5, 1), angle, 0.9, depth - 3)
         leafy(canvas, window, mask & (canvas.labels[window] == LOW), LOW, LEAVES, 1.0 + 0.2 * canvas.leaves[window], 0)
@@ -363,7 +360,7 @@ def crown(canvas: Canvas, x, y, radius, colour, top, decoy) -> int:
         roof = canvas.labels[window] == BUILDING
         free = (canvas.height[window] < np.where(roof, 0.6 * top, tall)) & (canvas.labels[window] != CLUTTER)
     mask = (distance < 1) & free
-    old = canvas.caster[window] > 0.7 if decoy else canvas.labels[window] == TREE
+    old = canvas.height[window] > 0.2 if decoy else canvas.labels[window] == TREE
     gained = int((mask & ~old).sum())
     caster = tall if not decoy or rng.random() < 0.6 else height
     leafy(canvas, window, mask, label, colour, height, caster, 0.55 * radius * dome)
@@ -458,7 +455,8 @@ def tile_paths(root: Path, area: int) -> dict[str, Path]:
             "eroded": root / "gts_eroded_for_participants" / f"{name}_noBoundary.tif"}
 
 
-def write_city(root: Path, seed: int = 0, size: int | tuple[int, int] = 640, areas: tuple[int, ...] = ALL_AREAS) -> None:
+def write_city(root: Path, seed: int = 0, size: int | tuple[int, int] = 640,
+               areas: tuple[int, ...] = ALL_AREAS) -> None:
     """Writes the tiles into root, over files of the same names; size is the side in pixels, or (height, width).
     `city.json` says complete only after the last tile."""
     root, marker = Path(root), describe_city(seed, size)

@@ -45,11 +45,11 @@ def test_the_encoder_equals_metas():
         assert error(encoder(x)[:, ::8], published["out"]) < 2e-5
 
 
-# ------------------------------------------------------------------------------------------------------------- the network
+# ---------------------------------------------------------------------------------------------------------- the network
 
 
 def parameters_by_modality(model):
-    """(name, parameter, index): a parameter that stacks the modalities gives one entry for each, any other one entry."""
+    """(name, parameter, index): one entry for each modality that a parameter stacks, one entry for any other."""
     for name, p in model.named_parameters():
         if name.endswith(("lora_A", "lora_B", "mixing")):
             yield from ((f"{name}[{m}]", p, m) for m in range(len(p)))

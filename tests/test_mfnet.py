@@ -1,4 +1,4 @@
-"""The whole network on any size and any rasters, its parts against oracles, its parameter counts, the published weights."""
+"""The network on any size and any rasters, its parts against oracles, its parameter counts, the published weights."""
 
 import json
 from functools import cache
@@ -32,7 +32,7 @@ def small_model(modalities=2, tuner="adapter", fusion="dfm"):
     return randomise(model).eval().requires_grad_(False)
 
 
-# --------------------------------------------------------------------------------------------------------- the network
+# ---------------------------------------------------------------------------------------------------------- the network
 
 
 @settings(max_examples=15)
@@ -111,12 +111,16 @@ def test_rasters_that_do_not_fit_are_refused(rasters):
         small_model()(*rasters)
 
 
+def test_a_tenth_of_the_last_channels_is_dropped_in_training():
+    assert [m.p for m in small_model().modules() if isinstance(m, nn.Dropout2d)] == [0.1]
+
+
 def test_an_unknown_fusion_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="'cat'.*dfm, sum"):
         build_mfnet(TINY, fusion="cat")
 
 
-# ----------------------------------------------------------------------------------------------------------- its parts
+# ------------------------------------------------------------------------------------------------------------ its parts
 
 
 def bounce(n, size):
@@ -195,7 +199,7 @@ def test_the_decoders_attention_equals_window_by_window_on_reflected_pixels(H, W
     assert_close(attn.window_attention(x), wanted)
 
 
-# -------------------------------------------------------------------------------------------------------- the parameters
+# ------------------------------------------------------------------------------------------------------- the parameters
 
 PUBLISHED_COUNTS = {  # encoder, tuner, trainable (PAPER.md, section 1)
     ("vit_b", "adapter"): (89_670_912, 14_201_880, 16_360_118),
@@ -233,15 +237,14 @@ def test_exactly_the_tuner_fusion_and_decoder_are_trained(tuner, fusion, modalit
 
 @every_tuner
 @pytest.mark.parametrize("fusion", ["dfm", "sum"])
-def test_gradients_reach_everything_that_is_trained(tuner, fusion):
-    torch.manual_seed(0)
-    model = randomise(build_mfnet(TINY, tuner, fusion=fusion))
+def test_gradients_reach_exactly_what_is_trained(tuner, fusion):
+    model = build_mfnet(TINY, tuner, fusion=fusion)
     (model(torch.rand(2, 3, 64, 64), torch.rand(2, 64, 64)) ** 2).mean().backward()
-    reached = [n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()]
+    reached = [n for n, p in model.named_parameters() if p.grad is not None]
     assert reached == trained_names(model)
 
 
-# -------------------------------------------------------------------------------------------------- the published weights
+# ------------------------------------------------------------------------------------------------ the published weights
 
 
 @cache
@@ -251,12 +254,12 @@ def golden(tuner):
 
 def published_model(tuner, modalities=2):
     torch.manual_seed(0)
-    return build_mfnet({**golden(tuner)["encoder"]}, tuner, modalities=modalities).eval().requires_grad_(False)
+    return build_mfnet(golden(tuner)["encoder"], tuner, modalities=modalities).eval().requires_grad_(False)
 
 
 def published_state(tuner):
-    """The names and shapes of the published network, without the second copy of its encoder."""
-    shapes = {n: shape for n, (shape, _) in golden(tuner)["keys"].items() if not n.startswith("sam.")}
+    """A state dict of the published network, without the second copy of its encoder."""
+    shapes = {n: shape for n, (shape, _) in golden(tuner)["keys"].items()}
     return {n: torch.as_tensor(a) for n, a in fill_state_dict(shapes, seed=5).items()}
 
 
@@ -269,8 +272,7 @@ VARIANTS = {
     "data parallel": lambda state: {"module." + n: t for n, t in state.items()},
     "second copy": lambda state: state | second_copy(state),
     "whole SAM": lambda state: state | second_copy(state) | UNUSED,
-    "second copy alone": lambda state: {n: t for n, t in state.items() if "sam." + n not in second_copy(state)}
-    | second_copy(state),
+    "second copy alone": lambda state: {"sam." * n.startswith("image_encoder.") + n: t for n, t in state.items()},
 }
 
 
@@ -344,7 +346,10 @@ def test_a_damaged_published_state_is_named_and_changes_nothing(tuner, damage, n
     assert same_state(model, before)
 
 
-@pytest.mark.parametrize("tuner, other, modalities", [("adapter", "lora", 2), ("lora", "adapter", 2), ("adapter", "adapter", 3), ("lora", "lora", 1)])
+@pytest.mark.parametrize(
+    "tuner, other, modalities",
+    [("adapter", "lora", 2), ("lora", "adapter", 2), ("adapter", "adapter", 3), ("lora", "lora", 1)],
+)
 def test_published_weights_fit_only_their_own_network(tuner, other, modalities):
     model = published_model(tuner, modalities)
     before = snapshot(model)

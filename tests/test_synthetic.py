@@ -79,7 +79,7 @@ def test_every_test_tile_holds_the_five_scored_classes(scenes):
 
 
 def test_the_shares_of_the_classes_are_those_of_a_town():
-    labels = np.concatenate([make_tile(0, area, 400, 400).labels.ravel() for area in TRAIN_AREAS])
+    labels = np.concatenate([make_tile(0, area, 320, 320).labels.ravel() for area in TRAIN_AREAS])
     shares = np.bincount(labels, minlength=6) / labels.size
     low = (0.18, 0.18, 0.12, 0.15, 0.01, 0.001)
     high = (0.40, 0.38, 0.30, 0.30, 0.05, 0.03)

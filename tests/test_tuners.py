@@ -123,7 +123,7 @@ def test_adapters_start_with_half_own_and_half_other():
     assert all(block.mixing.tolist() == [0.5, 0.5] for block in tuned("adapter", random=False).blocks)
 
 
-# -------------------------------------------------------------------------------------------------------- the streams
+# ---------------------------------------------------------------------------------------------------------- the streams
 
 
 @every_tuner
@@ -207,7 +207,7 @@ def test_gradients_reach_every_trained_parameter_and_no_frozen_one(name, M, mixi
 def test_the_first_step_of_lora_moves_b_and_not_a():
     encoder = tuned("lora", random=False)
     (encoder(torch.rand(2, 3, 64, 48)) ** 2).sum().backward()
-    moved = {n.rsplit(".")[-1] for n, p in encoder.named_parameters() if p.grad is not None and p.grad.any()}
+    moved = {n.split(".")[-1] for n, p in encoder.named_parameters() if p.grad is not None and p.grad.any()}
     assert moved == {"lora_B"}
 
 
@@ -216,7 +216,7 @@ def test_one_modality_has_nothing_to_mix(name):
     assert not [n for n in tuner_names(tuned(name, 1)) if "mixing" in n]
 
 
-# --------------------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------------------ what is refused
 
 
 @pytest.mark.parametrize(
