@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mfnet import MFNet, build_mfnet, trained_names
-from sam_vit import ImageEncoderViT, LoadReport, WeightsError, check_total, first_line, load_sam_weights
+from sam_vit import ImageEncoderViT, LoadReport, WeightsError, check_total, first_line, load_sam_weights, read_tensors
 
 # File and md5 of Meta's checkpoints, as in the README of facebookresearch/segment-anything.
 OFFICIAL = {
@@ -194,10 +194,7 @@ def read_content(path: Path, keys: tuple[str, ...]) -> dict:
     """A file of ours as a dict that holds `keys`. Raises WeightsError."""
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; is this the folder of a finished run?")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, zipfile and pickle raise a dozen kinds for a damaged file
-        raise WeightsError(f"{path}: damaged or not a file of this program ({first_line(error)})") from error
+    content = read_tensors(path)
     if not isinstance(content, dict) or any(key not in content for key in keys):
         raise WeightsError(f"{path}: not a file of this program, it lacks {', '.join(keys)}")
     return content

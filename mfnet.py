@@ -226,8 +226,8 @@ class MFNet(nn.Module):
         one modality takes either of the two. Raises ValueError for another number of rasters than the network has
         modalities, for rasters of different sizes, and for a size below 64.
         """
-        H, W = next(r for r in (image, dsm, *more) if r is not None).shape[-2:]
         maps = self.encode(image, dsm, *more)
+        H, W = next(r for r in (image, dsm, *more) if r is not None).shape[-2:]
         padded = round_up(H, SIZE_STEP), round_up(W, SIZE_STEP)
         return self.decoder(self.fusion(maps), padded)[..., :H, :W]
 
@@ -236,10 +236,10 @@ class MFNet(nn.Module):
         rasters = [as_three_channels(r) for r in (image, dsm, *more) if r is not None]
         if len(rasters) != self.modalities:
             raise ValueError(f"this network takes {self.modalities} rasters, not {len(rasters)}")
-        sizes = sorted({tuple(r.shape[-2:]) for r in rasters})
-        if len(sizes) > 1:
-            raise ValueError(f"the rasters differ in size: {sizes}")
-        H, W = sizes[0]
+        shapes = sorted({tuple(r.shape) for r in rasters})
+        if len(shapes) > 1:
+            raise ValueError(f"the rasters differ in batch or size: {shapes}")
+        H, W = shapes[0][-2:]
         if min(H, W) < MIN_SIZE:
             raise ValueError(f"rasters of {H} x {W} pixels are too small; the network takes {MIN_SIZE} and more")
         x = torch.cat(rasters)  # (M*B, 3, H, W)
@@ -352,12 +352,20 @@ def load_published_weights(model: MFNet, state_dict: dict[str, Tensor]) -> LoadR
 
 
 def stack_modalities(given: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Puts the pairs `name:x`, `name:y` together as rows 0 and 1 of our `name`; the rest stays as it is."""
-    out = {n: t for n, t in given.items() if ":" not in n}
-    for name in {n.split(":")[0] for n in given if ":" in n}:
-        pair = [given[f"{name}:{m}"] for m in "xy" if f"{name}:{m}" in given]
-        target = expected.get(name)
-        if target is not None and len(pair) == 2 and pair[0].numel() * 2 == target.numel():
-            pair = [t.reshape(target.shape[1:]) for t in pair]
-        out[name] = torch.stack(pair)
+    """Puts the pairs `name:x`, `name:y` together as rows 0 and 1 of our `name`; the rest stays as it is.
+
+    A published LoRA of qkv holds q and v in one matrix, ours as two parts; a published mixing weight has one element.
+    Other halves than those keep their names, for `check_total` to refuse.
+    """
+    out = dict(given)
+    for name, target in expected.items():
+        pair = [given.get(f"{name}:{m}") for m in "xy"]
+        if all(t is not None and t.shape == merge_parts(target.shape[1:]) for t in pair):
+            del out[f"{name}:x"], out[f"{name}:y"]
+            out[name] = torch.stack([t.reshape(target.shape[1:]) for t in pair])
     return out
+
+
+def merge_parts(shape: torch.Size) -> tuple[int, ...]:
+    """The published shape of one modality's share: (parts, rows, columns) -> (parts * rows, columns), () -> (1,)."""
+    return (shape[0] * shape[1], shape[2]) if len(shape) == 3 else (1,)

@@ -284,7 +284,8 @@ def check_total(expected: dict[str, Tensor], given: dict[str, Tensor], what: str
     ]
     if missing or unexpected or misshapen:
         lists = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
-        raise WeightsError(f"{what} does not fit: " + "; ".join(f"{k}: {', '.join(v)}" for k, v in lists if v))
+        listing = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in lists if names)
+        raise WeightsError(f"{what} does not fit: {listing}")
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -302,17 +303,22 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             return load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
             raise WeightsError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(f"{path}: refused, it holds more than tensors ({first_line(error)})") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
-        raise WeightsError(f"{path}: truncated or not a torch checkpoint ({first_line(error)})") from error
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):
+    state = read_tensors(path)
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):  # as training scripts like to save it
         state = state["model"]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise WeightsError(f"{path}: not a state dict (a dict from names to tensors)")
     return state
+
+
+def read_tensors(path: Path) -> object:
+    """What torch.save wrote, provided it is tensors and built-ins. Raises WeightsError for anything else."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(f"{path}: refused, it is damaged or holds more than tensors ({first_line(error)})") from error
+    except Exception as error:  # zipfile, struct, pickle and torch raise a dozen kinds for a damaged file
+        raise WeightsError(f"{path}: truncated or not a torch checkpoint ({first_line(error)})") from error
 
 
 def first_line(error: BaseException) -> str:
@@ -322,16 +328,16 @@ def first_line(error: BaseException) -> str:
 # What stands beside the image encoder in a whole SAM: expected in the file, not needed here.
 OTHER_PARTS = ("prompt_encoder.", "mask_decoder.", "shared_image_embedding.", "pixel_mean", "pixel_std")
 
-# Hugging Face's names of the same tensors, as (theirs, Meta's), applied to whole dotted parts.
+# Hugging Face's spelling of the same names, as (theirs, Meta's), applied in this order.
 HUGGING_FACE_NAMES = (
     ("patch_embed.projection.", "patch_embed.proj."),
+    ("neck.conv1.", "neck.0."),
+    ("neck.layer_norm1.", "neck.1."),
+    ("neck.conv2.", "neck.2."),
+    ("neck.layer_norm2.", "neck.3."),
     ("layers.", "blocks."),
     (".layer_norm1.", ".norm1."),
     (".layer_norm2.", ".norm2."),
-    ("neck.conv1.", "neck.0."),
-    ("neck.norm1.", "neck.1."),
-    ("neck.conv2.", "neck.2."),
-    ("neck.norm2.", "neck.3."),
 )
 
 
@@ -345,7 +351,9 @@ def sam_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
             continue
         short = short.removeprefix("image_encoder.").removeprefix("vision_encoder.")
         for theirs, ours in HUGGING_FACE_NAMES:
-            short = ours + short.removeprefix(theirs) if short.startswith(theirs) else short.replace(theirs, ours)
+            short = short.replace(theirs, ours)
+        if short in encoder:
+            raise WeightsError(f"the checkpoint holds {short} twice, the second time as {name}")
         encoder[short] = tensor
     return encoder, ignored
 
@@ -394,6 +402,6 @@ def resize_table(name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
         return None
     if name == "pos_embed":
         return resize_positions(tensor, shape[1:3])
-    if ".rel_pos_" in name:
+    if ".rel_pos_" in name and tensor.shape[0] % 2:  # 2n - 1 offsets
         return F.interpolate(tensor.float().T[None], size=shape[0], mode="linear")[0].T
     return None

@@ -101,8 +101,6 @@ class LoRA(nn.Module):
 
     def __init__(self, linear: nn.Linear, modalities: int, rank: int, scale: float, parts: list[slice], mixing: bool):
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"the rank of a LoRA is at least 1, not {rank}")
         self.weight, self.bias = linear.weight, linear.bias
         self.parts, self.scale = parts, scale
         width = parts[0].stop - parts[0].start
@@ -134,6 +132,8 @@ class MMLoRA(Block):
     def __init__(self, block: Block, modalities: int, rank: int = 4, alpha: float = 1.0, mixing: bool = True):
         nn.Module.__init__(self)
         self.norm1, self.attn, self.norm2, self.mlp = block.norm1, block.attn, block.norm2, block.mlp
+        if rank < 1:
+            raise ValueError(f"the rank of a LoRA is at least 1, not {rank}")
         C = self.attn.qkv.in_features
         query_and_value = [slice(0, C), slice(2 * C, 3 * C)]
         self.attn.qkv = LoRA(self.attn.qkv, modalities, rank, alpha / rank, query_and_value, mixing=False)
@@ -170,10 +170,10 @@ def apply_tuner(encoder: ImageEncoderViT, name: str, modalities: int = 2, **opti
         raise ValueError(f"at least one modality is needed, not {modalities}")
     if encoder.tuner is not None:
         raise ValueError(f"this encoder carries the tuner {encoder.tuner!r} already")
-    sam = set(dict(encoder.named_parameters()))
-    encoder.requires_grad_(name == "full")
-    for i, block in enumerate(encoder.blocks):
-        encoder.blocks[i] = TUNERS[name](block, modalities, **options)
+    sam = dict(encoder.named_parameters())
+    encoder.blocks = nn.ModuleList([TUNERS[name](block, modalities, **options) for block in encoder.blocks])
+    for p in sam.values():
+        p.requires_grad_(name == "full")
     encoder.tuner = name
     encoder.added_names = [n for n, _ in encoder.named_parameters() if n not in sam]
     return encoder
