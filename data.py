@@ -101,7 +101,9 @@ def read_raster(path: Path) -> np.ndarray:
             return _read_tiff(path)
         with Image.open(path) as image:
             return np.asarray(image)
-    except (OSError, ValueError, UnidentifiedImageError, tifffile.TiffFileError, SyntaxError, EOFError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # a damaged file makes decoders raise anything: IndexError, struct.error, zlib.error
         raise DataError(f"{path}: cannot be read ({_one_line(error)}); replace the file") from error
 
 
@@ -137,7 +139,7 @@ def raster_size(path: Path) -> tuple[int, int]:
                 return tiff.pages[0].imagelength, tiff.pages[0].imagewidth
         with Image.open(path) as image:
             return image.height, image.width
-    except (OSError, ValueError, UnidentifiedImageError, tifffile.TiffFileError, SyntaxError, IndexError) as error:
+    except Exception as error:  # as above
         raise DataError(f"{path}: cannot be read ({_one_line(error)}); replace the file") from error
 
 
@@ -297,7 +299,7 @@ class Tile:
             labels = np.where(codes == K, np.uint8(IGNORE), codes)
         else:
             raw = raw[..., 0] if raw.ndim == 3 else raw
-            known = (raw >= 0) & (raw < K)
+            known = (raw >= 0) & (raw < K) & (raw != self.ignore_index)
             unknown = int((~known & (raw != self.ignore_index)).sum())
             labels = np.where(known, raw, IGNORE).astype(np.uint8)
         if unknown == labels.size:
@@ -511,7 +513,7 @@ def _fit(array: np.ndarray, size: int, mode: str, **options) -> np.ndarray:
 
 def _tensor(array: np.ndarray, crop: Crop) -> Tensor:
     rows, columns = (-1 if crop.flip_rows else 1), (-1 if crop.flip_columns else 1)
-    return torch.from_numpy(np.ascontiguousarray(array[..., ::rows, ::columns]))
+    return torch.from_numpy(array[..., ::rows, ::columns].copy())
 
 
 class CropOrder(torch.utils.data.Sampler):
@@ -537,16 +539,16 @@ def sliding_windows(height: int, width: int, window: int, stride: int) -> list[t
 
     Windows start every `stride` pixels; one that would pass the edge is moved inwards. Each place is listed once, and
     its weight says how often the published loop visits it (PAPER.md 2: at stride 32 the last row and column 8 times).
-    A side shorter than the window has the one place 0. Raises ValueError for a stride that leaves gaps.
+    A side shorter than the window has the one place 0. Raises DataError for a stride that leaves gaps.
     """
-    if not 1 <= stride <= window:
-        raise ValueError(f"the stride lies between 1 and the window's {window} pixels, not {stride}")
     rows, columns = window_places(height, window, stride), window_places(width, window, stride)
     return [(top, left, m * n) for top, m in rows for left, n in columns]
 
 
 def window_places(length: int, window: int, stride: int) -> list[tuple[int, int]]:
     """The (start, weight) of the windows along one side."""
+    if not 1 <= stride <= window:
+        raise DataError(f"the stride lies between 1 and the window's {window} pixels, not {stride}")
     last = max(length - window, 0)
     starts = [min(start, last) for start in range(0, length, stride)]
     return [(start, starts.count(start)) for start in dict.fromkeys(starts)]

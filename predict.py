@@ -141,7 +141,7 @@ def main() -> None:
     loaded = tile.load(modalities)
     for note in tile.notes:
         print(f"note: {note}")
-    stride = args.stride or settings["eval_stride"]
+    stride = settings["eval_stride"] if args.stride is None else args.stride
     labels = predict_tile(
         model.to(device),
         loaded.image,

@@ -11,7 +11,6 @@ from checkpoints import replace_atomically
 from data import LoadedTile, image_input, labels_to_colors
 
 MAX_SIDE = 640  # pixels: larger tiles are shown smaller
-GAP, HEADER, LEGEND = 8, 20, 24  # pixels
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 WRONG, RIGHT, UNSCORED = (214, 39, 40), (232, 232, 232), (0, 0, 0)
 
@@ -43,24 +42,27 @@ def tile_panel(tile: LoadedTile, pred: np.ndarray, classes: Classes) -> Image.Im
 
 
 def assemble(columns: list[tuple[str, np.ndarray, Image.Resampling]], classes: Classes) -> Image.Image:
+    """Puts the columns side by side, their titles above, the legend of the classes below."""
     H, W = columns[0][1].shape[:2]
     shrink = min(1.0, MAX_SIDE / max(H, W))
     h, w = max(1, round(H * shrink)), max(1, round(W * shrink))
-    font = ImageFont.load_default()
-    step = max(w, 110) + GAP  # wide enough for the words above a narrow tile
-    names = [name for name, _ in classes]
-    legend_width = sum(30 + int(font.getlength(name)) for name in names) + GAP
-    canvas = Image.new("RGB", (max(GAP + step * len(columns), legend_width), HEADER + h + LEGEND), PAPER)
+    size = min(max(w // 24, 11), 22)  # pixels of a line of text: readable when a wide panel is shown smaller
+    font = ImageFont.load_default(size)
+    gap, line = size // 2 + 2, 2 * size
+    step = max(w, max(round(font.getlength(title)) for title, _, _ in columns)) + gap
+    entries = [(name, color, round(font.getlength(name))) for name, color in classes]
+    legend = gap + sum(length + 3 * size for _, _, length in entries)
+    canvas = Image.new("RGB", (max(gap + step * len(columns), legend), h + 2 * line), PAPER)
     draw = ImageDraw.Draw(canvas)
     for i, (title, pixels, resampling) in enumerate(columns):
-        left = GAP + i * step
-        draw.text((left, 4), title, fill=INK, font=font)
-        canvas.paste(Image.fromarray(pixels).resize((w, h), resampling), (left, HEADER))
-    left = GAP
-    for name, color in classes:
-        draw.rectangle((left, HEADER + h + 7, left + 12, HEADER + h + 18), fill=color, outline=INK)
-        draw.text((left + 17, HEADER + h + 6), name, fill=INK, font=font)
-        left += 30 + int(font.getlength(name))
+        draw.text((gap + i * step, line // 2), title, fill=INK, font=font, anchor="lm")
+        canvas.paste(Image.fromarray(pixels).resize((w, h), resampling), (gap + i * step, line))
+        draw.rectangle((gap + i * step - 1, line - 1, gap + i * step + w, line + h), outline=INK)
+    left, middle = gap, line + h + line // 2
+    for name, color, length in entries:
+        draw.rectangle((left, middle - size // 2, left + size, middle + size // 2), fill=color, outline=INK)
+        draw.text((left + size + gap // 2, middle), name, fill=INK, font=font, anchor="lm")
+        left += length + 3 * size
     return canvas
 
 

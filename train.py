@@ -62,6 +62,7 @@ class Settings:
     out: str = option("", "folder of the run; by default runs/TIME_DATA_TUNER")
     encoder: str = option("vit_l", "size of SAM's encoder; vit_t is made up, for laptops", tuple(SIZES))
     weights: str = option("auto", "SAM's weights: auto (the official file), none (random), or a path")
+    relative_positions: str = option("sam", "SAM's tables, or zero as the published code has them", ("sam", "zero"))
     tuner: str = option("adapter", "how the encoder is tuned", tuple(TUNERS))
     mixing: bool = option(True, "let the modalities exchange information inside the tuner")
     rank: int = option(4, "rank of the LoRA updates")
@@ -84,7 +85,7 @@ class Settings:
 
 RECIPES: dict[str, dict] = {
     "vaihingen": dict(precision="fp32"),  # the paper's: Settings as it stands
-    "tiles": dict(batch_size=4, epochs=12, steps=20, optimizer="adamw", lr=1e-3, weight_decay=0.01, schedule="cosine", eval_stride=128),
+    "tiles": dict(batch_size=4, epochs=10, steps=20, optimizer="adamw", lr=1e-3, weight_decay=0.01, schedule="cosine", eval_stride=128),
     "synthetic": dict(encoder="vit_t", weights="none", crop=128, batch_size=8, epochs=10, steps=30, optimizer="adamw", lr=2e-3, weight_decay=0.01, schedule="cosine", eval_stride=64),
 }
 # What may differ between a run and its continuation without changing a single weight.
@@ -227,7 +228,7 @@ def train(model: MFNet, tiles: list[LoadedTile], s: Settings, folder: Path, base
                 raise TrainingStopped(f"the loss is {losses[-1]} at step {step + 1}; try a smaller --lr")
             optimizer.step()
             speed = (step + 1 - first_epoch * s.steps) * s.batch_size / (time.monotonic() - start)
-            ticker(step + 1, s.epochs * s.steps, f", loss {losses[-1]:.3f}, {speed:.1f} images/s")
+            ticker(step + 1, s.epochs * s.steps, f", loss {losses[-1]:.3f}, {speed:.3g} images/s")
         seconds = time.monotonic() - epoch_start
         entry = {
             "epoch": epoch + 1,
@@ -342,7 +343,7 @@ def main() -> None:
     memory = peak_memory(device)
     images = (settings.epochs - (last["epoch"] if last else 0)) * settings.steps * settings.batch_size
     print(
-        f"trained in {clock(seconds)}, {images / seconds:.1f} images/s, "
+        f"trained in {clock(seconds)}, {images / seconds:.3g} images/s, "
         f"peak memory {'unknown' if memory is None else f'{memory:,.0f} MB'}"
     )
     scores = score_run(folder, model.eval(), dataset, "test", asdict(settings), settings.eval_stride)
