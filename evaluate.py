@@ -22,7 +22,7 @@ import torch.nn as nn
 
 from checkpoints import load_model, newest_run, pick_device, replace_atomically
 from console import Parser, Ticker, run_script
-from data import MODALITIES, DataError, Dataset, LoadedTile, open_dataset, sliding_windows
+from data import MODALITIES, DataError, Dataset, LoadedTile, open_from_settings, sliding_windows
 from predict import predict_tile
 from report import save_panel
 
@@ -110,7 +110,7 @@ def score_split(
     for i, tile in enumerate(tiles):
         loaded = tile.load(modalities)
         rasters = [loaded.image if "image" in modalities else None, loaded.dsm]
-        pred = predict_tile(model, *rasters, window, stride, settings["batch_size"], precision=settings["precision"])
+        pred = predict_tile(model, *rasters, window, stride, settings["batch_size"], precision=settings["precision"], scale=loaded.scale)
         own = ConfusionMatrix(K, dataset.scored)
         own.update(pred, loaded.labels)
         total.counts += own.counts
@@ -165,11 +165,14 @@ def main() -> None:
     parser.add_argument("--split", default="test", help="test (default), train, or another split of the data set")
     parser.add_argument("--root", help="folder of the data set; by default where the run found it")
     parser.add_argument("--stride", type=int, help="pixels between windows; by default as the run was scored")
+    parser.add_argument("--full-labels", action="store_true", help="score with the full labels, not the eroded ones")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     args = parser.parse_args()
     run = args.run or newest_run()
     model, settings, _ = load_model(run / "model.pt")
-    dataset = open_dataset(settings["data"], args.root or settings["root"])
+    if args.full_labels:
+        settings["full_labels"] = True
+    dataset = open_from_settings(settings, args.root)
     model.to(pick_device(args.device))
     stride = settings["eval_stride"] if args.stride is None else args.stride
     scores = score_run(run, model, dataset, args.split, settings, stride)

@@ -23,7 +23,9 @@ from torch import Tensor
 
 from checkpoints import load_model, newest_run, pick_device, replace_atomically
 from console import Parser, Ticker, run_script
-from data import MODALITIES, DataError, Tile, height_range, image_input, scale_heights, sliding_windows, window_places
+from data import LAYOUTS, MODALITIES, DataError, Tile, height_range, image_bands, scaling_of, window_places
+from rasters import raster_bands
+from scaling import TileScale
 
 
 # ------------------------------------------------------------------------------------------------------- sliding window
@@ -41,18 +43,18 @@ def predict_tile(
     repeat_border: bool = False,
     precision: str = "fp32",
     progress: Callable[[int, int], None] | None = None,
+    scale: TileScale | None = None,
 ) -> np.ndarray:
     """Class map (H, W) uint8 of a raster of any size, from overlapping windows whose logits are averaged (paper IV-B).
 
-    image (H, W, 3), 8 or 16 bit or float in [0, 1]; dsm (H, W) metres, scaled over `heights` (by default its own lowest
-    and highest); a network of one modality gets the one that is not None. `repeat_border=True` counts the windows at
+    image (H, W, 3), dsm (H, W) metres, both scaled by `scale`, by default the image over its type's range and the heights
+    over `heights` (by default their own lowest and highest); a network of one modality gets the one that is not None. `repeat_border=True` counts the windows at
     the right and lower edge as often as the published code visits them (PAPER.md 3.5). Only the rows of logits that
     still wait for a window are kept. `progress(done, all)` is called after each row of windows.
     """
     rasters = [r for r in (image, dsm) if r is not None]
     H, W = rasters[0].shape[:2]
-    if dsm is not None and heights is None:
-        heights = height_range(dsm)
+    scale = scale or TileScale(heights or (None if dsm is None else height_range(dsm)))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     rows, columns = window_places(H, window, stride), window_places(W, window, stride)
     classes = np.empty((H, W), dtype=np.uint8)
@@ -60,7 +62,7 @@ def predict_tile(
     for i, (top, row_weight) in enumerate(rows):
         for left_batch in _batches(columns, batch_size):
             boxes = [np.s_[top : top + window, left : left + window] for left, _ in left_batch]
-            inputs = [_windows(r, boxes, window, heights).to(device) for r in rasters]
+            inputs = [_windows(r, boxes, window, scale).to(device) for r in rasters]
             with autocast(precision, device):
                 out = model(*inputs).float()  # (B, K, window, window)
             if logits is None:
@@ -81,11 +83,11 @@ def _batches(items: list, size: int) -> list[list]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def _windows(raster: np.ndarray, boxes: list, window: int, heights: tuple[float, float] | None) -> Tensor:
+def _windows(raster: np.ndarray, boxes: list, window: int, scale: TileScale) -> Tensor:
     """The windows of one raster as a network input, (B, 3, w, w) or (B, w, w); reflected where the raster ends."""
     windows = []
     for box in boxes:
-        array = image_input(raster[box]) if raster.ndim == 3 else scale_heights(raster[box], heights)
+        array = scale.image_input(raster[box]) if raster.ndim == 3 else scale.height_input(raster[box], box)
         missing = [(0, 0)] * (array.ndim - 2) + [(0, window - n) for n in array.shape[-2:]]
         windows.append(np.pad(array, missing, mode="reflect"))
     return torch.from_numpy(np.stack(windows))
@@ -119,7 +121,7 @@ def main() -> None:
     parser = Parser(prog="predict.py", description="Predicts a class map from an image and a height raster.")
     parser.add_argument("--run", type=Path, help="folder of a run; by default the newest below runs/")
     parser.add_argument("--image", type=Path, help="image of three or more bands (TIFF, PNG, JPEG)")
-    parser.add_argument("--dsm", type=Path, help="height raster of the same size")
+    parser.add_argument("--dsm", type=Path, help="height raster of the same size, or a GeoTIFF on another grid")
     parser.add_argument("--out", type=Path, required=True, help="class map to write: .png or .tif")
     parser.add_argument("--stride", type=int, help="pixels between windows; by default as the run was scored")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -137,7 +139,13 @@ def main() -> None:
     for kind, path in paths.items():
         if path is None or not path.is_file():
             raise DataError(f"--{kind}: {'missing' if path is None else f'{path} is no file'}; {run} was trained on it")
-    tile = Tile(args.out.stem, paths, tuple((name, tuple(color)) for name, color in classes))
+    tile = Tile(args.out.stem, paths, tuple((name, tuple(color)) for name, color in classes), scaling=scaling_of(settings))
+    layout = LAYOUTS.get(settings["data"])
+    if "image" in paths:
+        tile.bands = image_bands(layout, settings.get("bands", ""), raster_bands(args.image))
+    if layout is not None:
+        tile.pixel = layout.pixel
+        tile.height_unit = next((u for p, u in layout.dsm if args.dsm and Path(p).suffix == args.dsm.suffix.lower()), 1.0)
     loaded = tile.load(modalities)
     for note in tile.notes:
         print(f"note: {note}")
@@ -150,6 +158,7 @@ def main() -> None:
         stride,
         precision=settings["precision"],
         progress=Ticker("rows of windows"),
+        scale=loaded.scale,
     )
     write_map(args.out, labels, [tuple(color) for _, color in classes])
     print(f"{args.out}: {labels.shape[1]} x {labels.shape[0]} pixels by {run}, windows of {settings['crop']}, stride {stride}")

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from checkpoints import replace_atomically
-from data import LoadedTile, image_input, labels_to_colors
+from data import LoadedTile, height_range, labels_to_colors
 
 MAX_SIDE = 640  # pixels: larger tiles are shown smaller
 INK, PAPER = (40, 40, 40), (255, 255, 255)
@@ -28,10 +28,10 @@ def tile_panel(tile: LoadedTile, pred: np.ndarray, classes: Classes) -> Image.Im
     palette = [color for _, color in classes]
     columns: list[tuple[str, np.ndarray, Image.Resampling]] = []
     if tile.image is not None:
-        pixels = (image_input(tile.image).transpose(1, 2, 0) * 255).astype(np.uint8)
+        pixels = visible(tile)
         columns.append(("image", pixels, Image.Resampling.BOX))
     if tile.dsm is not None:
-        low, high = tile.heights
+        low, high = height_range(tile.dsm)
         columns.append((f"height, {low:.1f} to {high:.1f} m", shade_heights(tile.dsm), Image.Resampling.BOX))
     if tile.labels is not None:
         columns.append(("truth", labels_to_colors(tile.labels, palette), Image.Resampling.NEAREST))
@@ -64,6 +64,14 @@ def assemble(columns: list[tuple[str, np.ndarray, Image.Resampling]], classes: C
         draw.text((left + size + gap // 2, middle), name, fill=INK, font=font, anchor="lm")
         left += length + 3 * size
     return canvas
+
+
+def visible(tile: LoadedTile) -> np.ndarray:
+    """(H, W, 3) uint8 of the image as the network sees it; what is not in 0 to 1, as by SAM's mean, stretched to it."""
+    pixels = tile.scale.image_input(tile.image).transpose(1, 2, 0)
+    if pixels.min() < 0 or pixels.max() > 1:
+        pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min())
+    return (pixels * 255).astype(np.uint8)
 
 
 def shade_heights(dsm: np.ndarray) -> np.ndarray:

@@ -41,7 +41,8 @@ from checkpoints import (
     trained_state,
 )
 from console import Parser, Ticker, clock, run_script
-from data import DATASETS, IGNORE, MODALITIES, CropDataset, CropOrder, DataError, LoadedTile, open_dataset
+from data import DATASETS, IGNORE, LABELS, MODALITIES, CropDataset, CropOrder, DataError, LoadedTile
+from data import load_tiles, memory_line, open_from_settings
 from evaluate import format_scores, score_run
 from mfnet import MIN_SIZE, MFNet, count_parameters, trained_names
 from predict import autocast
@@ -68,6 +69,13 @@ class Settings:
     rank: int = option(4, "rank of the LoRA updates")
     modalities: str = option("image+dsm", "rasters that the network sees", tuple(MODALITIES))
     fusion: str = option("dfm", "how the modalities' maps are merged; sum is the ablation", ("dfm", "sum"))
+    bands: str = option("", "bands of the image: rgb, irrg (potsdam), or three counted from 1, as in 4,3,2")
+    labels: str = option("dataset", "how labels are decoded: with their defects repaired, or as published", LABELS)
+    splits: str = option("paper", "the paper's training and test tiles, or the official ones", ("paper", "official"))
+    full_labels: bool = option(False, "score with the full labels where there are eroded ones")
+    heights: str = option("minmax", "scaling of heights: minmax, percentiles, ground, or metres LOW:HIGH")
+    image_scaling: str = option("unit", "scaling of images: unit, sam, reflectance, minmax, or LOW:HIGH")
+    memory_gb: float = option(4.5, "memory for training tiles; what does not fit is read crop by crop from its files")
     crop: int = option(256, "pixels of a training crop, and of a window when scoring")
     batch_size: int = option(10, "crops in a step")
     epochs: int = option(50, "number of epochs")
@@ -85,11 +93,14 @@ class Settings:
 
 RECIPES: dict[str, dict] = {
     "vaihingen": dict(precision="fp32"),  # the paper's: Settings as it stands
+    "potsdam": dict(precision="fp32", eval_stride=32),
+    "hunan": dict(precision="fp32", steps=500, eval_stride=128, image_scaling="reflectance"),
+    "mmhunan": dict(precision="fp32", steps=500, eval_stride=128, image_scaling="reflectance"),
     "tiles": dict(batch_size=4, epochs=10, steps=20, optimizer="adamw", lr=1e-3, weight_decay=0.01, schedule="cosine", eval_stride=128),
     "synthetic": dict(encoder="vit_t", weights="none", crop=128, batch_size=8, epochs=10, steps=30, optimizer="adamw", lr=2e-3, weight_decay=0.01, schedule="cosine", eval_stride=64),
 }
 # What may differ between a run and its continuation without changing a single weight.
-FREE_ON_RESUME = ("out", "root", "workers", "device")
+FREE_ON_RESUME = ("out", "root", "workers", "device", "memory_gb")
 MILESTONES = (25, 35, 45)  # differs: the drop comes after these epochs, the published code's at their start
 WARMUP_STEPS = 20  # of the cosine schedule
 
@@ -314,10 +325,10 @@ def main() -> None:
     modalities = MODALITIES[settings.modalities]
     if settings.data == "synthetic" and not Path(settings.root).exists():
         print(f"making a synthetic city in {settings.root}", flush=True)
-    dataset = open_dataset(settings.data, settings.root)
+    dataset = open_from_settings(asdict(settings))
     dataset.tiles("test", modalities)  # a missing test tile is to be found now, not after the training
     tiles = dataset.tiles("train", modalities)
-    loaded = [tile.load(modalities) for tile in tiles]
+    loaded = load_tiles(tiles, modalities, settings.memory_gb)
     model, base, report = build_model(asdict(settings), len(dataset.classes), Ticker("fetching SAM's weights, bytes"))
     if last is not None and last["base"]["sha256"] != base["sha256"] and settings.tuner != "full":
         raise DataError(f"{folder} stands on {last['base']}, not on {base}; give the same --weights")
@@ -329,7 +340,7 @@ def main() -> None:
     replace_atomically(folder / "config.json", lambda p: p.write_text(json.dumps(config, indent=1), encoding="utf-8"))
     print(f"MFNet, {version()}, device {device}")
     print(", ".join(f"{k} {v}" for k, v in asdict(settings).items()))
-    print(f"{len(loaded)} training tiles in {sum(t.nbytes() for t in loaded) / 2**20:.0f} MB from {settings.root}")
+    print(f"training: {memory_line(loaded)}, from {settings.root}")
     for note in (note for tile in tiles for note in tile.notes):
         print(f"note: {note}")
     print(f"weights: {report}" if report else "weights: NONE, the encoder is random; scores will be far below the paper's")

@@ -1,0 +1,117 @@
+"""Crops for training and windows for prediction.
+
+Every random choice is a function of (seed, epoch, index): crops and flips have no state, so any number of workers and
+any resumed run draws the same samples.
+
+Shapes: `H, W` pixels of a tile, `h, w` pixels of a crop or window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from layouts import IGNORE
+from rasters import DataError
+
+if TYPE_CHECKING:
+    from tiles import LoadedTile
+
+# --------------------------------------------------------------------------------------------------- crops for training
+
+
+@dataclass(frozen=True)
+class Crop:
+    tile: int
+    top: int
+    left: int
+    flip_rows: bool
+    flip_columns: bool
+
+
+def draw_crop(seed: int, epoch: int, index: int, sizes: list[tuple[int, int]], crop: int) -> Crop:
+    """A uniformly drawn tile, a uniformly drawn position, two coin flips: a function of its arguments alone.
+
+    differs: the published code never draws a tile's last row and column; here every position that fits is drawn.
+    """
+    rng = np.random.default_rng((seed, epoch, index))
+    tile = int(rng.integers(len(sizes)))
+    top, left = (int(rng.integers(max(n - crop, 0) + 1)) for n in sizes[tile])
+    return Crop(tile, top, left, bool(rng.integers(2)), bool(rng.integers(2)))
+
+
+class CropDataset(torch.utils.data.Dataset):
+    """Training samples; the index is the pair (epoch, index)."""
+
+    def __init__(self, tiles: list[LoadedTile], crop: int, seed: int, modalities: tuple[str, ...]):
+        self.tiles, self.crop, self.seed, self.modalities = tiles, crop, seed, modalities
+        self.sizes = [tile.size for tile in tiles]
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], Tensor]:
+        """([image (3, h, w), dsm (h, w)] as the modalities ask, labels (h, w) int64).
+
+        A tile smaller than the crop is continued by reflection; what was added is never scored.
+        """
+        c = draw_crop(self.seed, *key, self.sizes, self.crop)
+        tile = self.tiles[c.tile]
+        cut = np.s_[c.top : c.top + self.crop, c.left : c.left + self.crop]
+        rasters = []
+        for kind in self.modalities:
+            scale = tile.scale
+            raster = scale.image_input(tile.image[cut]) if kind == "image" else scale.height_input(tile.dsm[cut], cut)
+            rasters.append(_tensor(_fit(raster, self.crop, "reflect"), c))
+        return rasters, _tensor(_fit(tile.labels[cut], self.crop, "constant", constant_values=IGNORE), c).long()
+
+
+def _fit(array: np.ndarray, size: int, mode: str, **options) -> np.ndarray:
+    """(..., h, w) -> (..., size, size), padded below and on the right."""
+    h, w = array.shape[-2:]
+    widths = [(0, 0)] * (array.ndim - 2) + [(0, size - h), (0, size - w)]
+    return np.pad(array, widths, mode, **options) if (h, w) != (size, size) else array
+
+
+def _tensor(array: np.ndarray, crop: Crop) -> Tensor:
+    rows, columns = (-1 if crop.flip_rows else 1), (-1 if crop.flip_columns else 1)
+    return torch.from_numpy(array[..., ::rows, ::columns].copy())
+
+
+class CropOrder(torch.utils.data.Sampler):
+    """Batches of (epoch, index), from a step of an epoch on: `batch` samples each, `steps` batches an epoch."""
+
+    def __init__(self, epochs: int, steps: int, batch: int, first_epoch: int = 0):
+        self.epochs, self.steps, self.batch, self.first_epoch = epochs, steps, batch, first_epoch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for epoch in range(self.first_epoch, self.epochs):
+            for step in range(self.steps):
+                yield [(epoch, step * self.batch + i) for i in range(self.batch)]
+
+    def __len__(self) -> int:
+        return (self.epochs - self.first_epoch) * self.steps
+
+
+# ------------------------------------------------------------------------------------------------- windows for prediction
+
+
+def sliding_windows(height: int, width: int, window: int, stride: int) -> list[tuple[int, int, int]]:
+    """(top, left, weight) of the windows that cover height x width pixels, row by row.
+
+    Windows start every `stride` pixels; one that would pass the edge is moved inwards. Each place is listed once, and
+    its weight says how often the published loop visits it (PAPER.md 2: at stride 32 the last row and column 8 times).
+    A side shorter than the window has the one place 0. Raises DataError for a stride that leaves gaps.
+    """
+    rows, columns = window_places(height, window, stride), window_places(width, window, stride)
+    return [(top, left, m * n) for top, m in rows for left, n in columns]
+
+
+def window_places(length: int, window: int, stride: int) -> list[tuple[int, int]]:
+    """The (start, weight) of the windows along one side."""
+    if not 1 <= stride <= window:
+        raise DataError(f"the stride lies between 1 and the window's {window} pixels, not {stride}")
+    last = max(length - window, 0)
+    starts = [min(start, last) for start in range(0, length, stride)]
+    return [(start, starts.count(start)) for start in dict.fromkeys(starts)]
