@@ -22,6 +22,7 @@ Image.MAX_IMAGE_PIXELS = None  # an orthophoto is larger than what Pillow takes 
 TIFF_ENDINGS = (".tif", ".tiff")
 UNCOMPRESSED, DEFLATE = 1, (8, 32946)
 PIXEL_SCALE, TIE_POINT, TRANSFORMATION, GEO_KEYS, GEO_TEXT, NODATA = 33550, 33922, 34264, 34735, 34737, 42113
+GEO_TAGS = (PIXEL_SCALE, TIE_POINT, TRANSFORMATION, GEO_KEYS, GEO_TEXT)
 MODEL_TYPE, RASTER_TYPE, GEOGRAPHIC, PROJECTED, USER_DEFINED = 1024, 1025, 2048, 3072, 32767  # GeoTIFF keys, a value
 STRIP = 512  # rows that are worked on at a time, so that temporary arrays stay small
 
@@ -144,20 +145,21 @@ def one_line(error: BaseException) -> str:
 
 def nodata_value(path: Path) -> float | None:
     """GDAL's no-data value (TIFF tag 42113), if the file has one."""
-    tag = _tags(path).get(NODATA)
+    text = _tags(path).get(NODATA)
     try:
-        return float(str(tag.value).strip("\x00 ")) if tag is not None else None
+        return float(str(text).strip("\x00 ")) if text is not None else None
     except ValueError:
         return None
 
 
-def _tags(path: Path):
-    """The tags of a TIFF, empty for other files. Raises DataError by file."""
+def _tags(path: Path) -> dict[int, object]:
+    """The values of the tags that tell about places and no-data; empty for what is no TIFF. Raises DataError by file."""
     if not is_tiff(path):
         return {}
     try:
         with tifffile.TiffFile(path) as tiff:
-            return tiff.pages[0].tags
+            tags = tiff.pages[0].tags
+            return {code: tags[code].value for code in (*GEO_TAGS, NODATA) if code in tags}
     except Exception as error:  # as above
         raise _unreadable(path, error) from error
 
@@ -242,12 +244,11 @@ class Grid:
 def read_grid(path: Path) -> Grid | None:
     """The grid of a GeoTIFF (tags 33550 and 33922, or 34264), None without tags. Raises DataError for a rotated one."""
     tags = _tags(path)
-    values = {code: tags[code].value for code in (PIXEL_SCALE, TIE_POINT, TRANSFORMATION) if code in tags}
-    if PIXEL_SCALE in values and TIE_POINT in values:
-        (step_x, step_y), tie = values[PIXEL_SCALE][:2], values[TIE_POINT]
+    if PIXEL_SCALE in tags and TIE_POINT in tags:
+        (step_x, step_y), tie = tags[PIXEL_SCALE][:2], tags[TIE_POINT]
         left, top = tie[3] - tie[0] * step_x, tie[4] + tie[1] * step_y
-    elif TRANSFORMATION in values:
-        m = values[TRANSFORMATION]
+    elif TRANSFORMATION in tags:
+        m = tags[TRANSFORMATION]
         if m[1] or m[4]:
             raise DataError(f"{path}: its grid is rotated (tag 34264); warp it to a grid that goes north")
         step_x, step_y, left, top = m[0], -m[5], m[3], m[7]
@@ -262,18 +263,18 @@ def read_grid(path: Path) -> Grid | None:
     return Grid(left, top, step_x, step_y, _system(tags, keys), projected)
 
 
-def _geo_keys(tags) -> dict[int, int]:
+def _geo_keys(tags: dict) -> dict[int, int]:
     """The GeoTIFF keys whose value is a number of the directory itself."""
-    directory = tags[GEO_KEYS].value if GEO_KEYS in tags else ()
+    directory = tags.get(GEO_KEYS, ())
     entries = [directory[i : i + 4] for i in range(4, len(directory) - 3, 4)]
     return {key: value for key, place, _, value in entries if place == 0}
 
 
-def _system(tags, keys: dict[int, int]) -> int | None:
+def _system(tags: dict, keys: dict[int, int]) -> int | None:
     code = keys.get(PROJECTED, keys.get(GEOGRAPHIC))
     if code not in (None, 0, USER_DEFINED):
         return code
-    named = re.search(r"EPSG:(\d+)", str(tags[GEO_TEXT].value)) if GEO_TEXT in tags else None
+    named = re.search(r"EPSG:(\d+)", str(tags.get(GEO_TEXT, "")))
     return int(named[1]) if named else None
 
 

@@ -1,6 +1,6 @@
 """A procedural city in the layout of ISPRS Vaihingen, so that everything can be tried without the real tiles.
 
-    python synthetic.py --root DIR [--seed N] [--size N]
+    python synthetic.py --root DIR [--seed N] [--size N] [--layout vaihingen|potsdam|hunan]
 
 The sixteen tiles carry the numbers of the paper's split and are read by the ordinary Vaihingen reader:
 
@@ -9,6 +9,8 @@ The sixteen tiles carry the numbers of the paper's split and are read by the ord
     gts_for_participants/top_mosaic_09cm_area{N}.tif                    uint8   (H, W, 3)  class colours
     gts_eroded_for_participants/top_mosaic_09cm_area{N}_noBoundary.tif  uint8   (H, W, 3)  black near class borders
     city.json                                                           what wrote the folder, and whether it finished
+
+The same kind of scenes can be written in the layouts of ISPRS Potsdam and of MMHunan (`write_city`), to try their readers.
 
 The image alone is ambiguous on purpose. Flat roofs are painted by the function that paints yards, with the asphalt of
 the streets; shrubberies (low vegetation) by the function that paints broadleaved crowns. What tells them apart is the
@@ -456,10 +458,17 @@ def tile_paths(root: Path, area: int) -> dict[str, Path]:
 
 
 def write_city(root: Path, seed: int = 0, size: int | tuple[int, int] = 640,
-               areas: tuple[int, ...] = ALL_AREAS) -> None:
+               areas: tuple[int, ...] = ALL_AREAS, layout: str = "vaihingen") -> None:
     """Writes the tiles into root, over files of the same names; size is the side in pixels, or (height, width).
-    `city.json` says complete only after the last tile."""
+    `city.json` says complete only after the last tile. Layouts potsdam and hunan have tiles of their own, not areas."""
     root, marker = Path(root), describe_city(seed, size)
+    if layout != "vaihingen":
+        write, tiles = OTHER_LAYOUTS[layout]
+        write_marker(root, {**marker, "layout": layout}, complete=False)
+        for number, tile in enumerate(tiles):
+            write(root, tile, make_tile(seed, number, *marker["size"]))
+        write_marker(root, {**marker, "layout": layout}, complete=True)
+        return
     write_marker(root, marker, complete=False)
     colours = np.zeros((256, 3), np.uint8)            # everything that is no class, 255 above all, is black
     colours[:len(PALETTE)] = PALETTE
@@ -470,6 +479,46 @@ def write_city(root: Path, seed: int = 0, size: int | tuple[int, int] = 640,
         write_tiff(paths["labels"], colours[scene.labels], photometric="rgb", compression="zlib")
         write_tiff(paths["eroded"], colours[erode_labels(scene.labels)], photometric="rgb", compression="zlib")
     write_marker(root, marker, complete=True)
+
+
+def write_potsdam(root: Path, tile: str, scene: Scene) -> None:
+    """A scene as a tile r_c of Potsdam, uncompressed: red, green, a blue that follows green, near infrared; heights in
+    decimetres above the tile's lowest as JPEG, and in metres."""
+    colours = np.zeros((256, 3), np.uint8)
+    colours[:len(PALETTE)] = PALETTE
+    padded = "_".join(part.zfill(2) for part in tile.split("_"))
+    infrared, red, green = np.moveaxis(scene.image, -1, 0)
+    image = np.stack([red, green, (0.9 * green).astype(np.uint8), infrared], axis=-1)
+    above = np.clip(10 * (scene.dsm - scene.dsm.min()), 0, 255).astype(np.uint8)
+    write_tiff(root / f"4_Ortho_RGBIR/top_potsdam_{tile}_RGBIR.tif", image, photometric="rgb", extrasamples=["unspecified"])
+    write_tiff(root / f"1_DSM/dsm_potsdam_{padded}.tif", scene.dsm, photometric="minisblack")
+    jpeg = root / f"1_DSM_normalisation/dsm_potsdam_{padded}_normalized_lastools.jpg"
+    jpeg.parent.mkdir(exist_ok=True)
+    Image.fromarray(above).save(jpeg, quality=95)
+    for folder, name, labels in (("", "", scene.labels), ("_no_Boundary", "_noBoundary", erode_labels(scene.labels))):
+        path = root / f"5_Labels_for_participants{folder}/top_potsdam_{tile}_label{name}.tif"
+        write_tiff(path, colours[labels], photometric="rgb")
+
+
+def write_hunan(root: Path, tile: str, scene: Scene) -> None:
+    """A scene as a patch split/number of MMHunan: 13 bands of reflectance x 10000, radar, height and slope, raw codes."""
+    codes = np.array((9, 8, 3, 2, 1, 6), np.uint8)    # bare, impervious, grassland, forest, cropland, water
+    folder, number = tile.split("/")
+    s2 = np.repeat(scene.image[..., 2:].astype(np.int16) * 12, 13, axis=-1)
+    s2[..., [7, 3, 2]] = scene.image.astype(np.int16) * 12
+    topo = np.stack([scene.dsm, np.zeros_like(scene.dsm)], axis=-1)
+    radar = np.repeat(-scene.image[..., :1].astype(np.float32) / 10, 2, axis=-1)
+    for kind, array in (("s2", s2), ("s1", radar), ("topo", topo), ("lc", codes[scene.labels])):
+        options = {"photometric": "minisblack", "compression": "zlib"}
+        if array.ndim == 3:
+            options["planarconfig"] = "contig"
+        write_tiff(root / folder / kind / f"{kind}_{number}.tif", array, **options)
+
+
+POTSDAM_TILES = tuple(f"{r}_{c}" for r, columns in ((2, (10, 11, 12)), (3, (10, 11, 12)), (4, (10, 11, 12)),
+                      (5, (10, 11, 12)), (6, range(7, 13)), (7, range(7, 13))) for c in columns)
+HUNAN_TILES = ("train/101", "train/7", "val/23", "test/5")
+OTHER_LAYOUTS = {"potsdam": (write_potsdam, POTSDAM_TILES), "hunan": (write_hunan, HUNAN_TILES)}
 
 
 def ensure_city(root: Path, seed: int = 0, size: int | tuple[int, int] = 640) -> bool:
@@ -525,12 +574,19 @@ def class_shares(root: Path, areas: tuple[int, ...] = ALL_AREAS) -> list[float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Writes a synthetic city in the layout of ISPRS Vaihingen.")
+    parser = argparse.ArgumentParser(description="Writes a synthetic city in the layout of a benchmark.")
     parser.add_argument("--root", type=Path, required=True, help="a new or empty folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=640, help="side of a tile in pixels of 9 cm")
+    parser.add_argument("--layout", choices=("vaihingen", *OTHER_LAYOUTS), default="vaihingen")
     args = parser.parse_args()
     try:
+        if args.layout != "vaihingen":
+            if args.root.exists() and any(args.root.iterdir()):
+                raise ValueError(f"{args.root} is not empty; name a new folder for the synthetic city")
+            write_city(args.root, args.seed, args.size, layout=args.layout)
+            print(f"{args.root}: wrote {len(OTHER_LAYOUTS[args.layout][1])} tiles in the layout of {args.layout}")
+            return 0
         written = ensure_city(args.root, args.seed, args.size)
     except (ValueError, OSError) as error:
         print(f"synthetic.py: {error}", file=sys.stderr)
