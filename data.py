@@ -55,21 +55,34 @@ class Dataset:
 
     def tiles(self, split: str, modalities: tuple[str, ...] = ("image", "dsm")) -> list[Tile]:
         """The tiles of a split, with all their files there. Raises DataError in one line if not."""
-        found = _own_tiles if self.layout is None else _layout_tiles
+        tiles, missing = self.find_tiles(split, modalities)
+        if missing:
+            first = ", ".join(str(path) for path in missing[:3])
+            tree = OWN_TREE if self.layout is None else self.layout.describe()
+            source = f"; the data come from {self.layout.source}" if self.layout else ""
+            raise DataError(
+                f"{self.name}: {len(missing)} files of the {split} split are missing, first {first}; "
+                f"expected below {self.root}: {tree}{source}"
+            )
+        return tiles
+
+    def find_tiles(self, split: str, modalities: tuple[str, ...] = ("image", "dsm")) -> tuple[list[Tile], list[Path]]:
+        """The tiles of a split, and the files of theirs that are missing. Raises DataError where there is no tile."""
+        find = _own_tiles if self.layout is None else _layout_tiles
         if not self.held_out or split not in ("train", "val"):
-            return found(self, split, modalities)
-        if split == "train":
-            return [tile for tile in found(self, split, modalities) if tile.name not in self.held_out]
-        return [tile for tile in found(self, "train", modalities, scored=True) if tile.name in self.held_out]
+            return find(self, split, modalities, split != "train")
+        tiles, missing = find(self, "train", modalities, split == "val")
+        return [tile for tile in tiles if (tile.name in self.held_out) == (split == "val")], missing
 
     def hold_out(self, names: tuple[str, ...] | int | None = None) -> Dataset:
         """The data set with a split `val` that is taken out of `train`.
 
         Named tiles, so many tiles spread evenly over the list, or None: the layout's own list. Raises DataError.
         """
-        train = [tile.name for tile in replace(self, held_out=()).tiles("train", ())]
+        whole = replace(self, held_out=())
+        train = [tile.name for tile in whole.tiles("train", ())]
         if names is None and self.layout is not None and self.layout.listed:
-            names = tuple(tile.name for tile in replace(self, held_out=()).tiles("val", ()))
+            names = tuple(tile.name for tile in whole.tiles("val", ()))
         if names is None:
             names = self.layout.validation if self.layout else max(1, len(train) // 6)
         if isinstance(names, int):
@@ -143,41 +156,41 @@ def image_bands(layout: Layout | None, bands: str, count: int) -> tuple[int, ...
     raise DataError(f"--bands {bands}: give {names}three bands counted from 1, as in 4,3,2")
 
 
-def _layout_tiles(dataset: Dataset, split: str, modalities: tuple[str, ...], scored: bool = False) -> list[Tile]:
+def _layout_tiles(dataset: Dataset, split: str, modalities: tuple[str, ...], scored: bool) -> tuple[list[Tile], list[Path]]:
     layout = dataset.layout
     root, names = _tile_names(dataset, split)
-    scored = (scored or split != "train") and not dataset.full_labels
-    kinds = {"image": _image_patterns(dataset), "labels": layout.test_labels if scored else layout.labels}
-    units = {}
+    labels = layout.test_labels if scored and not dataset.full_labels else layout.labels
+    kinds = {"image": _image_patterns(dataset), "labels": labels}
+    unit = 1.0
     if "dsm" in modalities:
         # Normalised and absolute heights are not mixed: of several kinds, the first that is there for every tile.
         by_unit = {unit: tuple(p for p, u in layout.dsm if u == unit) for _, unit in layout.dsm}
-        complete = (u for u, patterns in by_unit.items() if all(_find(root, patterns, *n)[1] for n in names))
+        complete = (u for u, patterns in by_unit.items() if all(_find(root, patterns, *n)[2] for n in names))
         unit = next(complete, layout.dsm[0][1])
-        kinds["dsm"], units["height_unit"] = by_unit[unit], unit
+        kinds["dsm"] = by_unit[unit]
     tiles, missing = [], []
     for folder, name in names:
-        paths, patterns = {}, {}
-        for kind, candidates in kinds.items():
-            (patterns[kind], paths[kind]), there = _find(root, candidates, folder, name)
-            if not there:
-                missing.append(paths[kind])
-        coded = patterns["labels"] in layout.coded
-        bands = image_bands(layout, dataset.bands, 99) if dataset.bands not in ("", *layout.image) else None
-        tile = Tile(name, paths, dataset.classes, layout.unscored_color, pixel=layout.pixel, scaling=dataset.scaling, **units)
-        tile.bands = bands or _image_patterns(dataset)[patterns["image"]]
-        tile.codes = layout.codes[dataset.labels] if coded else None
-        tile.ignore_index = -1 if layout.codes and not coded else IGNORE
-        tile.exact = dataset.labels == "published" and not layout.codes
-        tiles.append(tile)
-    if missing:
-        first = ", ".join(str(p) for p in missing[:3])
-        tree = ", ".join(next(iter(patterns)) for patterns in kinds.values())
-        raise DataError(
-            f"{dataset.name}: {len(missing)} files of the {split} split are missing, first {first}; "
-            f"expected below {root}: {tree}; the data come from {layout.source}"
+        found = {kind: _find(root, patterns, folder, name) for kind, patterns in kinds.items()}
+        missing += [path for _, path, there in found.values() if not there]
+        pattern, _, _ = found["image"]
+        coded = found["labels"][0] in layout.coded
+        by_number = dataset.bands and dataset.bands not in layout.image
+        tiles.append(
+            Tile(
+                name,
+                {kind: path for kind, (_, path, _) in found.items()},
+                dataset.classes,
+                layout.unscored_color,
+                ignore_index=-1 if layout.codes and not coded else IGNORE,
+                bands=image_bands(layout, dataset.bands, 99) if by_number else kinds["image"][pattern],
+                height_unit=unit,
+                codes=layout.codes[dataset.labels] if coded else None,
+                exact=dataset.labels == "published" and not layout.codes,
+                pixel=layout.pixel,
+                scaling=dataset.scaling,
+            )
         )
-    return tiles
+    return tiles, missing
 
 
 def _image_patterns(dataset: Dataset) -> dict[str, tuple[int, ...]]:
@@ -187,12 +200,12 @@ def _image_patterns(dataset: Dataset) -> dict[str, tuple[int, ...]]:
     return dict(named)
 
 
-def _find(root: Path, patterns, folder: str, name: str) -> tuple[tuple[str, Path], bool]:
-    """((pattern, path) of the first file that exists, or of the first pattern; whether it exists)."""
+def _find(root: Path, patterns, folder: str, name: str) -> tuple[str, Path, bool]:
+    """(pattern, path, True) of the first file that exists; (pattern, path, False) of the first pattern if none does."""
     padded = "_".join(part.zfill(2) for part in name.split("_"))
     candidates = [(p, root / p.format(id=name, padded=padded, folder=folder)) for p in patterns]
-    found = next((c for c in candidates if c[1].is_file()), None)
-    return found or candidates[0], found is not None
+    found = next(((*c, True) for c in candidates if c[1].is_file()), None)
+    return found or (*candidates[0], False)
 
 
 def _tile_names(dataset: Dataset, split: str) -> tuple[Path, list[tuple[str, str]]]:
@@ -251,7 +264,7 @@ def _open_own_tiles(root: Path) -> Dataset:
     return Dataset("tiles", root, classes, tuple(range(len(classes))), "all labels", ignore_index=ignore)
 
 
-def _own_tiles(dataset: Dataset, split: str, modalities: tuple[str, ...], scored: bool = False) -> list[Tile]:
+def _own_tiles(dataset: Dataset, split: str, modalities: tuple[str, ...], scored: bool) -> tuple[list[Tile], list[Path]]:
     folder = dataset.root / split
     images = _files_by_stem(folder / "images")
     if not images:
@@ -266,7 +279,7 @@ def _own_tiles(dataset: Dataset, split: str, modalities: tuple[str, ...], scored
         paths = {"image": path, "labels": labels[name]} | ({"dsm": dsm[name]} if name in dsm else {})
         ignore = dataset.ignore_index
         tiles.append(Tile(name, paths, dataset.classes, ignore_index=ignore, bands=bands, scaling=dataset.scaling))
-    return tiles
+    return tiles, []
 
 
 def _files_by_stem(folder: Path) -> dict[str, Path]:

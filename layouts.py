@@ -32,6 +32,11 @@ class Layout:
     codes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # dataset, published -> class of raw code 0, 1, ...
     coded: tuple[str, ...] = ()  # the label patterns that hold raw codes
 
+    def describe(self) -> str:
+        """The files of a tile, by their first patterns."""
+        image = next(iter(self.image.values()))
+        return ", ".join((image[0][0], self.dsm[0][0], self.labels[0], *{self.test_labels[0]} - {self.labels[0]}))
+
 
 ISPRS_SOURCE = "ISPRS commission II, working group 4, '2D semantic labeling' (data request form)"
 ISPRS_CLASSES = (

@@ -82,6 +82,8 @@ class Tile:
     exact: bool = False  # as published: colours must match exactly, and any other one is class 0
     pixel: float | None = None  # metres, None: what the GeoTIFF tags say
     scaling: Scaling = Scaling()
+    missing_heights: int = 0  # pixels that `read_dsm` filled
+    unknown_labels: int = 0  # pixels that `read_labels` found to fit no class
 
     @cached_property
     def grids(self) -> tuple[Grid, Grid] | None:
@@ -166,6 +168,7 @@ class Tile:
                 dsm, nodata = resample(dsm, *self.grids, (H, W)), None
                 self.notes.append(f"tile {self.name}: heights resampled to the image's grid")
             dsm, missing = fill_missing_heights(dsm, nodata)
+            self.missing_heights = missing
         except DataError as error:
             raise DataError(f"{path}: {error}; leave the tile out or replace the file") from None
         if missing:
@@ -185,6 +188,7 @@ class Tile:
         for top in range(0, len(raw), STRIP):
             labels[top : top + STRIP], count = self._decode_labels(raw[top : top + STRIP])
             unknown += count
+        self.unknown_labels = unknown
         if unknown == labels.size:
             raise DataError(
                 f"{self.paths['labels']}: no pixel has the colour or the index of a class; check the classes of the data set"
@@ -342,7 +346,7 @@ def load_tiles(tiles: list[Tile], modalities: tuple[str, ...], memory_gb: float)
     if used > budget:
         raise DataError(
             f"{max(fixed)[1]}: only uncompressed TIFFs in one piece can be read crop by crop, and the {len(fixed)} files "
-            f"that are none take {used / 1e9:.2f} GB of --memory-gb {memory_gb:g}; raise it, or write them uncompressed"
+            f"that are none take {used / 1e9:.3g} GB, more than --memory-gb {memory_gb:g}; raise it, or write them uncompressed"
         )
     for kind in kinds:
         for tile, chosen in zip(tiles, held):
@@ -355,5 +359,5 @@ def load_tiles(tiles: list[Tile], modalities: tuple[str, ...], memory_gb: float)
 def memory_line(loaded: list[LoadedTile]) -> str:
     """How much memory tiles take, and how much of them stays in files."""
     mapped = sum(isinstance(r, Mapping) for tile in loaded for r in (tile.image, tile.dsm, tile.labels))
-    files = f", {mapped} rasters read crop by crop from their files" if mapped else ""
-    return f"{len(loaded)} tiles take {sum(tile.nbytes() for tile in loaded) / 1e9:.2f} GB of memory{files}"
+    files = f", {mapped} rasters are read crop by crop from their files" if mapped else ""
+    return f"{len(loaded)} tiles take {sum(tile.nbytes() for tile in loaded) / 1e6:,.1f} MB of memory{files}"
