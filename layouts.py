@@ -87,7 +87,7 @@ VAIHINGEN = Layout(
 _POTSDAM_TRAIN = "6_10 7_10 2_12 3_11 2_10 7_8 5_10 3_12 5_12 7_11 7_9 6_9 7_7 4_12 6_8 6_12 6_7 4_11"
 _POTSDAM_TEST = "4_10 5_11 2_11 3_10 6_11 7_12"
 _POTSDAM_LABEL, _POTSDAM_ERODED = "top_potsdam_{id}_label.tif", "top_potsdam_{id}_label_noBoundary.tif"
-_RGBIR, _LASTOOLS = "4_Ortho_RGBIR/top_potsdam_{id}_RGBIR.tif", "1_DSM_normalisation/dsm_potsdam_%s_normalized_lastools.jpg"
+_RGBIR, _LASTOOLS = "4_Ortho_RGBIR/top_potsdam_{id}_RGBIR.tif", "1_DSM_normalisation/dsm_potsdam_%s_normalized_lastools."
 POTSDAM = Layout(
     classes=ISPRS_CLASSES,
     scored=(0, 1, 2, 3, 4),
@@ -105,8 +105,10 @@ POTSDAM = Layout(
         "rgbir": ((_RGBIR, (0, 1, 2, 3)),),
     },
     dsm=(
-        (_LASTOOLS % "{padded}", 0.1),  # decimetres above the ground; the published code reads these
-        (_LASTOOLS % "{id}", 0.1),
+        (_LASTOOLS % "{padded}" + "jpg", 0.1),  # decimetres above the ground; the published code reads these
+        (_LASTOOLS % "{id}" + "jpg", 0.1),
+        (_LASTOOLS % "{padded}" + "tif", 0.1),  # rewritten without compression, to be read crop by crop
+        (_LASTOOLS % "{id}" + "tif", 0.1),
         ("1_DSM/dsm_potsdam_{padded}.tif", 1.0),
         ("1_DSM/dsm_potsdam_{id}.tif", 1.0),
     ),
