@@ -1,0 +1,158 @@
+"""python data.py --data NAME --root DIR: what is there, what is missing, what looks wrong."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+import synthetic
+from layouts import VAIHINGEN_TEST_PIXELS
+
+HOME = Path(__file__).parents[1]
+SHARED = HOME.parent / "shared" / "data"
+
+
+@pytest.fixture
+def check(monkeypatch, capsys):
+    """(exit status, stdout, stderr) of data.py."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["data.py", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(HOME / "data.py"), run_name="__main__")
+        return end.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+def write_tiles(root, splits=("train", "test"), **changes):
+    """Own tiles of 20 x 20 with one defect, if any."""
+    rng = np.random.default_rng(0)
+    root.mkdir(exist_ok=True)
+    listed = [{"name": "ground", "color": [90, 90, 90]}, {"name": "house", "color": [200, 0, 0]}]
+    (root / "classes.json").write_text(json.dumps({"classes": listed}))
+    for split in splits:
+        labels = rng.integers(0, 2, (20, 20)).astype(np.uint8)
+        rasters = {
+            "images": rng.integers(1, 255, (20, 20, 3)).astype(np.uint8),
+            "dsm": rng.uniform(200, 210, (20, 20)).astype(np.float32),
+            "labels": labels,
+        } | changes
+        for kind, array in rasters.items():
+            (root / split / kind).mkdir(parents=True, exist_ok=True)
+            tifffile.imwrite(root / split / kind / "a.tif", array, photometric="rgb" if array.ndim == 3 else "minisblack")
+    return root
+
+
+def test_a_sound_folder_can_be_trained_on(check, tmp_path):
+    status, out, err = check("--data", "tiles", "--root", write_tiles(tmp_path))
+    assert status == 0 and not err and out.rstrip().endswith("training can run") and "SUSPICIOUS" not in out
+    assert "train: 1 of 1 tiles are complete" in out and "20 x 20, image uint8" in out and "house" in out
+
+
+def holes():
+    dsm = np.full((20, 20), 200, np.float32)
+    dsm[:, 10:] = 210
+    dsm[:4] = -9999
+    return dsm
+
+
+strange = np.zeros((20, 20, 3), np.uint8)
+strange[:3] = (255, 0, 255)
+strange[3:] = (90, 90, 90)
+strange[9:] = (200, 0, 0)
+SUSPICIONS = {
+    "one class": (dict(labels=np.ones((20, 20), np.uint8)), "the labels hold house alone"),
+    "no class": (dict(labels=np.full((20, 20), 255, np.uint8)), "the labels hold no scored pixel"),
+    "flat": (dict(dsm=np.full((20, 20), 7, np.float32)), "all heights are 7.00 m"),
+    "black": (dict(images=np.zeros((20, 20, 3), np.uint8)), "all pixels of the image are 0"),
+    "half black": (dict(images=np.repeat(np.arange(20, dtype=np.uint8)[:, None, None] // 10, 20, 1).repeat(3, 2)), "50.0 % of the image are black"),
+    "no-data": (dict(dsm=holes()), "20.0 % of the pixels have no height"),
+    "colours": (dict(labels=strange), "15.0 % of the label pixels fit no class"),
+    "dark 16 bit": (dict(images=np.random.default_rng(0).integers(0, 255, (20, 20, 3)).astype(np.uint16)), "16-bit pixels that end at"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SUSPICIONS)
+def test_a_suspicious_tile_is_pointed_at(check, tmp_path, case):
+    changes, remark = SUSPICIONS[case]
+    status, out, _ = check("--data", "tiles", "--root", write_tiles(tmp_path, **changes))
+    assert status == 0 and f"SUSPICIOUS: {remark}" in out
+
+
+UNUSABLE = {
+    "another size": (dict(labels=np.ones((17, 20), np.uint8)), "more than two pixels"),
+    "one band": (dict(images=np.zeros((20, 20), np.uint8)), "three or more bands"),
+    "all no-data": (dict(dsm=np.full((20, 20), -9999, np.float32)), "no valid height"),
+    "no class fits": (dict(labels=np.full((20, 20), 77, np.uint8)), "no pixel has the colour"),
+    "float image": (dict(images=np.full((20, 20, 3), 700, np.float32)), "--image-scaling"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_a_tile_that_cannot_be_used_is_named_and_the_status_is_2(check, tmp_path, case):
+    changes, message = UNUSABLE[case]
+    status, out, err = check("--data", "tiles", "--root", write_tiles(tmp_path, **changes))
+    assert status == 2 and "a: UNUSABLE" in out and message in out
+    assert err.count("\n") == 1 and "training cannot run" in err
+
+
+def test_missing_files_are_listed_and_the_rest_is_looked_at(check, tmp_path):
+    synthetic.write_city(tmp_path, size=64)
+    gone = [tmp_path / "top/top_mosaic_09cm_area5.tif", tmp_path / "dsm/dsm_09cm_matching_area15.tif"]
+    for path in gone:
+        path.unlink()
+    status, out, err = check("--data", "vaihingen", "--root", tmp_path)
+    assert status == 2 and "training cannot run" in err and all(f"missing {path}" in out for path in gone)
+    assert "train: 12 of 12 tiles are complete" in out and "test: 2 of 4 tiles are complete, 2 files missing" in out
+
+
+def test_the_paper_s_pixel_counts_stand_beside_those_of_vaihingen_s_test_tiles(check, tmp_path):
+    synthetic.write_city(tmp_path, size=64)
+    _, out, _ = check("--data", "vaihingen", "--root", tmp_path)
+    assert sum(VAIHINGEN_TEST_PIXELS) == 17_677_675 and "17,677,675" in out and "4,804,365" in out
+    test = out[out.index("test: ") :]
+    paths = [synthetic.tile_paths(tmp_path, area)["eroded"] for area in synthetic.TEST_AREAS]
+    scored = sum(int((tifffile.imread(path) != 0).any(-1).sum()) for path in paths)
+    (line,) = [line for line in test.splitlines() if line.split()[0] == "all"]
+    assert f" {scored:,} " in line and "DIFFERENT" in line
+    _, out, _ = check("--data", "vaihingen", "--root", tmp_path, "--full-labels")
+    assert "17,677,675" not in out  # other labels, other counts
+
+
+def test_a_truncated_file_is_named(check, tmp_path):
+    write_tiles(tmp_path)
+    path = tmp_path / "train/images/a.tif"
+    path.write_bytes(path.read_bytes()[:900])
+    status, out, _ = check("--data", "tiles", "--root", tmp_path)
+    assert status == 2 and f"UNUSABLE, {path}: truncated" in out
+
+
+def test_lzw_is_read_without_imagecodecs_and_its_damage_is_named(check, tmp_path):
+    write_tiles(tmp_path)
+    path = tmp_path / "train/images/a.tif"
+    Image.fromarray(tifffile.imread(path)).save(path, compression="tiff_lzw")
+    assert check("--data", "tiles", "--root", tmp_path)[0] == 0
+    path.write_bytes(path.read_bytes()[:400])
+    status, out, _ = check("--data", "tiles", "--root", tmp_path)
+    assert status == 2 and f"UNUSABLE, {path}" in out
+
+
+def test_tiles_without_heights_are_looked_at_as_images(check, tmp_path):
+    write_tiles(tmp_path)
+    for path in tmp_path.glob("*/dsm/a.tif"):
+        path.unlink()
+    assert check("--data", "tiles", "--root", tmp_path)[0] == 2
+    assert check("--data", "tiles", "--root", tmp_path, "--modalities", "image")[0] == 0
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs shared/data")
+@pytest.mark.parametrize("name, folder", [("tiles", "ign_tile"), ("hunan", "sentinel_hunan_layout")])
+def test_the_real_folders_are_sound(check, name, folder):
+    status, out, _ = check("--data", name, "--root", SHARED / folder)
+    assert status == 0 and "SUSPICIOUS" not in out and "UNUSABLE" not in out
