@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from layouts import IGNORE, Classes
-from rasters import STRIP, DataError, Grid, Held, Mapping, map_raster, nodata_value, raster_bytes, raster_size
+from rasters import STRIP, DataError, Grid, Held, InFile, nodata_value, raster_bytes, raster_in_file, raster_size
 from rasters import read_grid, read_raster, resample, same_grid
 from scaling import Scaling, TileScale, fill_missing_heights, measure, valid_heights
 
@@ -263,25 +263,25 @@ class Tile:
         grid = read_grid(self.paths["image" if "image" in self.paths else "dsm"])
         return grid.pixel_size() if grid is not None else None
 
-    def _keep(self, kind: str, array: np.ndarray, held: set[str] | None, lowest: float = 0) -> np.ndarray | Held | Mapping:
+    def _keep(self, kind: str, array: np.ndarray, held: set[str] | None, lowest: float = 0) -> np.ndarray | Held | InFile:
         if held is None:
             return _to_metres(array, self.height_unit) if kind == "dsm" else array
         if kind not in held:
-            return self.mapping(kind, lowest)
+            return self.in_file(kind, lowest)
         if kind == "dsm" and array.dtype == np.uint8:
             return Held(array, partial(_to_metres, unit=self.height_unit))
         return _to_metres(array, self.height_unit) if kind == "dsm" else np.ascontiguousarray(array)
 
-    def mapping(self, kind: str, lowest: float = 0) -> Mapping | None:
+    def in_file(self, kind: str, lowest: float = 0) -> InFile | None:
         """The file behind slices, decoded like `read_...`; None where it has to be in memory."""
         if kind == "dsm" and self.grids is not None:
             return None
         path, (H, W) = self.paths[kind], self.size
         if kind == "image":
-            return map_raster(path, (H, W, len(self.bands)), self._decode_image)
+            return raster_in_file(path, (H, W, len(self.bands)), self._decode_image)
         if kind == "labels":
-            return map_raster(path, (H, W), partial(_first, self._decode_labels))
-        return map_raster(path, (H, W), partial(_fill, nodata=nodata_value(path), lowest=lowest, unit=self.height_unit))
+            return raster_in_file(path, (H, W), partial(_first, self._decode_labels))
+        return raster_in_file(path, (H, W), partial(_fill, nodata=nodata_value(path), lowest=lowest, unit=self.height_unit))
 
     def memory(self, kind: str) -> int:
         """Bytes that a raster takes when it is held in memory, from the header."""
@@ -312,9 +312,9 @@ class LoadedTile:
     """A tile for a network. Rasters are arrays, or slice like arrays where they are held packed or in their files."""
 
     name: str
-    image: np.ndarray | Mapping | None  # (H, W, 3) in the type of its file
-    dsm: np.ndarray | Held | Mapping | None  # (H, W) float32 metres
-    labels: np.ndarray | Mapping | None  # (H, W) uint8
+    image: np.ndarray | InFile | None  # (H, W, 3) in the type of its file
+    dsm: np.ndarray | Held | InFile | None  # (H, W) float32 metres
+    labels: np.ndarray | InFile | None  # (H, W) uint8
     heights: tuple[float, float] | None  # metres that become 0 and 1
     scale: TileScale | None = None  # None: the type's range, and `heights`
 
@@ -339,7 +339,7 @@ def load_tiles(tiles: list[Tile], modalities: tuple[str, ...], memory_gb: float)
     budget, held, fixed = memory_gb * 1e9, [set() for _ in tiles], []
     for kind in kinds:
         for tile, chosen in zip(tiles, held):
-            if kind in tile.paths and tile.mapping(kind) is None:
+            if kind in tile.paths and tile.in_file(kind) is None:
                 chosen.add(kind)
                 fixed.append((tile.memory(kind), str(tile.paths[kind])))
     used = sum(size for size, _ in fixed)
@@ -358,6 +358,6 @@ def load_tiles(tiles: list[Tile], modalities: tuple[str, ...], memory_gb: float)
 
 def memory_line(loaded: list[LoadedTile]) -> str:
     """How much memory tiles take, and how much of them stays in files."""
-    mapped = sum(isinstance(r, Mapping) for tile in loaded for r in (tile.image, tile.dsm, tile.labels))
+    mapped = sum(isinstance(r, InFile) for tile in loaded for r in (tile.image, tile.dsm, tile.labels))
     files = f", {mapped} rasters are read crop by crop from their files" if mapped else ""
     return f"{len(loaded)} tiles take {sum(tile.nbytes() for tile in loaded) / 1e6:,.1f} MB of memory{files}"

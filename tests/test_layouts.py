@@ -13,7 +13,7 @@ import synthetic
 from data import CropDataset, CropOrder, DataError, draw_crop, load_tiles, memory_line, open_dataset, open_from_settings
 from data import image_bands
 from layouts import HUNAN, ISPRS_CLASSES, POTSDAM, VAIHINGEN
-from rasters import Held, Mapping, read_raster
+from rasters import Held, InFile, read_raster
 from scaling import Scaling
 
 PALETTE = np.array([color for _, color in ISPRS_CLASSES], np.uint8)
@@ -369,8 +369,8 @@ def test_crops_are_the_same_from_memory_from_files_and_from_plain_arrays(city, n
     roomy, tight = load_tiles(tiles, BOTH, 1), load_tiles(tiles, BOTH, 18 * 64 * 64 * 1.5e-9)
     assert all(isinstance(t.image, np.ndarray) and isinstance(t.labels, np.ndarray) for t in roomy)
     assert all(isinstance(t.dsm, Held if normalised else np.ndarray) for t in roomy)
-    assert all(isinstance(t.image, Mapping) for t in tight)
-    assert any(isinstance(t.labels if normalised else t.dsm, Mapping) for t in tight)
+    assert all(isinstance(t.image, InFile) for t in tight)
+    assert any(isinstance(t.labels if normalised else t.dsm, InFile) for t in tight)
     assert sum(t.nbytes() for t in tight) <= 18 * 64 * 64 * 1.5 and "read crop by crop" in memory_line(tight)
     assert sum(t.nbytes() for t in roomy) == 18 * 64 * 64 * (3 + 1 + (1 if normalised else 4))
     crops = crops_of(plain, 0)

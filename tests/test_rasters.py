@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from rasters import DataError, Grid, bilinear, map_raster, raster_bands, raster_bytes, read_grid, read_raster, resample
+from rasters import DataError, Grid, bilinear, raster_in_file, raster_bands, raster_bytes, read_grid, read_raster, resample
 from rasters import same_grid
 from tiles import Tile
 
@@ -225,7 +225,7 @@ def test_a_mapped_file_slices_like_the_array(tmp_path, dtype, bands, options):
     array = np.random.default_rng(0).integers(0, 99, (20, 30, bands)).astype(dtype)
     array = array[..., 0] if bands == 1 else array
     extra = {"extrasamples": ["unspecified"]} if bands == 4 else {}
-    mapped = map_raster(write(tmp_path / "a.tif", array, **options, **extra), (18, 30, *array.shape[2:]), lambda a: a)
+    mapped = raster_in_file(write(tmp_path / "a.tif", array, **options, **extra), (18, 30, *array.shape[2:]), lambda a: a)
     box = np.s_[7:15, 3:40]
     assert mapped.nbytes == 0 and np.array_equal(mapped[box], array[:18][box])
 
@@ -236,4 +236,4 @@ def test_what_is_not_uncompressed_in_one_piece_cannot_be_mapped(tmp_path):
     write(tmp_path / "a.tif", array, compression="zlib")
     write(tmp_path / "b.tif", array, tile=(16, 16))
     write(tmp_path / "c.tif", np.moveaxis(array, -1, 0), planarconfig="separate")
-    assert all(map_raster(tmp_path / name, (64, 64), lambda a: a) is None for name in ("a.jpg", "a.tif", "b.tif", "c.tif"))
+    assert all(raster_in_file(tmp_path / name, (64, 64), lambda a: a) is None for name in ("a.jpg", "a.tif", "b.tif", "c.tif"))
