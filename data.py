@@ -188,6 +188,7 @@ def _layout_tiles(dataset: Dataset, split: str, modalities: tuple[str, ...], sco
                 exact=dataset.labels == "published" and not layout.codes,
                 pixel=layout.pixel,
                 scaling=dataset.scaling,
+                one_grid=True,
             )
         )
     return tiles, missing

@@ -128,11 +128,14 @@ def raster_bands(path: Path) -> int:
 
 def raster_bytes(path: Path) -> int:
     """Bytes of one value of the file, from the header: 1 for 8 bits. Raises DataError by file."""
-    if not is_tiff(path):
+    try:
+        if is_tiff(path):
+            with tifffile.TiffFile(path) as tiff:
+                return tiff.pages[0].dtype.itemsize
         with Image.open(path) as image:
             return {"I;16": 2, "I": 4, "F": 4}.get(image.mode, 1)
-    with tifffile.TiffFile(path) as tiff:
-        return tiff.pages[0].dtype.itemsize
+    except Exception as error:  # as above
+        raise _unreadable(path, error) from error
 
 
 def _unreadable(path: Path, error: BaseException) -> DataError:
@@ -218,13 +221,20 @@ def raster_in_file(path: Path, shape: tuple[int, ...], decode: Callable[[np.ndar
     """The file behind slices, or None where its pixels do not lie uncompressed, row by row, in one piece."""
     if not is_tiff(path):
         return None
+    try:
+        return _in_one_piece(path, shape, decode)
+    except Exception as error:  # as above
+        raise _unreadable(path, error) from error
+
+
+def _in_one_piece(path: Path, shape: tuple[int, ...], decode: Callable[[np.ndarray], np.ndarray]) -> InFile | None:
     with tifffile.TiffFile(path) as tiff:
         page = tiff.pages[0]
         pieces = zip(page.dataoffsets, page.databytecounts, page.dataoffsets[1:])
         in_one_piece = all(start + count == following for start, count, following in pieces)
         if page.compression != UNCOMPRESSED or page.is_tiled or _by_planes(page) or not in_one_piece:
             return None
-        if page.bitspersample not in (8, 16, 32, 64) or page.fillorder != 1:
+        if page.bitspersample not in (8, 16, 32, 64) or page.fillorder != 1 or page.dtype is None:
             return None
         dtype = np.dtype(page.dtype).newbyteorder(tiff.byteorder)
         return InFile(path, dtype, page.dataoffsets[0], page.shape, shape, decode)

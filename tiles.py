@@ -82,13 +82,14 @@ class Tile:
     exact: bool = False  # as published: colours must match exactly, and any other one is class 0
     pixel: float | None = None  # metres, None: what the GeoTIFF tags say
     scaling: Scaling = Scaling()
+    one_grid: bool = False  # the files of a benchmark lie on each other, whatever their tags say
     missing_heights: int = 0  # pixels that `read_dsm` filled
     unknown_labels: int = 0  # pixels that `read_labels` found to fit no class
 
     @cached_property
     def grids(self) -> tuple[Grid, Grid] | None:
         """The grids of the heights and of the image where they differ, None where the pixels lie on each other."""
-        if not {"image", "dsm"} <= self.paths.keys():
+        if self.one_grid or not {"image", "dsm"} <= self.paths.keys():
             return None
         heights, image = read_grid(self.paths["dsm"]), read_grid(self.paths["image"])
         if heights is None or image is None:

@@ -101,6 +101,15 @@ def test_heights_that_lack_a_row_and_a_column_are_cut_to_and_said(city):
     assert any("cut to the common 63 x 63" in note for note in tile.notes)
 
 
+def test_tags_of_a_benchmark_s_files_move_nothing(city):
+    root = city("vaihingen")
+    for path, left in ((root / "top/top_mosaic_09cm_area5.tif", 0.0), (root / "dsm/dsm_09cm_matching_area5.tif", 7000.0)):
+        place = [(33550, "d", 3, (1.0, 1.0, 0.0), True), (33922, "d", 6, (0.0, 0.0, 0.0, left, 9.0, 0.0), True)]
+        rewrite(path, lambda a: a, extratags=place)
+    tile = by_name(open_dataset("vaihingen", root).tiles("test"))["5"]
+    assert np.array_equal(tile.read_dsm(), scene(5).dsm) and not tile.notes
+
+
 # ---------------------------------------------------------------------------------------------------------------- Potsdam
 
 
