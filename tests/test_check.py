@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -28,6 +29,13 @@ def check(monkeypatch, capsys):
         return end.value.code or 0, *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture(scope="module")
+def city(tmp_path_factory):
+    root = tmp_path_factory.mktemp("city")
+    synthetic.write_city(root, size=64)
+    return root
 
 
 def write_tiles(root, splits=("train", "test"), **changes):
@@ -102,8 +110,8 @@ def test_a_tile_that_cannot_be_used_is_named_and_the_status_is_2(check, tmp_path
     assert err.count("\n") == 1 and "training cannot run" in err
 
 
-def test_missing_files_are_listed_and_the_rest_is_looked_at(check, tmp_path):
-    synthetic.write_city(tmp_path, size=64)
+def test_missing_files_are_listed_and_the_rest_is_looked_at(check, city, tmp_path):
+    tmp_path = Path(shutil.copytree(city, tmp_path / "copy"))
     gone = [tmp_path / "top/top_mosaic_09cm_area5.tif", tmp_path / "dsm/dsm_09cm_matching_area15.tif"]
     for path in gone:
         path.unlink()
@@ -112,16 +120,15 @@ def test_missing_files_are_listed_and_the_rest_is_looked_at(check, tmp_path):
     assert "train: 12 of 12 tiles are complete" in out and "test: 2 of 4 tiles are complete, 2 files missing" in out
 
 
-def test_the_paper_s_pixel_counts_stand_beside_those_of_vaihingen_s_test_tiles(check, tmp_path):
-    synthetic.write_city(tmp_path, size=64)
-    _, out, _ = check("--data", "vaihingen", "--root", tmp_path)
+def test_the_paper_s_pixel_counts_stand_beside_those_of_vaihingen_s_test_tiles(check, city):
+    _, out, _ = check("--data", "vaihingen", "--root", city)
     assert sum(VAIHINGEN_TEST_PIXELS) == 17_677_675 and "17,677,675" in out and "4,804,365" in out
     test = out[out.index("test: ") :]
-    paths = [synthetic.tile_paths(tmp_path, area)["eroded"] for area in synthetic.TEST_AREAS]
+    paths = [synthetic.tile_paths(city, area)["eroded"] for area in synthetic.TEST_AREAS]
     scored = sum(int((tifffile.imread(path) != 0).any(-1).sum()) for path in paths)
     (line,) = [line for line in test.splitlines() if line.split()[0] == "all"]
     assert f" {scored:,} " in line and "DIFFERENT" in line
-    _, out, _ = check("--data", "vaihingen", "--root", tmp_path, "--full-labels")
+    _, out, _ = check("--data", "vaihingen", "--root", city, "--full-labels")
     assert "17,677,675" not in out  # other labels, other counts
 
 

@@ -386,6 +386,7 @@ def test_crops_are_the_same_from_memory_from_files_and_from_plain_arrays(city, n
     assert same_crops(crops, crops_of(roomy, 0)) and same_crops(crops, crops_of(tight, 0))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_any_number_of_workers_and_a_resume_give_the_same_crops_and_another_epoch_others(city):
     loaded = load_tiles(open_dataset("potsdam", city("potsdam")).tiles("train"), BOTH, 18 * 64 * 64 * 2e-9)
     crops = crops_of(loaded, 0)
