@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce
 
 from mfnet import Dropout2d
 
@@ -74,17 +73,33 @@ def leave_team() -> None:
         dist.destroy_process_group()
 
 
+class TeamSum(torch.autograd.Function):
+    """The sum of the members' tensors; each member's gradient is the sum of the gradients that all of them have."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
 class TeamBatchNorm2d(nn.BatchNorm2d):
     """Batch norm whose statistics are those of all processes' shares (torch's own needs a GPU)."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        x32 = x.float()
+        x32 = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         count = x.numel() // x.shape[1] * dist.get_world_size()
-        mean = all_reduce(x32.sum(dim=(0, 2, 3))) / count
+        mean = TeamSum.apply(x32.sum(dim=(0, 2, 3))) / count
         centred = x32 - mean[:, None, None]
-        variance = all_reduce((centred**2).sum(dim=(0, 2, 3))) / count
+        variance = TeamSum.apply((centred**2).sum(dim=(0, 2, 3))) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
@@ -100,9 +115,9 @@ def form_team(model: nn.Module, team: Team) -> nn.Module:
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.BatchNorm2d:
-                norm = TeamBatchNorm2d(child.num_features, child.eps, child.momentum).to(child.weight.device)
+                norm = TeamBatchNorm2d(child.num_features, child.eps, child.momentum).to(child.weight)
                 norm.load_state_dict(child.state_dict())
                 setattr(module, name, norm)
             elif isinstance(child, Dropout2d):
                 child.share = (team.rank, team.world)
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(model)
