@@ -14,6 +14,7 @@ indices, 255 = not scored. Heights are metres until `scale_heights`.
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch import Tensor
 
 import synthetic
 
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # a damaged file is one line, and that is ours
 IGNORE = 255
 MODALITIES = {"image": ("image",), "dsm": ("dsm",), "image+dsm": ("image", "dsm")}
 
