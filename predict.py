@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--dsm", type=Path, help="height raster of the same size")
     parser.add_argument("--out", type=Path, required=True, help="class map to write: .png or .tif")
     parser.add_argument("--stride", type=int, help="pixels between windows; by default as the run was scored")
+    parser.add_argument("--weights", help="where SAM's weights are now; by default as the run found them")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     args = parser.parse_args()
     if args.out.suffix.lower() not in (".png", ".tif", ".tiff"):
@@ -146,7 +147,7 @@ def main() -> None:
 
     run = args.run or newest_run()
     device = pick_device(args.device)
-    model, settings, classes = load_model(run / "model.pt")
+    model, settings, classes = load_model(run / "model.pt", args.weights, Ticker("fetching SAM's weights, bytes"))
     store_frozen_weights(model, settings["precision"], device)
     modalities = MODALITIES[settings["modalities"]]
     paths = {kind: path for kind, path in (("image", args.image), ("dsm", args.dsm)) if kind in modalities}

@@ -93,8 +93,8 @@ AS_PUBLISHED: dict[str, object] = {
     "early_drops": True,
 }
 
-# What may differ between a run and its continuation without changing a single weight.
-FREE_ON_RESUME = ("out", "root", "workers", "device", "save_every")
+# What may differ between a run and its continuation: the data and the base are checked by what they hold.
+FREE_ON_RESUME = ("out", "root", "weights", "workers", "device", "save_every")
 
 
 def parse_settings(argv: list[str] | None = None, description: str = "") -> tuple[Settings, dict, argparse.Namespace]:

@@ -24,9 +24,10 @@ import subprocess
 import sys
 import time
 import zlib
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Iterator
 
 import torch
 import torch.nn as nn
@@ -181,8 +182,9 @@ class Run:
         self.data = fingerprint(self.tiles)
         self.classes = [[name, list(color)] for name, color in dataset.classes]
         model, self.base, report = build_model(asdict(s), len(dataset.classes), Ticker("fetching SAM's weights, bytes"))
-        if last is not None and last["base"]["sha256"] != self.base["sha256"] and s.tuner != "full":
-            raise DataError(f"{s.out} stands on {last['base']}, not on {self.base}; give the same --weights")
+        if last is not None and last["base"]["sha256"] != self.base["sha256"]:
+            theirs, ours = (f"{b['weights']} (sha256 {b['sha256']})" for b in (last["base"], self.base))
+            raise DataError(f"{s.out} was begun on {theirs}, not on {ours}; give the base it was begun on by --weights")
         if last is not None and last["data"] != self.data:
             raise DataError(f"{s.root}: not the training tiles that {s.out} began with; give them back, or begin anew")
         store_frozen_weights(model, s.precision, device)
@@ -260,7 +262,8 @@ class Run:
         if every and (epoch % every == 0 or epoch == s.epochs):
             entry["miou"] = self.choose(epoch)
         if self.team.leads:
-            append_log(self.folder, entry)
+            with self.writing():
+                append_log(self.folder, entry)
         self.save_last()
 
     def choose(self, epoch: int) -> float | None:
@@ -277,11 +280,24 @@ class Run:
     def save_last(self) -> None:
         if self.team.leads:
             content = self.trainer.content(self.base, self.data)
-            replace_atomically(self.folder / "last.pt", lambda p: torch.save(content, p))
+            with self.writing():
+                replace_atomically(self.folder / "last.pt", lambda p: torch.save(content, p))
 
     def save_model(self) -> None:
         if self.team.leads:
-            save_model(self.folder / "model.pt", self.trainer.model, asdict(self.s), self.base, self.classes)
+            with self.writing():
+                save_model(self.folder / "model.pt", self.trainer.model, asdict(self.s), self.base, self.classes)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """A full disk or a folder that is gone ends the run with a line; files that were written before stay whole."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch tells of a full disk by RuntimeError
+            raise TrainingStopped(
+                f"{self.folder} cannot be written ({str(error).splitlines()[0]}); what was saved before is intact: "
+                f"make room, then python train.py --resume --out {self.folder}"
+            ) from error
 
     def finish(self) -> dict:
         """Writes model.pt, scores.json and pictures/ of the epoch that was chosen; returns the scores."""
