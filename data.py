@@ -138,7 +138,7 @@ def raster_size(path: Path) -> tuple[int, int]:
     try:
         if path.suffix.lower() in (".tif", ".tiff"):
             with tifffile.TiffFile(path) as tiff:
-                return tiff.pages[0].imagelength, tiff.pages[0].imagewidth
+                return int(tiff.pages[0].imagelength), int(tiff.pages[0].imagewidth)
         with Image.open(path) as image:
             return image.height, image.width
     except Exception as error:  # as above
@@ -256,8 +256,8 @@ class Tile:
     def _read(self, kind: str) -> np.ndarray:
         array = read_raster(self.paths[kind])
         H, W = self.size
-        if array.shape[0] < H or array.shape[1] < W:
-            raise DataError(f"{self.paths[kind]}: {array.shape[:2]} pixels read where its header says {H} x {W}")
+        if array.ndim not in (2, 3) or array.shape[0] < H or array.shape[1] < W:
+            raise DataError(f"{self.paths[kind]}: {array.shape} pixels read where its header says {H} x {W}")
         return array[:H, :W]
 
     def read_image(self) -> np.ndarray:
