@@ -88,7 +88,7 @@ def segmentation_loss(
     loss = F.cross_entropy(
         logits.float(), labels, weights, ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing
     )
-    return loss / (scored_weight(labels, weights) if total is None else total)
+    return loss / (scored_weight(labels, weights).to(loss) if total is None else total)
 
 
 def scored_weight(labels: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -506,7 +506,7 @@ def test_any_number_of_workers_gives_the_same_samples_in_the_same_order():
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5), st.data())
 def test_an_order_from_a_later_epoch_on_is_the_tail_of_the_whole_one(epochs, steps, batch, data):
     first = data.draw(st.integers(0, epochs))
-    whole, tail = CropOrder(epochs, steps, batch), CropOrder(epochs, steps, batch, first)
+    whole, tail = CropOrder(epochs, steps, batch), CropOrder(epochs, steps, batch, first * steps)
     assert list(tail) == list(whole)[first * steps :] and len(tail) == len(list(tail))
     drawn = [key for keys in whole for key in keys]
     assert len(set(drawn)) == len(drawn) == epochs * steps * batch

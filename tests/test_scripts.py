@@ -180,12 +180,12 @@ def test_a_map_of_the_run_s_own_stride_is_what_was_scored(trained, tile, city, s
 
 KILLED_IN_THE_SECOND_EPOCH = """
 import os, signal, train
-rate = train.learning_rate
-def learning_rate(step, settings):
-    if step == 3:
+step = train.Trainer.step
+def step_or_die(trainer, parts):
+    if trainer.progress.step == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    return rate(step, settings)
-train.learning_rate = learning_rate
+    return step(trainer, parts)
+train.Trainer.step = step_or_die
 train.main()
 """
 
@@ -244,7 +244,7 @@ def test_a_loss_that_is_no_number_stops_with_status_1_and_leaves_the_last_epoch(
     status, _, err = script("train.py", *flags)
     assert status == 1 and len(err.splitlines()) == 1 and "at step 2" in err
     last = torch.load("run/last.pt", weights_only=True)
-    assert last["epoch"] == 1 and len(log_of(Path("run"))) == 1 and not Path("run/model.pt").exists()
+    assert last["progress"]["step"] == 1 and len(log_of(Path("run"))) == 1 and not Path("run/model.pt").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------- mistakes
@@ -259,7 +259,7 @@ def assert_refused(result, *parts):
 @pytest.mark.parametrize(
     "flags, parts",
     [
-        ("--root nowhere", ["first nowhere/top/top_mosaic_09cm_area5.tif", "ISPRS"]),
+        ("--root nowhere", ["first nowhere/top/top_mosaic_09cm_area1.tif", "ISPRS"]),
         ("--data mars", ["mars", "vaihingen"]),
         ("--tuner magic", ["magic", "adapter", "lora"]),
         ("--encoder vit_z", ["vit_z", "vit_l"]),

@@ -11,31 +11,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import DATASETS, DataError
+from distributed import Team
 from mfnet import build_mfnet
-from train import (
-    RECIPES,
-    Settings,
-    build_optimizer,
-    check_settings,
-    describe_model,
-    learning_rate,
-    new_folder,
-    parse_settings,
-    segmentation_loss,
-)
+from settings import RECIPES, Settings, check_settings, learning_rate, parse_settings
+from train import build_optimizer, describe_model, new_folder, segmentation_loss
 
 # ------------------------------------------------------------------------------------------------------------- settings
 
 
 def test_the_recipe_of_vaihingen_is_the_paper_s():
-    settings, given_by_hand, resume = parse_settings(["--data", "vaihingen"])
+    settings, given_by_hand, args = parse_settings(["--data", "vaihingen"])
     paper = dict(
         encoder="vit_l", weights="auto", tuner="adapter", mixing=True, modalities="image+dsm", fusion="dfm", crop=256,
         batch_size=10, epochs=50, steps=1000, optimizer="sgd", lr=0.01, weight_decay=5e-4, schedule="multistep",
         eval_stride=32, precision="fp32",
     )  # fmt: skip
     assert {name: getattr(settings, name) for name in paper} == paper
-    assert given_by_hand == {"data": "vaihingen"} and not resume
+    assert given_by_hand == {"data": "vaihingen"} and not args.resume
 
 
 @pytest.mark.parametrize("data, encoder, weights", [("tiles", "vit_l", "auto"), ("synthetic", "vit_t", "none")])
@@ -60,9 +52,9 @@ def test_the_command_line_without_a_word_is_the_synthetic_city():
 
 def test_what_is_given_by_hand_overrides_the_recipe_and_nothing_else():
     flags = "--data tiles --epochs 3 --lr 0.5 --optimizer sgd --no-mixing --root /a --resume".split()
-    settings, given_by_hand, resume = parse_settings(flags)
+    settings, given_by_hand, args = parse_settings(flags)
     changed = dict(data="tiles", epochs=3, lr=0.5, optimizer="sgd", mixing=False, root="/a")
-    assert given_by_hand == changed and resume
+    assert given_by_hand == changed and args.resume
     assert dataclasses.asdict(settings) == {**dataclasses.asdict(Settings()), **RECIPES["tiles"], **changed}
 
 
@@ -71,7 +63,8 @@ def test_every_setting_is_a_flag_that_is_read_in_its_own_type(f):
     flag = "--" + f.name.replace("_", "-")
     value = {"int": 65, "float": 0.25, "str": (f.metadata["choices"] or ("x",))[-1], "bool": False}[f.type]
     words = ["--no-" + flag[2:]] if f.type == "bool" else [flag, str(value)]
-    extra = ["--eval-stride", "65"] if f.name == "crop" else []
+    extra = {"crop": ["--eval-stride", "65"], "select": ["--val", "2"], "accumulate": ["--batch-size", "130"]}.get(f.name, [])
+    extra += ["--select", "last"] if f.name == "val" else []
     settings, _, _ = parse_settings([*words, *extra])
     assert getattr(settings, f.name) == value and type(getattr(settings, f.name)) is type(f.default)
 
@@ -159,7 +152,7 @@ def test_a_network_that_trains_anything_but_what_its_tuner_lists_is_refused(mode
 def test_runs_that_begin_in_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda *_: "20250101-000000")
-    folders = [new_folder(Settings(data="tiles", tuner="lora")) for _ in range(3)]
+    folders = [new_folder(Settings(data="tiles", tuner="lora"), Team()) for _ in range(3)]
     assert len(set(folders)) == 3 and all(f.is_dir() and f.parent.name == "runs" for f in folders)
     assert folders[0].name == "20250101-000000_tiles_lora"
 
@@ -167,6 +160,6 @@ def test_runs_that_begin_in_the_same_second_get_folders_of_their_own(tmp_path, m
 def test_a_folder_that_holds_a_run_or_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({}))
     with pytest.raises(DataError, match="holds a run already.*--resume"):
-        new_folder(Settings(out=str(tmp_path)))
+        new_folder(Settings(out=str(tmp_path)), Team())
     with pytest.raises(DataError, match="cannot be made"):
-        new_folder(Settings(out=str(tmp_path / "config.json" / "run")))
+        new_folder(Settings(out=str(tmp_path / "config.json" / "run")), Team())
