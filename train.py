@@ -16,7 +16,7 @@ the weights of one, up to rounding.
 from __future__ import annotations
 
 import json
-import math
+import os
 import platform
 import signal
 import statistics
@@ -24,15 +24,12 @@ import subprocess
 import sys
 import time
 import zlib
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Iterator
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from torch import Tensor
 
 from checkpoints import (
     build_model,
@@ -42,128 +39,15 @@ from checkpoints import (
     read_content,
     replace_atomically,
     save_model,
-    trained_state,
 )
 from console import Ticker, clock, run_script
-from data import IGNORE, MODALITIES, CropDataset, CropOrder, DataError, Dataset, LoadedTile, Tile, open_dataset
-from distributed import Team, form_team, join_team, leave_team
+from data import MODALITIES, CropDataset, CropOrder, DataError, Dataset, LoadedTile, Tile, open_dataset
+from distributed import Team, join_team, leave_team
 from evaluate import SUMMARY, format_scores, score_run, score_split
 from mfnet import MFNet, count_parameters, trained_names
-from predict import autocast, store_frozen_weights
-from settings import AS_PUBLISHED, Settings, class_weights, learning_rate, parse_settings, resumed_settings
-
-
-class TrainingStopped(RuntimeError):
-    """Training cannot go on; what was saved stays. `status` is the exit status."""
-
-    def __init__(self, message: str, status: int = 1):
-        super().__init__(message)
-        self.status = status
-
-
-@dataclass
-class Progress:
-    """Where a run stands, besides weights and optimiser."""
-
-    step: int = 0  # optimiser steps done
-    loss_sum: float = 0.0  # of the steps of the current epoch
-    best: float | None = None  # best mIoU of the tiles that --select looks at
-    best_epoch: int = 0
-
-
-# ------------------------------------------------------------------------------------------------------------------ step
-
-
-def segmentation_loss(
-    logits: Tensor,
-    labels: Tensor,
-    total: float | None = None,
-    weights: Tensor | None = None,
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """Cross-entropy of (B, K, H, W) and (B, H, W), summed over the scored pixels and divided by `total`.
-
-    `total` is by default the batch's own `scored_weight`, which makes it the mean; 0 for a batch without scored pixels.
-    """
-    loss = F.cross_entropy(
-        logits.float(), labels, weights, ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing
-    )
-    return loss / (scored_weight(labels, weights).to(loss) if total is None else total)
-
-
-def scored_weight(labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The number of scored pixels, each counted with its class's weight; at least a tiny number."""
-    scored = labels != IGNORE
-    total = scored.sum() if weights is None else weights[labels[scored]].sum()
-    return total.double().clamp(min=1e-12)
-
-
-def build_optimizer(model: nn.Module, s: Settings) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if s.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=s.lr, momentum=0.9, weight_decay=s.weight_decay)
-    return torch.optim.AdamW(parameters, lr=s.lr, weight_decay=s.weight_decay)
-
-
-class Trainer:
-    """The loop over steps, and everything that a saved run needs to go on with it."""
-
-    def __init__(self, model: MFNet, s: Settings, team: Team, num_classes: int):
-        self.model, self.s, self.team = model, s, team
-        self.device = next(model.parameters()).device
-        if s.compile:
-            for block in model.image_encoder.blocks:
-                block.compile()  # in place: state-dict names stay
-        model.image_encoder.activation_checkpointing = s.checkpointing
-        self.forward = form_team(model, team)
-        self.optimizer = build_optimizer(model, s)
-        weights = class_weights(s, num_classes)
-        self.weights = None if weights is None else torch.tensor(weights, device=self.device)
-        self.progress = Progress()
-
-    def step(self, parts: list[tuple[list[Tensor], Tensor]]) -> float:
-        """One optimiser step on this process's share, given in parts; returns the loss of the whole batch."""
-        s, step = self.s, self.progress.step
-        torch.manual_seed(s.seed * 1_000_003 + step)  # dropout: a function of seed and step, on every process
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, s)
-        weights = None if self.weights is None else self.weights.cpu()
-        total = self.team.sum(sum(scored_weight(labels, weights) for _, labels in parts)).item()
-        self.optimizer.zero_grad()
-        loss_sum = torch.zeros(1, dtype=torch.float64)
-        for i, (rasters, labels) in enumerate(parts):
-            last = i == len(parts) - 1
-            with nullcontext() if last or self.team.world == 1 else self.forward.no_sync():
-                with autocast(s.precision, self.device):
-                    logits = self.forward(*(r.to(self.device, non_blocking=True) for r in rasters))
-                labels = labels.to(self.device, non_blocking=True)
-                loss = segmentation_loss(logits, labels, total, self.weights, s.label_smoothing)
-                (loss * self.team.world).backward()  # the team's gradients are averaged, the loss wants their sum
-            loss_sum += loss.item()
-        value = self.team.sum(loss_sum).item()
-        if not math.isfinite(value):
-            raise TrainingStopped(f"the loss is {value} at step {step + 1}; try a smaller --lr, or --clip 1")
-        if s.clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), s.clip)
-        self.optimizer.step()
-        self.progress.step += 1
-        self.progress.loss_sum += value
-        return value
-
-    def content(self, base: dict, data: str) -> dict:
-        return {
-            "settings": asdict(self.s),
-            "base": base,
-            "data": data,
-            "state": trained_state(self.model),
-            "optimizer": self.optimizer.state_dict(),
-            "progress": asdict(self.progress),
-        }
-
-    def restore(self, content: dict, name: str) -> None:
-        load_trained_state(self.model, content["state"], name)
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.progress = Progress(**content["progress"])
+from predict import store_frozen_weights
+from settings import AS_PUBLISHED, Settings, learning_rate, parse_settings, resumed_settings
+from training import Trainer, TrainingStopped, peak_memory
 
 
 # ------------------------------------------------------------------------------------------------------------------- run
@@ -205,6 +89,7 @@ class Run:
         config = {**asdict(s), "base": self.base, "classes": self.classes, "version": version(), "processes": team.world}
         if team.leads:
             write_json(self.folder / "config.json", config)
+        self.board = open_tensorboard(self.folder) if team.leads else None
 
     def say(self, text: str) -> None:
         if self.team.leads:
@@ -220,30 +105,29 @@ class Run:
             batch_sampler=CropOrder(s.epochs, s.steps, s.batch_size, first, s.accumulate, team.rank, team.world),
             num_workers=workers,
             pin_memory=trainer.device.type == "cuda",
+            worker_init_fn=leave_signals_to_the_parent,
         )
-        batches = iter(loader)
-        ticker, interrupted = Ticker("step"), catch_signals()
-        start = epoch_start = time.monotonic()
-        epoch_first = first
-        for step in range(first, total):
-            trainer.model.train()
-            loss = trainer.step([next(batches) for _ in range(s.accumulate)])
-            now = time.monotonic()
-            done = step + 1
-            if team.leads:
-                speed = (done - first) * s.batch_size / (now - start)
-                ticker(done, total, f", loss {loss:.3f}, {speed:.3g} images/s")
-            signals = [n for n in team.gather(interrupted[0] if interrupted else 0) if n]
-            if done % s.steps == 0:
-                self.end_epoch(done, (done - epoch_first) * s.batch_size, now - epoch_start)
-                epoch_start, epoch_first = time.monotonic(), done
-            elif signals or (s.save_every and done % s.save_every == 0):
-                self.save_last()
-            if signals and done < total:
-                raise TrainingStopped(
-                    f"interrupted after step {done} of {total}; go on with python train.py --resume --out {self.folder}",
-                    status=128 + signals[0],
-                )
+        with noted_signals() as noted:
+            batches, ticker = iter(loader), Ticker("step")
+            start = epoch_start = time.monotonic()
+            epoch_first = first
+            for done in range(first + 1, total + 1):
+                trainer.model.train()
+                loss = trainer.step([next(batches) for _ in range(s.accumulate)])
+                now = time.monotonic()
+                if team.leads:
+                    speed = (done - first) * s.batch_size / (now - start)
+                    ticker(done, total, f", loss {loss:.3f}, {speed:.3g} images/s")
+                signals = [n for n in team.gather(noted[0] if noted else 0) if n]
+                if done % s.steps == 0:
+                    self.end_epoch(done, (done - epoch_first) * s.batch_size, now - epoch_start)
+                    epoch_start, epoch_first = time.monotonic(), done
+                elif signals or (s.save_every and done % s.save_every == 0):
+                    self.save_last()
+                if signals and done < total:
+                    again = f"python train.py --resume --out {self.folder}"
+                    message = f"interrupted after step {done} of {total}; go on with {again}"
+                    raise TrainingStopped(message, status=128 + signals[0])
 
     def end_epoch(self, step: int, images: int, seconds: float) -> None:
         s, progress = self.s, self.trainer.progress
@@ -264,6 +148,9 @@ class Run:
         if self.team.leads:
             with self.writing():
                 append_log(self.folder, entry)
+            for name, value in entry.items():
+                if self.board and value is not None:
+                    self.board.add_scalar(name, value, step)
         self.save_last()
 
     def choose(self, epoch: int) -> float | None:
@@ -341,17 +228,38 @@ def fingerprint(tiles: list[LoadedTile]) -> str:
     return f"{code:08x}"
 
 
-def catch_signals() -> list[int]:
-    """From now on SIGINT and SIGTERM are noted in the list that is returned; a second one ends the program."""
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are noted in a list, for the loop to look at after each step; a second one ends the program."""
     noted: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, frame) -> None:
         noted.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, before[number])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
-    return noted
+    try:
+        for number in before:
+            signal.signal(number, note)
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    """A terminal's Ctrl-C reaches the workers too; they go on until the parent has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def open_tensorboard(folder: Path):
+    """A writer below the run's folder, or None where the package tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(folder / "tensorboard")
 
 
 def append_log(folder: Path, entry: dict) -> None:
@@ -360,18 +268,6 @@ def append_log(folder: Path, entry: dict) -> None:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if json.loads(line)["step"] < entry["step"]]
     replace_atomically(path, lambda p: p.write_text("\n".join([*kept, json.dumps(entry)]) + "\n", encoding="utf-8"))
-
-
-def peak_memory(device: torch.device) -> float | None:
-    """The most memory used so far in MB: of the GPU, else of the process; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def describe_model(model: MFNet) -> str:
@@ -474,7 +370,8 @@ def main() -> None:
         s = Settings(**team.share(asdict(s)))  # a seed that was drawn is the leader's
         device = pick_device(device_name)
         if s.deterministic:
-            torch.use_deterministic_algorithms(True)
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
             torch.backends.cudnn.benchmark = False
         if args.as_published and team.leads:
             print("as published: " + ", ".join(f"{k} {getattr(s, k)}" for k in AS_PUBLISHED))
@@ -482,11 +379,14 @@ def main() -> None:
             run_seeds(s, given, args.seeds, team, device)
         else:
             run(s, given, args.resume, team, device)
-    except torch.OutOfMemoryError as error:
-        raise DataError(out_of_memory(s, torch.device(device_name))) from error
     except TrainingStopped as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         sys.exit(stopped.status)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        print(f"stopped: {out_of_memory(s, device)}", file=sys.stderr)
+        sys.exit(1)
     finally:
         leave_team()
 

@@ -14,7 +14,8 @@ from data import DATASETS, DataError
 from distributed import Team
 from mfnet import build_mfnet
 from settings import RECIPES, Settings, check_settings, learning_rate, parse_settings
-from train import build_optimizer, describe_model, new_folder, segmentation_loss
+from train import describe_model, new_folder
+from training import build_optimizer, segmentation_loss
 
 # ------------------------------------------------------------------------------------------------------------- settings
 

@@ -20,6 +20,7 @@ from distributed import Team
 from mfnet import build_mfnet
 from predict import autocast, store_frozen_weights
 from settings import AS_PUBLISHED, Settings, class_weights, learning_rate, parse_settings
+from training import TrainingStopped, scored_weight, segmentation_loss
 
 ROOT = Path(train.__file__).resolve().parent
 SHORT = "--data vaihingen --encoder vit_t --weights none --epochs 2 --steps 4 --batch-size 2 --crop 64 --eval-stride 64"
@@ -136,7 +137,7 @@ def test_what_cannot_be_written_ends_the_run_and_leaves_the_last_checkpoint(monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", no_space)
-    with pytest.raises(train.TrainingStopped, match="No space left.*--resume"):
+    with pytest.raises(TrainingStopped, match="No space left.*--resume"):
         run.save_last()
     assert (run.folder / "last.pt").read_bytes() == before
     assert sorted(p.name for p in run.folder.iterdir()) == ["config.json", "last.pt"]
@@ -316,9 +317,22 @@ def test_parts_of_a_batch_add_up_to_the_loss_of_the_whole():
     labels[0] = 255
     weights = torch.tensor([1.0, 2.0, 0.5])
     whole = F.cross_entropy(logits, labels, weights, ignore_index=255, label_smoothing=0.1)
-    total = float(train.scored_weight(labels, weights))
-    parts = [train.segmentation_loss(logits[i : i + 2], labels[i : i + 2], total, weights, 0.1) for i in (0, 2)]
+    total = float(scored_weight(labels, weights))
+    parts = [segmentation_loss(logits[i : i + 2], labels[i : i + 2], total, weights, 0.1) for i in (0, 2)]
     torch.testing.assert_close(sum(parts).float(), whole)
+
+
+def test_out_of_memory_ends_with_the_ways_to_need_less(city, tmp_path, monkeypatch, capsys):
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train.Trainer, "step", no_memory)
+    monkeypatch.setattr(sys, "argv", ["train.py", *SHORT.split(), "--root", str(city), "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    err = capsys.readouterr().err
+    assert end.value.code == 1 and len(err.splitlines()) == 1
+    assert all(way in err for way in ("MB", "--batch-size 2", "--accumulate 2", "--checkpointing", "--precision bf16"))
 
 
 def test_class_weights_are_one_number_for_each_class():
