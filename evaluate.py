@@ -25,7 +25,7 @@ from console import Parser, Ticker, run_script
 from data import MODALITIES, DataError, Dataset, LoadedTile, Tile, open_dataset, sliding_windows
 from distributed import Team
 from predict import predict_tile, store_frozen_weights
-from report import save_panel
+from report import save_panel, write_report
 
 
 class ConfusionMatrix:
@@ -203,6 +203,8 @@ def main() -> None:
     model.to(device)
     stride = settings["eval_stride"] if args.stride is None else args.stride
     scores = score_run(run, model, dataset, args.split, settings, stride)
+    if args.split == "test":
+        write_report(run)
     print(f"{run}: {settings['encoder']}, {settings['tuner']}, {settings['modalities']}, fusion {settings['fusion']}")
     print(format_scores(scores))
 

@@ -8,7 +8,7 @@
     torchrun --nproc_per_node=4 train.py --data vaihingen ...    the same run on four GPUs
 
 A run's folder holds config.json, log.jsonl (a line per epoch), last.pt (everything to go on), and at the end model.pt
-(what was trained), scores.json and pictures/. Every random choice is a function of --seed and the step: the same
+(what was trained), scores.json, pictures/ and report.html. Every random choice is a function of --seed and the step: the same
 command on the same machine gives the same weights, a resumed run those of one that was never stopped, and N processes
 the weights of one, up to rounding.
 """
@@ -46,6 +46,7 @@ from distributed import Team, join_team, leave_team
 from evaluate import SUMMARY, format_scores, score_run, score_split
 from mfnet import MFNet, count_parameters, trained_names
 from predict import store_frozen_weights
+from report import write_report
 from settings import AS_PUBLISHED, Settings, learning_rate, parse_settings, resumed_settings
 from training import Trainer, TrainingStopped, peak_memory
 
@@ -87,6 +88,7 @@ class Run:
         self.say(describe_model(model))
         self.say(f"{s.epochs} epochs x {s.steps} steps x {s.batch_size} crops of {s.crop}")
         config = {**asdict(s), "base": self.base, "classes": self.classes, "version": version(), "processes": team.world}
+        config["parameters"] = count_parameters(model)
         if team.leads:
             write_json(self.folder / "config.json", config)
         self.board = open_tensorboard(self.folder) if team.leads else None
@@ -201,7 +203,9 @@ class Run:
         scores = score_run(self.folder, model.eval(), self.dataset, "test", asdict(s), s.eval_stride, self.team)
         self.say(format_scores(scores))
         self.say(f"({chosen})")
-        self.say(f"{self.folder}: model.pt, scores.json, pictures/")
+        if self.team.leads:
+            write_report(self.folder)
+        self.say(f"{self.folder}: model.pt, scores.json, pictures/, report.html")
         return scores
 
 
