@@ -78,7 +78,7 @@ def fetch(url: str, target: Path, md5: str, progress: Progress | None = None) ->
     by_hand = f"fetch {url} by other means and put it to {target} (md5 {md5})"
     part = target.with_name(target.name + ".part")
     try:
-        # At every start: it takes 1.5 s for a GB, and training on a damaged base would not be noticed at all.
+        # At every start: it takes 2 s for a GB, and nobody would notice that a run stands on a damaged base.
         if target.exists():
             if (found := file_md5(target)) != md5:
                 raise WeightsError(f"{target} has md5 {found}, it is damaged or another file; remove it, or {by_hand}")
@@ -108,8 +108,7 @@ def _download(url: str, part: Path, progress: Progress | None) -> None:
     # In place instead of appending: a second process at the same download then writes the same bytes over.
     with response, open(part, "r+b") as file:
         have = have if response.status == 206 else 0  # a server that does not know ranges begins again
-        length = int(response.headers.get("Content-Length", 0))
-        total = have + length if length else 0
+        total = have + response.length if response.length else 0
         file.seek(have)
         while chunk := response.read(1 << 20):
             file.write(chunk)
@@ -311,7 +310,7 @@ def check_new(out: Path) -> None:
 
 
 def save_new(out: Path, content: dict) -> None:
-    check_new(out)
+    """Writes a file that `check_new` let pass. Raises WeightsError, and leaves nothing, if that fails."""
     try:
         replace_atomically(out, lambda p: torch.save(content, p))
     except (OSError, RuntimeError) as error:  # torch tells of a full disk or a closed folder by RuntimeError

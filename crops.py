@@ -33,22 +33,27 @@ class Crop:
     flip_columns: bool
 
 
-def draw_crop(seed: int, epoch: int, index: int, sizes: list[tuple[int, int]], crop: int) -> Crop:
+def draw_crop(
+    seed: int, epoch: int, index: int, sizes: list[tuple[int, int]], crop: int, last_pixel: bool = True
+) -> Crop:
     """A uniformly drawn tile, a uniformly drawn position, two coin flips: a function of its arguments alone.
 
-    differs: the published code never draws a tile's last row and column; here every position that fits is drawn.
+    differs: the published code never draws a tile's last row and column; here every position that fits is drawn,
+    unless `last_pixel` is False.
     """
     rng = np.random.default_rng((seed, epoch, index))
     tile = int(rng.integers(len(sizes)))
-    top, left = (int(rng.integers(max(n - crop, 0) + 1)) for n in sizes[tile])
+    top, left = (int(rng.integers(max(n - crop + last_pixel, 1))) for n in sizes[tile])
     return Crop(tile, top, left, bool(rng.integers(2)), bool(rng.integers(2)))
 
 
 class CropDataset(torch.utils.data.Dataset):
     """Training samples; the index is the pair (epoch, index)."""
 
-    def __init__(self, tiles: list[LoadedTile], crop: int, seed: int, modalities: tuple[str, ...]):
-        self.tiles, self.crop, self.seed, self.modalities = tiles, crop, seed, modalities
+    def __init__(
+        self, tiles: list[LoadedTile], crop: int, seed: int, modalities: tuple[str, ...], last_pixel: bool = True
+    ):
+        self.tiles, self.crop, self.seed, self.modalities, self.last_pixel = tiles, crop, seed, modalities, last_pixel
         self.sizes = [tile.size for tile in tiles]
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], Tensor]:
@@ -56,7 +61,7 @@ class CropDataset(torch.utils.data.Dataset):
 
         A tile smaller than the crop is continued by reflection; what was added is never scored.
         """
-        c = draw_crop(self.seed, *key, self.sizes, self.crop)
+        c = draw_crop(self.seed, *key, self.sizes, self.crop, self.last_pixel)
         tile = self.tiles[c.tile]
         cut = np.s_[c.top : c.top + self.crop, c.left : c.left + self.crop]
         rasters = []
@@ -80,18 +85,27 @@ def _tensor(array: np.ndarray, crop: Crop) -> Tensor:
 
 
 class CropOrder(torch.utils.data.Sampler):
-    """Batches of (epoch, index), from a step of an epoch on: `batch` samples each, `steps` batches an epoch."""
+    """Batches of (epoch, index): `steps` batches of `batch` samples an epoch, from step `first` of the run on.
 
-    def __init__(self, epochs: int, steps: int, batch: int, first_epoch: int = 0):
-        self.epochs, self.steps, self.batch, self.first_epoch = epochs, steps, batch, first_epoch
+    Of each batch only the share of process `rank` of `world` is listed, and that in `parts` batches of their own.
+    """
+
+    def __init__(
+        self, epochs: int, steps: int, batch: int, first: int = 0, parts: int = 1, rank: int = 0, world: int = 1
+    ):
+        self.epochs, self.steps, self.batch, self.first = epochs, steps, batch, first
+        self.parts, self.rank, self.world = parts, rank, world
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for epoch in range(self.first_epoch, self.epochs):
-            for step in range(self.steps):
-                yield [(epoch, step * self.batch + i) for i in range(self.batch)]
+        size = self.batch // (self.parts * self.world)
+        for step in range(self.first, self.epochs * self.steps):
+            epoch, start = step // self.steps, step % self.steps * self.batch
+            for part in range(self.parts):
+                offset = start + (part * self.world + self.rank) * size
+                yield [(epoch, offset + i) for i in range(size)]
 
     def __len__(self) -> int:
-        return (self.epochs - self.first_epoch) * self.steps
+        return (self.epochs * self.steps - self.first) * self.parts
 
 
 # ------------------------------------------------------------------------------------------------- windows for prediction

@@ -19,7 +19,7 @@ from crops import Crop, CropDataset, CropOrder, draw_crop, sliding_windows, wind
 from layouts import IGNORE, ISPRS_CLASSES, LAYOUTS, UNSCORED_COLOR, Classes, Layout  # noqa: F401
 from rasters import DataError, one_line, read_raster  # noqa: F401
 from scaling import Scaling, fill_missing_heights, height_range, image_input, scale_heights  # noqa: F401
-from tiles import LoadedTile, Tile, colors_to_labels, labels_to_colors, load_tiles, memory_line  # noqa: F401
+from tiles import LoadedTile, Tile, colors_to_labels, fingerprint, labels_to_colors, load_tiles, memory_line  # noqa: F401
 
 MODALITIES = {"image": ("image",), "dsm": ("dsm",), "image+dsm": ("image", "dsm")}
 DATASETS = (*LAYOUTS, "tiles")

@@ -22,9 +22,10 @@ import torch.nn as nn
 
 from checkpoints import load_model, newest_run, pick_device, replace_atomically
 from console import Parser, Ticker, run_script
-from data import MODALITIES, DataError, Dataset, LoadedTile, open_from_settings, sliding_windows
-from predict import predict_tile
-from report import save_panel
+from data import MODALITIES, DataError, Dataset, LoadedTile, Tile, open_from_settings, sliding_windows
+from distributed import Team
+from predict import predict_tile, store_frozen_weights
+from report import save_panel, write_report
 
 
 class ConfusionMatrix:
@@ -95,40 +96,61 @@ def score_split(
     settings: dict,
     stride: int,
     keep: Callable[[LoadedTile, np.ndarray], None] | None = None,
+    team: Team = Team(),
+    tiles: list[Tile] | None = None,
 ) -> dict:
     """Predicts and scores every tile of a split -> scores of all, the same per tile, and the convention beside them.
 
-    `keep(tile, prediction)` is called for each tile, for whoever wants to see it.
+    `keep(tile, prediction)` is called for each tile, for whoever wants to see it. The members of a `team` take turns at
+    the tiles and get the same scores; `tiles` are scored in place of the split's own (those held out of the training).
     """
     modalities = MODALITIES[settings["modalities"]]
-    tiles = dataset.tiles(split, modalities)
+    tiles = dataset.tiles(split, modalities) if tiles is None else tiles
     window, K = settings["crop"], len(dataset.classes)
     if not 1 <= stride <= window:
         raise DataError(f"the stride lies between 1 and the window's {window} pixels, not {stride}")
-    total, per_tile, windows = ConfusionMatrix(K, dataset.scored), {}, 0
+    total, counts, windows = ConfusionMatrix(K, dataset.scored), {}, {}
     ticker = Ticker(f"scoring {split} tiles")
-    for i, tile in enumerate(tiles):
+    for i, tile in list(enumerate(tiles))[team.rank :: team.world]:
         loaded = tile.load(modalities)
         rasters = [loaded.image if "image" in modalities else None, loaded.dsm]
-        pred = predict_tile(model, *rasters, window, stride, settings["batch_size"], precision=settings["precision"], scale=loaded.scale)
+        pred = predict_tile(
+            model,
+            *rasters,
+            window,
+            stride,
+            settings["batch_size"],
+            repeat_border=settings["repeat_border"],
+            precision=settings["precision"],
+            scale=loaded.scale,
+        )
         own = ConfusionMatrix(K, dataset.scored)
         own.update(pred, loaded.labels)
-        total.counts += own.counts
-        per_tile[tile.name] = {k: v for k, v in own.scores().items() if k in ("oa", "mf1", "miou", "kappa", "pixels")}
-        windows += len(sliding_windows(*loaded.size, window, stride))
+        counts[tile.name] = own.counts
+        windows[tile.name] = len(sliding_windows(*loaded.size, window, stride))
         if keep:
             keep(loaded, pred)
-        ticker(i + 1, len(tiles))
+        if team.leads:
+            ticker(i + 1, len(tiles))
+    counts = {name: c for part in team.gather(counts) for name, c in part.items()}
+    windows = {name: n for part in team.gather(windows) for name, n in part.items()}
+    per_tile = {}
+    for tile in tiles:
+        own = ConfusionMatrix(K, dataset.scored)
+        own.counts = counts[tile.name]
+        total.counts += own.counts
+        per_tile[tile.name] = {k: v for k, v in own.scores().items() if k in ("oa", "mf1", "miou", "kappa", "pixels")}
     result = total.scores()
     for name, row in zip(dataset.class_names, result["per_class"]):
         row["name"] = name
     averaged = "all classes" if len(dataset.scored) == K else ", ".join(dataset.class_names[k] for k in dataset.scored)
-    note = dataset.labels_note if split != "train" else "full labels"
+    note = dataset.labels_note if split == "test" else "full labels"
+    border = "border windows counted as published" if settings["repeat_border"] else "each window once"
     result["convention"] = (
         f"{split} split, {note}; mF1 and mIoU average {averaged}; OA and kappa count all {K} classes; "
-        f"windows of {window} at stride {stride}, logits averaged, each window once"
+        f"windows of {window} at stride {stride}, logits averaged, {border}"
     )
-    return {**result, "split": split, "windows": windows, "per_tile": per_tile}
+    return {**result, "split": split, "windows": sum(windows.values()), "per_tile": per_tile}
 
 
 def format_scores(scores: dict) -> str:
@@ -148,14 +170,20 @@ def format_scores(scores: dict) -> str:
 SUMMARY = (("OA", "oa"), ("mF1", "mf1"), ("mIoU", "miou"), ("kappa", "kappa"))
 
 
-def score_run(run: Path, model: nn.Module, dataset: Dataset, split: str, settings: dict, stride: int) -> dict:
+def score_run(
+    run: Path, model: nn.Module, dataset: Dataset, split: str, settings: dict, stride: int, team: Team = Team()
+) -> dict:
     """Scores a split into the run's folder: scores.json (or scores_SPLIT.json), and pictures/ with a panel per tile."""
     pictures = run / "pictures"
     pictures.mkdir(exist_ok=True)
-    keep = lambda tile, pred: save_panel(pictures / f"{split}_{tile.name}.png", tile, pred, dataset.classes)
-    scores = score_split(model, dataset, split, settings, stride, keep)
+
+    def keep(tile: LoadedTile, pred: np.ndarray) -> None:
+        save_panel(pictures / f"{split}_{tile.name}.png", tile, pred, dataset.classes)
+
+    scores = score_split(model, dataset, split, settings, stride, keep, team)
     path = run / ("scores.json" if split == "test" else f"scores_{split}.json")
-    replace_atomically(path, lambda p: p.write_text(json.dumps(scores, indent=1), encoding="utf-8"))
+    if team.leads:
+        replace_atomically(path, lambda p: p.write_text(json.dumps(scores, indent=1), encoding="utf-8"))
     return scores
 
 
@@ -166,16 +194,21 @@ def main() -> None:
     parser.add_argument("--root", help="folder of the data set; by default where the run found it")
     parser.add_argument("--stride", type=int, help="pixels between windows; by default as the run was scored")
     parser.add_argument("--full-labels", action="store_true", help="score with the full labels, not the eroded ones")
+    parser.add_argument("--weights", help="where SAM's weights are now; by default as the run found them")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     args = parser.parse_args()
     run = args.run or newest_run()
-    model, settings, _ = load_model(run / "model.pt")
+    model, settings, _ = load_model(run / "model.pt", args.weights, Ticker("fetching SAM's weights, bytes"))
     if args.full_labels:
         settings["full_labels"] = True
     dataset = open_from_settings(settings, args.root)
-    model.to(pick_device(args.device))
+    device = pick_device(args.device)
+    store_frozen_weights(model, settings["precision"], device)
+    model.to(device)
     stride = settings["eval_stride"] if args.stride is None else args.stride
     scores = score_run(run, model, dataset, args.split, settings, stride)
+    if args.split == "test":
+        write_report(run)
     print(f"{run}: {settings['encoder']}, {settings['tuner']}, {settings['modalities']}, fusion {settings['fusion']}")
     print(format_scores(scores))
 

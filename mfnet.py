@@ -134,6 +134,21 @@ class DecoderBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class Dropout2d(nn.Dropout2d):
+    """Drops whole channels. `share` = (rank, processes): each process draws the masks of the whole batch and takes its
+    own, so that N processes drop what one would."""
+
+    share = (0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        rank, processes = self.share
+        B, C = x.shape[:2]
+        keep = torch.rand(processes * B, C, 1, 1, device=x.device) >= self.p
+        return x * keep[rank * B : (rank + 1) * B] / (1 - self.p)
+
+
 class WeightedFusion(nn.Module):
     """x at twice its size plus a skip of the encoder, with two normalised positive weights; then a convolution.
 
@@ -193,7 +208,7 @@ class Decoder(nn.Module):
         self.b2 = DecoderBlock(dim, num_heads, window)
         self.p1 = FeatureRefinementHead(skip_channels, dim)
         self.segmentation_head = nn.Sequential(
-            conv_bn_relu(dim, dim, 3), nn.Dropout2d(dropout), nn.Conv2d(dim, num_classes, 1, bias=False)
+            conv_bn_relu(dim, dim, 3), Dropout2d(dropout), nn.Conv2d(dim, num_classes, 1, bias=False)
         )
 
     def forward(self, maps: list[Tensor], size: tuple[int, int]) -> Tensor:

@@ -93,11 +93,26 @@ def _windows(raster: np.ndarray, boxes: list, window: int, scale: TileScale) -> 
     return torch.from_numpy(np.stack(windows))
 
 
-def autocast(precision: str, device: torch.device):
-    """The context in which a network runs in `fp32` or `bf16`; `auto` is bf16 on CUDA devices that have it."""
+def store_frozen_weights(model: nn.Module, precision: str, device: torch.device) -> None:
+    """In bf16 the frozen matrices are kept in bf16, not cast in every step; what is trained stays fp32, in place."""
+    if resolve_precision(precision, device) != "bf16":
+        return
+    for p in model.parameters():
+        if not p.requires_grad and p.ndim in (2, 4) and p.shape[0] > 1:
+            p.data = p.data.bfloat16()
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`auto` is bf16 on CUDA devices that have it, else fp32."""
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return precision
+
+
+def autocast(precision: str, device: torch.device):
+    """The context in which a network runs in a precision: fp32, bf16 (mixed), or auto."""
+    bf16 = resolve_precision(precision, device) == "bf16"
+    return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------------------------- script
@@ -124,6 +139,7 @@ def main() -> None:
     parser.add_argument("--dsm", type=Path, help="height raster of the same size, or a GeoTIFF on another grid")
     parser.add_argument("--out", type=Path, required=True, help="class map to write: .png or .tif")
     parser.add_argument("--stride", type=int, help="pixels between windows; by default as the run was scored")
+    parser.add_argument("--weights", help="where SAM's weights are now; by default as the run found them")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     args = parser.parse_args()
     if args.out.suffix.lower() not in (".png", ".tif", ".tiff"):
@@ -133,7 +149,8 @@ def main() -> None:
 
     run = args.run or newest_run()
     device = pick_device(args.device)
-    model, settings, classes = load_model(run / "model.pt")
+    model, settings, classes = load_model(run / "model.pt", args.weights, Ticker("fetching SAM's weights, bytes"))
+    store_frozen_weights(model, settings["precision"], device)
     modalities = MODALITIES[settings["modalities"]]
     paths = {kind: path for kind, path in (("image", args.image), ("dsm", args.dsm)) if kind in modalities}
     for kind, path in paths.items():

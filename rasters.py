@@ -107,7 +107,7 @@ def raster_size(path: Path) -> tuple[int, int]:
     try:
         if is_tiff(path):
             with tifffile.TiffFile(path) as tiff:
-                return tiff.pages[0].imagelength, tiff.pages[0].imagewidth
+                return int(tiff.pages[0].imagelength), int(tiff.pages[0].imagewidth)
         with Image.open(path) as image:
             return image.height, image.width
     except Exception as error:  # as above

@@ -1,7 +1,14 @@
-"""Pictures of a run: one panel per tile, image | height | truth | prediction | errors."""
+"""What a run looks like: a panel per tile, and one page, `report.html`, made of the run's files alone.
+
+The page needs no network and no script: curves are inline SVG, pictures are in it. It is readable on a phone and in print.
+"""
 
 from __future__ import annotations
 
+import base64
+import html
+import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +97,158 @@ def error_map(pred: np.ndarray, truth: np.ndarray) -> np.ndarray:
     out = np.where((pred == truth)[..., None], np.uint8(RIGHT), np.uint8(WRONG))
     out[truth == 255] = UNSCORED
     return out
+
+
+# ------------------------------------------------------------------------------------------------------------- the page
+
+# The paper's tables, OA / mF1 / mIoU in percent, by (data set, tuner, encoder); PAPER.md 4.
+PAPER_SCORES: dict[tuple[str, str, str], tuple[float, float, float]] = {
+    ("vaihingen", "lora", "vit_b"): (91.93, 89.89, 82.09),
+    ("vaihingen", "lora", "vit_l"): (92.22, 91.09, 83.96),
+    ("vaihingen", "lora", "vit_h"): (92.73, 91.50, 84.66),
+    ("vaihingen", "adapter", "vit_b"): (92.62, 90.60, 83.24),
+    ("vaihingen", "adapter", "vit_l"): (92.93, 91.51, 84.72),
+    ("vaihingen", "adapter", "vit_h"): (92.97, 91.71, 85.03),
+    ("potsdam", "lora", "vit_b"): (90.57, 91.48, 84.61),
+    ("potsdam", "lora", "vit_l"): (90.99, 92.13, 85.71),
+    ("potsdam", "lora", "vit_h"): (91.43, 92.49, 86.34),
+    ("potsdam", "adapter", "vit_b"): (90.89, 91.79, 85.14),
+    ("potsdam", "adapter", "vit_l"): (91.62, 92.51, 86.37),
+    ("potsdam", "adapter", "vit_h"): (91.71, 92.70, 86.69),
+    ("hunan", "lora", "vit_b"): (79.35, 58.79, 46.54),
+    ("hunan", "lora", "vit_h"): (78.87, 60.38, 47.63),
+    ("hunan", "adapter", "vit_b"): (80.68, 62.10, 49.20),
+    ("hunan", "adapter", "vit_l"): (80.93, 65.33, 51.82),
+    ("hunan", "adapter", "vit_h"): (81.07, 64.13, 51.08),
+}
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; margin: 0 auto; max-width: 1100px; padding: 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; border-bottom: 1px solid #ccc; }
+table { border-collapse: collapse; margin-bottom: 1rem; } td, th { padding: .2rem .6rem; text-align: right; } th { font-weight: 600; }
+td:first-child, th:first-child { text-align: left; } tr + tr td { border-top: 1px solid #eee; }
+.wide { overflow-x: auto; } .wide img { min-width: 800px; width: 100%; } .note { color: #555; font-size: .9rem; }
+.curves { display: flex; flex-wrap: wrap; gap: 1rem; } svg { max-width: 100%; height: auto; }
+.settings { columns: 18rem; font-size: .9rem; } .settings div { break-inside: avoid; }
+@media print { body { max-width: none; } .wide img { min-width: 0; } h2 { break-after: avoid; } }
+"""
+
+
+def write_report(run: Path) -> None:
+    """Writes report.html of a run's folder from its config.json, log.jsonl, scores.json and pictures/."""
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    scores = json.loads((run / "scores.json").read_text(encoding="utf-8"))
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    title = f"{config['data']}: {config['encoder']}, {config['tuner']}, {config['modalities']}"
+    sections = [
+        ("Scores", score_table(scores, config)),
+        ("Training", curves(log)),
+        ("Confusion", confusion_table(scores)),
+        ("Tiles", "".join(picture(path) for path in sorted((run / "pictures").glob(f"{scores['split']}_*.png")))),
+        ("Parameters", table(["group", "number"], [[k, f"{v:,}"] for k, v in config["parameters"].items()])),
+        ("Settings", setting_list(config)),
+    ]
+    body = "".join(f"<h2>{name}</h2>{content}" for name, content in sections)
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
+        f'<body><h1>{html.escape(title)}</h1><p class="note">{html.escape(config["version"])}</p>{body}</body></html>'
+    )
+    replace_atomically(run / "report.html", lambda p: p.write_text(page, encoding="utf-8"))
+
+
+def percent(value: float | None) -> str:
+    return "&ndash;" if value is None else f"{100 * value:.2f}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Cells are HTML already, but for the first of a row, which is text."""
+    lines = ["".join(f"<th>{html.escape(h)}</th>" for h in head)]
+    lines += [f"<td>{html.escape(first)}</td>" + "".join(f"<td>{c}</td>" for c in cells) for first, *cells in rows]
+    return '<div class="wide"><table>' + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
+
+
+def score_table(scores: dict, config: dict) -> str:
+    """The means with the paper's row where it has one, then the classes."""
+    means = [["this run", *(percent(scores[k]) for k in ("oa", "mf1", "miou", "kappa"))]]
+    paper = PAPER_SCORES.get((config["data"], config["tuner"], config["encoder"]))
+    if paper and config["modalities"] == "image+dsm" and config["fusion"] == "dfm":
+        means.append(["the paper (best epoch on the test tiles)", *(f"{v:.2f}" for v in paper), "&ndash;"])
+    classes = [
+        [row["name"], *(percent(row[k]) for k in ("iou", "f1", "precision", "recall")), f"{row['pixels']:,}"]
+        for row in scores["per_class"]
+    ]
+    return (
+        table(["percent", "OA", "mF1", "mIoU", "kappa"], means)
+        + table(["class", "IoU", "F1", "precision", "recall", "pixels"], classes)
+        + f'<p class="note">{html.escape(scores["convention"])}; {scores["pixels"]:,} pixels.</p>'
+    )
+
+
+def confusion_table(scores: dict) -> str:
+    """Rows truth, columns prediction, in percent of the truth; the darker, the more."""
+    names = [row["name"] for row in scores["per_class"]]
+    rows = []
+    for name, counts in zip(names, scores["confusion"]):
+        shares = [n / max(sum(counts), 1) for n in counts]
+        cells = [
+            f'<span style="display:block;background:rgba(31,119,180,{s:.3f});color:{"#fff" if s > 0.6 else "#222"}">'
+            f"{100 * s:.1f}</span>"
+            for s in shares
+        ]
+        rows.append([name, *cells])
+    return table(["truth \\ prediction, %", *names], rows)
+
+
+def curves(log: list[dict]) -> str:
+    """Loss, and the score where there is one, against the epoch; time and memory in words."""
+    plots = [curve("loss", [(e["epoch"], e["loss"]) for e in log])]
+    scored = [(e["epoch"], 100 * e["miou"]) for e in log if e.get("miou") is not None]
+    plots += [curve("mIoU during training, %", scored)] if scored else []
+    seconds, last = sum(e["seconds"] for e in log), log[-1]
+    memory = "unknown" if last["peak_memory_mb"] is None else f"{last['peak_memory_mb']:,.0f} MB"
+    words = f"{len(log)} epochs in {seconds:,.0f} s, {last['images_per_second']:.3g} images/s at last, peak memory {memory}."
+    return f'<div class="curves">{"".join(plots)}</div><p class="note">{words}</p>'
+
+
+def curve(label: str, points: list[tuple[int, float]]) -> str:
+    """One line as inline SVG, with its smallest and largest value."""
+    width, height, left, top = 480, 220, 60, 30
+    xs, ys = [p[0] for p in points], [p[1] for p in points]
+    low, high = min(ys), max(ys)
+
+    def place(x: float, y: float) -> str:
+        u = (x - xs[0]) / max(xs[-1] - xs[0], 1)
+        v = (y - low) / (high - low) if high > low else 0.5
+        return f"{left + u * (width - left - 15):.1f},{height - 25 - v * (height - 25 - top):.1f}"
+
+    line = " ".join(place(x, y) for x, y in points)
+    dots = "".join('<circle cx="{}" cy="{}" r="2.5" fill="#1f77b4"/>'.format(*place(x, y).split(",")) for x, y in points)
+    return (
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{label}" font-size="12" fill="#444">'
+        f'<text x="{left}" y="16" font-weight="600">{label}</text>'
+        f'<path d="M{left} {top}V{height - 25}H{width - 15}" fill="none" stroke="#bbb"/>'
+        f'<text x="{left - 6}" y="{top + 4}" text-anchor="end">{high:.3g}</text>'
+        f'<text x="{left - 6}" y="{height - 25}" text-anchor="end">{low:.3g}</text>'
+        f'<text x="{left}" y="{height - 8}">epoch {xs[0]}</text>'
+        f'<text x="{width - 15}" y="{height - 8}" text-anchor="end">{xs[-1]}</text>'
+        f'<polyline points="{line}" fill="none" stroke="#1f77b4" stroke-width="2"/>{dots}</svg>'
+    )
+
+
+def picture(path: Path) -> str:
+    """A panel of pictures/ as a figure, at most 1600 pixels wide."""
+    with Image.open(path) as panel:
+        panel = panel.convert("RGB")
+    panel.thumbnail((1600, 1600))
+    buffer = io.BytesIO()
+    panel.save(buffer, format="JPEG", quality=85)
+    code = base64.b64encode(buffer.getvalue()).decode()
+    name = html.escape(path.stem.replace("_", " tile ", 1))
+    return f'<p>{name}</p><div class="wide"><img alt="{name}" src="data:image/jpeg;base64,{code}"></div>'
+
+
+def setting_list(config: dict) -> str:
+    skipped = ("classes", "version", "parameters", "base")
+    items = [f"{k}: {v}" for k, v in config.items() if k not in skipped] + [f"base: {config['base']['weights']}"]
+    return '<div class="settings">' + "".join(f"<div>{html.escape(i)}</div>" for i in items) + "</div>"

@@ -25,6 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 SIZES: dict[str, dict] = {
     # Not one of SAM's: about 2 M parameters, for laptops, lessons and tests. No official weights exist for it.
@@ -222,6 +223,8 @@ class ImageEncoderViT(nn.Module):
             nn.Conv2d(out_chans, out_chans, 3, padding=1, bias=False),
             LayerNorm2d(out_chans),
         )
+        # Compute each block's activations again going backward instead of keeping them: less memory, more time.
+        self.activation_checkpointing = False
         # Written by tuners.apply_tuner: which tuner the blocks carry, and the names it added to SAM's.
         self.tuner: str | None = None
         self.added_names: list[str] = []
@@ -233,7 +236,10 @@ class ImageEncoderViT(nn.Module):
         x = self.patch_embed(x)
         x = x + resize_positions(self.pos_embed, x.shape[1:3])
         for block in self.blocks:
-            x = block(x)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)  # no dropout in the encoder
+            else:
+                x = block(x)
         return self.neck(x.permute(0, 3, 1, 2))
 
 

@@ -9,6 +9,7 @@ metres until they are scaled.
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -118,8 +119,8 @@ class Tile:
     def _read(self, kind: str) -> np.ndarray:
         array = read_raster(self.paths[kind])
         H, W = self.size
-        if array.shape[0] < H or array.shape[1] < W:
-            raise DataError(f"{self.paths[kind]}: {array.shape[:2]} pixels read where its header says {H} x {W}")
+        if array.ndim not in (2, 3) or array.shape[0] < H or array.shape[1] < W:
+            raise DataError(f"{self.paths[kind]}: {array.shape} pixels read where its header says {H} x {W}")
         return array[:H, :W]
 
     def read_image(self) -> np.ndarray:
@@ -355,6 +356,18 @@ def load_tiles(tiles: list[Tile], modalities: tuple[str, ...], memory_gb: float)
                 chosen.add(kind)
                 used += tile.memory(kind)
     return [tile.load(modalities, chosen) for tile, chosen in zip(tiles, held)]
+
+
+def fingerprint(tiles: list[LoadedTile]) -> str:
+    """A checksum of training tiles, of about a thousand rows of each, so that a run is not resumed on other data."""
+    code = 0
+    for tile in tiles:
+        for raster in (tile.image, tile.dsm, tile.labels):
+            if raster is not None:
+                (H, W), code = raster.shape[:2], zlib.crc32(f"{tile.name}{raster.shape}".encode(), code)
+                for row in range(0, H, max(1, H // 1000)):
+                    code = zlib.crc32(np.ascontiguousarray(raster[row : row + 1, 0:W]), code)
+    return f"{code:08x}"
 
 
 def memory_line(loaded: list[LoadedTile]) -> str:

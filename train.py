@@ -5,30 +5,30 @@
     python train.py --data vaihingen --root DIR --tuner lora
     python train.py --data tiles --root DIR                      own tiles
     python train.py --resume --out runs/NAME                     go on with an interrupted run
+    torchrun --nproc_per_node=4 train.py --data vaihingen ...    the same run on four GPUs
 
 A run's folder holds config.json, log.jsonl (a line per epoch), last.pt (everything to go on), and at the end model.pt
-(what was trained), scores.json and pictures/. Every random choice is a function of --seed: the same command on the same
-machine gives the same weights, and a resumed run those of one that was never stopped.
+(what was trained), scores.json, pictures/ and report.html. Every random choice is a function of --seed and the step: the same
+command on the same machine gives the same weights, a resumed run those of one that was never stopped, and N processes
+the weights of one, up to rounding.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import os
 import platform
+import signal
+import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import get_type_hints
+from typing import Iterator
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from torch import Tensor
 
 from checkpoints import (
     build_model,
@@ -38,266 +38,234 @@ from checkpoints import (
     read_content,
     replace_atomically,
     save_model,
-    trained_state,
 )
-from console import Parser, Ticker, clock, run_script
-from data import DATASETS, IGNORE, LABELS, MODALITIES, CropDataset, CropOrder, DataError, LoadedTile
-from data import load_tiles, memory_line, open_from_settings
-from evaluate import format_scores, score_run
-from mfnet import MIN_SIZE, MFNet, count_parameters, trained_names
-from predict import autocast
-from sam_vit import SIZES
-from tuners import TUNERS
+from console import Ticker, clock, run_script
+from data import MODALITIES, CropDataset, CropOrder, DataError, Dataset, Tile, load_tiles, memory_line
+from data import fingerprint, open_from_settings
+from distributed import Team, join_team, leave_team
+from evaluate import SUMMARY, format_scores, score_run, score_split
+from mfnet import MFNet, count_parameters, trained_names
+from predict import store_frozen_weights
+from report import write_report
+from settings import AS_PUBLISHED, Settings, learning_rate, parse_settings, resumed_settings
+from training import Trainer, TrainingStopped, peak_memory
 
 
-def option(default, help: str, choices: tuple[str, ...] | None = None):
-    return field(default=default, metadata={"help": help, "choices": choices})
+# ------------------------------------------------------------------------------------------------------------------- run
 
 
-@dataclass
-class Settings:
-    """Every setting of a run. The defaults are the paper's recipe (PAPER.md 2); `RECIPES` adapts them to a data set."""
+class Run:
+    """One run in its folder: trains, saves, chooses, scores. Only the leader of the team prints and writes."""
 
-    data: str = option("synthetic", "data set", tuple(sorted(DATASETS)))
-    root: str = option("", "folder of the data set; by default data/NAME")
-    out: str = option("", "folder of the run; by default runs/TIME_DATA_TUNER")
-    encoder: str = option("vit_l", "size of SAM's encoder; vit_t is made up, for laptops", tuple(SIZES))
-    weights: str = option("auto", "SAM's weights: auto (the official file), none (random), or a path")
-    relative_positions: str = option("sam", "SAM's tables, or zero as the published code has them", ("sam", "zero"))
-    tuner: str = option("adapter", "how the encoder is tuned", tuple(TUNERS))
-    mixing: bool = option(True, "let the modalities exchange information inside the tuner")
-    rank: int = option(4, "rank of the LoRA updates")
-    modalities: str = option("image+dsm", "rasters that the network sees", tuple(MODALITIES))
-    fusion: str = option("dfm", "how the modalities' maps are merged; sum is the ablation", ("dfm", "sum"))
-    bands: str = option("", "bands of the image: rgb, irrg (potsdam), or three counted from 1, as in 4,3,2")
-    labels: str = option("dataset", "how labels are decoded: with their defects repaired, or as published", LABELS)
-    splits: str = option("paper", "the paper's training and test tiles, or the official ones", ("paper", "official"))
-    full_labels: bool = option(False, "score with the full labels where there are eroded ones")
-    heights: str = option("minmax", "scaling of heights: minmax, percentiles, ground, or metres LOW:HIGH")
-    image_scaling: str = option("unit", "scaling of images: unit, sam, reflectance, minmax, or LOW:HIGH")
-    memory_gb: float = option(4.5, "memory for training tiles; what does not fit is read crop by crop from its files")
-    crop: int = option(256, "pixels of a training crop, and of a window when scoring")
-    batch_size: int = option(10, "crops in a step")
-    epochs: int = option(50, "number of epochs")
-    steps: int = option(1000, "optimiser steps in an epoch")
-    optimizer: str = option("sgd", "sgd (momentum 0.9) or adamw", ("sgd", "adamw"))
-    lr: float = option(0.01, "learning rate at its highest")
-    weight_decay: float = option(5e-4, "weight decay")
-    schedule: str = option("multistep", "multistep: a tenth after epochs 25, 35, 45; cosine", ("multistep", "cosine"))
-    eval_stride: int = option(32, "pixels between windows when scoring")
-    precision: str = option("auto", "fp32, bf16 (mixed), or auto: bf16 where a GPU has it", ("auto", "fp32", "bf16"))
-    seed: int = option(0, "seed of every random choice")
-    workers: int = option(-1, "processes that cut crops; by default 0 on the CPU, 4 beside a GPU")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    def __init__(self, s: Settings, dataset: Dataset, team: Team, device: torch.device, last: dict | None):
+        self.s, self.dataset, self.team = s, dataset, team
+        modalities = MODALITIES[s.modalities]
+        tiles = dataset.tiles("train", modalities)
+        dataset.tiles("test", modalities)  # a missing test tile is to be found now, not after the training
+        self.val_tiles, tiles = hold_out(tiles, s.val)
+        self.tiles = load_tiles(tiles, modalities, s.memory_gb)
+        self.data = fingerprint(self.tiles)
+        self.classes = [[name, list(color)] for name, color in dataset.classes]
+        model, self.base, report = build_model(asdict(s), len(dataset.classes), Ticker("fetching SAM's weights, bytes"))
+        if last is not None and last["base"]["sha256"] != self.base["sha256"]:
+            theirs, ours = (f"{b['weights']} (sha256 {b['sha256']})" for b in (last["base"], self.base))
+            raise DataError(f"{s.out} was begun on {theirs}, not on {ours}; give the base it was begun on by --weights")
+        if last is not None and last["data"] != self.data:
+            raise DataError(f"{s.root}: not the training tiles that {s.out} began with; give them back, or begin anew")
+        store_frozen_weights(model, s.precision, device)
+        self.trainer = Trainer(model.to(device), s, team, len(dataset.classes))
+        if last is not None:
+            self.trainer.restore(last, f"last.pt of {s.out}")
+        # Everything that can be wrong with data or weights has been found by now: from here on there is a folder.
+        self.folder = Path(s.out) if last is not None else new_folder(s, team)
+        s.out = str(self.folder)
+        self.say(f"MFNet, {version()}, device {device}" + (f", {team.world} processes" if team.world > 1 else ""))
+        self.say(", ".join(f"{k} {v}" for k, v in asdict(s).items()))
+        self.say(f"training: {memory_line(self.tiles)}, from {s.root}")
+        for note in (note for tile in tiles for note in tile.notes):
+            self.say(f"note: {note}")
+        self.say(f"weights: {report or 'NONE, the encoder is random; scores will be far below the paper'}")
+        self.say(describe_model(model))
+        self.say(f"{s.epochs} epochs x {s.steps} steps x {s.batch_size} crops of {s.crop}")
+        config = {**asdict(s), "base": self.base, "classes": self.classes, "version": version(), "processes": team.world}
+        config["parameters"] = count_parameters(model)
+        if team.leads:
+            write_json(self.folder / "config.json", config)
+        self.board = open_tensorboard(self.folder) if team.leads else None
 
+    def say(self, text: str) -> None:
+        if self.team.leads:
+            print(text, flush=True)
 
-RECIPES: dict[str, dict] = {
-    "vaihingen": dict(precision="fp32"),  # the paper's: Settings as it stands
-    "potsdam": dict(precision="fp32", eval_stride=32),
-    "hunan": dict(precision="fp32", steps=500, eval_stride=128, image_scaling="reflectance"),
-    "mmhunan": dict(precision="fp32", steps=500, eval_stride=128, image_scaling="reflectance"),
-    "tiles": dict(batch_size=4, epochs=10, steps=20, optimizer="adamw", lr=1e-3, weight_decay=0.01, schedule="cosine", eval_stride=128),
-    "synthetic": dict(encoder="vit_t", weights="none", crop=128, batch_size=8, epochs=10, steps=30, optimizer="adamw", lr=2e-3, weight_decay=0.01, schedule="cosine", eval_stride=64),
-}
-# What may differ between a run and its continuation without changing a single weight.
-FREE_ON_RESUME = ("out", "root", "workers", "device", "memory_gb")
-MILESTONES = (25, 35, 45)  # differs: the drop comes after these epochs, the published code's at their start
-WARMUP_STEPS = 20  # of the cosine schedule
+    def train(self) -> None:
+        """Trains from where the run stands to its end; writes log.jsonl and last.pt."""
+        s, team, trainer = self.s, self.team, self.trainer
+        first, total = trainer.progress.step, s.epochs * s.steps
+        workers = s.workers if s.workers >= 0 else (0 if trainer.device.type == "cpu" else 4)
+        loader = torch.utils.data.DataLoader(
+            CropDataset(self.tiles, s.crop, s.seed, MODALITIES[s.modalities], s.crop_range == "full"),
+            batch_sampler=CropOrder(s.epochs, s.steps, s.batch_size, first, s.accumulate, team.rank, team.world),
+            num_workers=workers,
+            pin_memory=trainer.device.type == "cuda",
+            worker_init_fn=leave_signals_to_the_parent,
+        )
+        with noted_signals() as noted:
+            batches, ticker = iter(loader), Ticker("step")
+            start = epoch_start = time.monotonic()
+            epoch_first = first
+            for done in range(first + 1, total + 1):
+                trainer.model.train()
+                loss = trainer.step([next(batches) for _ in range(s.accumulate)])
+                now = time.monotonic()
+                if team.leads:
+                    speed = (done - first) * s.batch_size / (now - start)
+                    ticker(done, total, f", loss {loss:.3f}, {speed:.3g} images/s")
+                signals = [n for n in team.gather(noted[0] if noted else 0) if n]
+                if done % s.steps == 0:
+                    self.end_epoch(done, (done - epoch_first) * s.batch_size, now - epoch_start)
+                    epoch_start, epoch_first = time.monotonic(), done
+                elif signals or (s.save_every and done % s.save_every == 0):
+                    self.save_last()
+                if signals and done < total:
+                    again = f"python train.py --resume --out {self.folder}"
+                    message = f"interrupted after step {done} of {total}; go on with {again}"
+                    raise TrainingStopped(message, status=128 + signals[0])
 
-
-class TrainingStopped(RuntimeError):
-    """Training cannot go on; what was saved stays."""
-
-
-# ------------------------------------------------------------------------------------------------------------- settings
-
-
-def parse_settings(argv: list[str] | None = None) -> tuple[Settings, dict, bool]:
-    """The command line -> (settings, those that were given by hand, whether to resume)."""
-    hints = get_type_hints(Settings)
-    parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in fields(Settings):
-        flag, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} [{f.default}]"
-        if hints[f.name] is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-        else:
-            kind, choices = hints[f.name], f.metadata["choices"]
-            parser.add_argument(flag, type=kind, choices=choices, default=argparse.SUPPRESS, help=text)
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, by default the newest")
-    given = vars(parser.parse_args(argv))
-    resume = given.pop("resume")
-    data = given.get("data", "synthetic")
-    settings = Settings(**{**RECIPES[data], **given})
-    settings.root = settings.root or str(Path("data") / data)
-    check_settings(settings)
-    return settings, given, resume
-
-
-def check_settings(s: Settings) -> None:
-    """Raises DataError for a setting that cannot work."""
-    for name in ("batch_size", "epochs", "steps", "rank"):
-        if getattr(s, name) < 1:
-            raise DataError(f"--{name.replace('_', '-')} {getattr(s, name)}: at least 1 is needed")
-    if s.crop < MIN_SIZE:
-        raise DataError(f"--crop {s.crop} is too small for the network; give {MIN_SIZE} pixels or more")
-    if not 1 <= s.eval_stride <= s.crop:
-        raise DataError(f"--eval-stride {s.eval_stride}: give 1 to the crop's {s.crop} pixels")
-    if not s.lr > 0 or not math.isfinite(s.lr):
-        raise DataError(f"--lr {s.lr}: a positive number is needed")
-
-
-def resumed_settings(folder: Path, given: dict) -> tuple[Settings, dict]:
-    """The settings of an interrupted run and its last.pt. Raises DataError for a flag that contradicts them."""
-    last = read_content(folder / "last.pt", ("settings", "base", "state", "optimizer", "epoch", "rng"))
-    stored = last["settings"]
-    for name, value in given.items():
-        if name not in FREE_ON_RESUME and stored[name] != value:
-            flag = "--" + name.replace("_", "-")
-            raise DataError(f"{flag} {value} contradicts the run in {folder}, which has {stored[name]}; leave it out")
-    free = {name: given[name] for name in FREE_ON_RESUME if name in given}
-    return Settings(**{**stored, **free, "out": str(folder)}), last
-
-
-def new_folder(settings: Settings) -> Path:
-    """The folder of a new run, made. Raises DataError if it holds a run already or cannot be made."""
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}_{settings.data}_{settings.tuner}"
-    folder = Path(settings.out) if settings.out else Path("runs") / name
-    serial = 2
-    while not settings.out and folder.exists():
-        folder, serial = Path("runs") / f"{name}-{serial}", serial + 1
-    if (folder / "config.json").exists():
-        raise DataError(f"{folder} holds a run already; go on with it by --resume, or give another --out")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"--out {folder}: the folder cannot be made ({error.strerror})") from error
-    return folder
-
-
-# ------------------------------------------------------------------------------------------------------------- training
-
-
-def learning_rate(step: int, s: Settings) -> float:
-    """The learning rate of the step (0-based, over the whole run): a function of its arguments alone."""
-    if s.schedule == "multistep":
-        return s.lr * 0.1 ** sum(step // s.steps >= m for m in MILESTONES)
-    total = s.epochs * s.steps
-    warmup = min(WARMUP_STEPS, total // 10)
-    if step < warmup:
-        return s.lr * (step + 1) / (warmup + 1)
-    return s.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
-
-
-def build_optimizer(model: nn.Module, s: Settings) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if s.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=s.lr, momentum=0.9, weight_decay=s.weight_decay)
-    return torch.optim.AdamW(parameters, lr=s.lr, weight_decay=s.weight_decay)
-
-
-def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy over the scored pixels of (B, K, H, W); 0 for a batch without any, where the mean is 0/0."""
-    loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
-    return loss / (labels != IGNORE).sum().clamp(min=1)
-
-
-def train(model: MFNet, tiles: list[LoadedTile], s: Settings, folder: Path, base: dict, last: dict | None) -> None:
-    """Trains from the beginning, or from `last`, to the last epoch; writes log.jsonl and last.pt every epoch."""
-    device = next(model.parameters()).device
-    optimizer = build_optimizer(model, s)
-    first_epoch = 0
-    if last is not None:
-        load_trained_state(model, last["state"], str(folder / "last.pt"))
-        optimizer.load_state_dict(last["optimizer"])
-        restore_random_state(last["rng"])
-        first_epoch = last["epoch"]
-    workers = s.workers if s.workers >= 0 else (0 if device.type == "cpu" else 4)
-    loader = torch.utils.data.DataLoader(
-        CropDataset(tiles, s.crop, s.seed, MODALITIES[s.modalities]),
-        batch_sampler=CropOrder(s.epochs, s.steps, s.batch_size, first_epoch),
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-    )
-    batches = iter(loader)
-    ticker = Ticker("step")
-    start = time.monotonic()
-    for epoch in range(first_epoch, s.epochs):
-        model.train()
-        epoch_start, losses = time.monotonic(), []
-        for step in range(epoch * s.steps, (epoch + 1) * s.steps):
-            rasters, labels = next(batches)
-            lr = learning_rate(step, s)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            with autocast(s.precision, device):
-                logits = model(*(r.to(device, non_blocking=True) for r in rasters))
-            loss = segmentation_loss(logits, labels.to(device, non_blocking=True))
-            optimizer.zero_grad()
-            loss.backward()
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise TrainingStopped(f"the loss is {losses[-1]} at step {step + 1}; try a smaller --lr")
-            optimizer.step()
-            speed = (step + 1 - first_epoch * s.steps) * s.batch_size / (time.monotonic() - start)
-            ticker(step + 1, s.epochs * s.steps, f", loss {losses[-1]:.3f}, {speed:.3g} images/s")
-        seconds = time.monotonic() - epoch_start
+    def end_epoch(self, step: int, images: int, seconds: float) -> None:
+        s, progress = self.s, self.trainer.progress
+        epoch = step // s.steps
         entry = {
-            "epoch": epoch + 1,
-            "step": (epoch + 1) * s.steps,
-            "loss": sum(losses) / len(losses),
-            "lr": lr,
-            "images_per_second": s.steps * s.batch_size / seconds,
-            "peak_memory_mb": peak_memory(device),
+            "epoch": epoch,
+            "step": step,
+            "loss": progress.loss_sum / s.steps,
+            "lr": learning_rate(step - 1, s),
+            "images_per_second": images / seconds,
+            "peak_memory_mb": peak_memory(self.trainer.device),
             "seconds": seconds,
         }
-        with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-        save_last(folder / "last.pt", model, optimizer, s, base, epoch + 1)
+        progress.loss_sum = 0.0
+        every = s.eval_every or (1 if s.select != "last" else 0)
+        if every and (epoch % every == 0 or epoch == s.epochs):
+            entry["miou"] = self.choose(epoch)
+        if self.team.leads:
+            with self.writing():
+                append_log(self.folder, entry)
+            for name, value in entry.items():
+                if self.board and value is not None:
+                    self.board.add_scalar(name, value, step)
+        self.save_last()
+
+    def choose(self, epoch: int) -> float | None:
+        """Scores the tiles that --select looks at; keeps the epoch as model.pt if it is the best so far."""
+        s, progress, model = self.s, self.trainer.progress, self.trainer.model
+        split, tiles = ("val", self.val_tiles) if s.val and s.select != "test" else ("test", None)
+        scores = score_split(model.eval(), self.dataset, split, asdict(s), s.eval_stride, team=self.team, tiles=tiles)
+        if s.select != "last" and (progress.best is None or (scores["miou"] or 0) > progress.best):
+            progress.best, progress.best_epoch = scores["miou"] or 0, epoch
+            self.save_model()
+        self.say(f"epoch {epoch}: mIoU {100 * (scores['miou'] or 0):.2f} on the {split} tiles")
+        return scores["miou"]
+
+    def save_last(self) -> None:
+        if self.team.leads:
+            content = self.trainer.content(self.base, self.data)
+            with self.writing():
+                replace_atomically(self.folder / "last.pt", lambda p: torch.save(content, p))
+
+    def save_model(self) -> None:
+        if self.team.leads:
+            with self.writing():
+                save_model(self.folder / "model.pt", self.trainer.model, asdict(self.s), self.base, self.classes)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """A full disk or a folder that is gone ends the run with a line; files that were written before stay whole."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch tells of a full disk by RuntimeError
+            raise TrainingStopped(
+                f"{self.folder} cannot be written ({str(error).splitlines()[0]}); what was saved before is intact: "
+                f"make room, then python train.py --resume --out {self.folder}"
+            ) from error
+
+    def finish(self) -> dict:
+        """Writes model.pt, scores.json and pictures/ of the epoch that was chosen; returns the scores."""
+        s, progress, model = self.s, self.trainer.progress, self.trainer.model
+        chosen = "the last epoch is scored"
+        if s.select == "last":
+            self.save_model()
+        else:
+            self.team.wait()
+            best = read_content(self.folder / "model.pt", ("state",))
+            load_trained_state(model, best["state"], str(self.folder / "model.pt"))
+            where = "TEST tiles, as published: an optimistic choice" if s.select == "test" else "held-out tiles"
+            chosen = f"epoch {progress.best_epoch} is scored, the best on the {where}"
+        scores = score_run(self.folder, model.eval(), self.dataset, "test", asdict(s), s.eval_stride, self.team)
+        self.say(format_scores(scores))
+        self.say(f"({chosen})")
+        if self.team.leads:
+            write_report(self.folder)
+        self.say(f"{self.folder}: model.pt, scores.json, pictures/, report.html")
+        return scores
 
 
-def save_last(path: Path, model: MFNet, optimizer: torch.optim.Optimizer, s: Settings, base: dict, epoch: int) -> None:
-    content = {
-        "settings": asdict(s),
-        "base": base,
-        "state": trained_state(model),
-        "optimizer": optimizer.state_dict(),
-        "epoch": epoch,
-        "rng": random_state(),
-    }
-    replace_atomically(path, lambda p: torch.save(content, p))
+def hold_out(tiles: list[Tile], val: str) -> tuple[list[Tile], list[Tile]]:
+    """--val: the number, or the names, of training tiles -> (held out, the rest). Raises DataError."""
+    if not val:
+        return [], tiles
+    names = {t.name for t in tiles}
+    wanted = set(val.split(","))
+    if not wanted <= names and val.isdigit():
+        wanted = {t.name for t in tiles[len(tiles) - int(val) :]} if 0 < int(val) < len(tiles) else set()
+    if not wanted or not wanted < names:
+        raise DataError(f"--val {val}: give a number below {len(tiles)}, or some of the names {', '.join(sorted(names))}")
+    return [t for t in tiles if t.name in wanted], [t for t in tiles if t.name not in wanted]
 
 
-def random_state() -> dict[str, Tensor]:
-    """The state of torch's generators (dropout draws from them; crops have none)."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are noted in a list, for the loop to look at after each step; a second one ends the program."""
+    noted: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
+    def note(number: int, frame) -> None:
+        noted.append(number)
+        signal.signal(number, before[number])
 
-def restore_random_state(state: dict[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def peak_memory(device: torch.device) -> float | None:
-    """The most memory used so far in MB: of the GPU, else of the process; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
     try:
-        import resource  # not on Windows
+        for number in before:
+            signal.signal(number, note)
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    """A terminal's Ctrl-C reaches the workers too; they go on until the parent has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def open_tensorboard(folder: Path):
+    """A writer below the run's folder, or None where the package tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    return SummaryWriter(folder / "tensorboard")
 
 
-# --------------------------------------------------------------------------------------------------------------- script
+def append_log(folder: Path, entry: dict) -> None:
+    """Adds a line to log.jsonl, in place of what a run that was stopped had logged from this step on."""
+    path = folder / "log.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] < entry["step"]]
+    replace_atomically(path, lambda p: p.write_text("\n".join([*kept, json.dumps(entry)]) + "\n", encoding="utf-8"))
 
 
 def describe_model(model: MFNet) -> str:
-    """The table of parameters by group; raises AssertionError unless exactly what the tuner lists is trained."""
+    """The numbers of parameters by group; raises AssertionError unless exactly what the tuner lists is trained."""
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert trained == trained_names(model), "what requires a gradient is not what the tuner trains"
     counts = count_parameters(model)
@@ -315,56 +283,115 @@ def version() -> str:
     return f"commit {commit or 'unknown'}, torch {torch.__version__}, python {platform.python_version()}"
 
 
-def main() -> None:
-    settings, given, resume = parse_settings()
+# ---------------------------------------------------------------------------------------------------------------- script
+
+
+def new_folder(s: Settings, team: Team) -> Path:
+    """The folder of a new run, made by the leader. Raises DataError if it holds a run already or cannot be made."""
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}_{s.data}_{s.tuner}"
+    folder, serial = Path(s.out or Path("runs") / name), 2
+    while not s.out and folder.exists():
+        folder, serial = Path("runs") / f"{name}-{serial}", serial + 1
+    folder = Path(team.share(str(folder)))
+    if (folder / "config.json").exists():
+        raise DataError(f"{folder} holds a run already; go on with it by --resume, or give another --out")
+    team.wait()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"--out {folder}: the folder cannot be made ({error.strerror})") from error
+    return folder
+
+
+def write_json(path: Path, content: dict) -> None:
+    replace_atomically(path, lambda p: p.write_text(json.dumps(content, indent=1), encoding="utf-8"))
+
+
+def run(s: Settings, given: dict, resume: bool, team: Team, device: torch.device) -> dict:
+    """One run, new or resumed, from settings to scores."""
     last = None
     if resume:
-        folder = Path(settings.out) if settings.out else newest_run(holding="last.pt")
-        settings, last = resumed_settings(folder, given)
-    device = pick_device(settings.device)
-    modalities = MODALITIES[settings.modalities]
-    if settings.data == "synthetic" and not Path(settings.root).exists():
-        print(f"making a synthetic city in {settings.root}", flush=True)
-    dataset = open_from_settings(asdict(settings))
-    dataset.tiles("test", modalities)  # a missing test tile is to be found now, not after the training
-    tiles = dataset.tiles("train", modalities)
-    loaded = load_tiles(tiles, modalities, settings.memory_gb)
-    model, base, report = build_model(asdict(settings), len(dataset.classes), Ticker("fetching SAM's weights, bytes"))
-    if last is not None and last["base"]["sha256"] != base["sha256"] and settings.tuner != "full":
-        raise DataError(f"{folder} stands on {last['base']}, not on {base}; give the same --weights")
-    model.to(device)
-
-    folder = folder if resume else new_folder(settings)
-    settings.out = str(folder)
-    config = {**asdict(settings), "base": base, "classes": dataset.classes, "version": version()}
-    replace_atomically(folder / "config.json", lambda p: p.write_text(json.dumps(config, indent=1), encoding="utf-8"))
-    print(f"MFNet, {version()}, device {device}")
-    print(", ".join(f"{k} {v}" for k, v in asdict(settings).items()))
-    print(f"training: {memory_line(loaded)}, from {settings.root}")
-    for note in (note for tile in tiles for note in tile.notes):
-        print(f"note: {note}")
-    print(f"weights: {report}" if report else "weights: NONE, the encoder is random; scores will be far below the paper's")
-    print(describe_model(model))
-    print(f"{settings.epochs} epochs x {settings.steps} steps x {settings.batch_size} crops of {settings.crop}", flush=True)
-
-    start = time.monotonic()
-    train(model, loaded, settings, folder, base, last)
+        folder = Path(s.out) if s.out else newest_run(holding="last.pt")
+        last = read_content(folder / "last.pt", ("settings", "base", "data", "state", "optimizer", "progress"))
+        s = resumed_settings(last["settings"], given, folder)
+    if s.batch_size % (team.world * s.accumulate):
+        raise DataError(f"--batch-size {s.batch_size} is no multiple of {team.world} processes x {s.accumulate} parts")
+    if team.leads:
+        if s.data == "synthetic" and not Path(s.root).exists():
+            print(f"making a synthetic city in {s.root}", flush=True)
+        open_from_settings(asdict(s))  # the leader alone makes the city
+    team.wait()
+    one = Run(s, open_from_settings(asdict(s)), team, device, last)
+    start, first = time.monotonic(), one.trainer.progress.step
+    one.train()
     seconds = time.monotonic() - start
-    save_model(folder / "model.pt", model, asdict(settings), base, [[n, list(c)] for n, c in dataset.classes])
-    memory = peak_memory(device)
-    images = (settings.epochs - (last["epoch"] if last else 0)) * settings.steps * settings.batch_size
-    print(
-        f"trained in {clock(seconds)}, {images / seconds:.3g} images/s, "
-        f"peak memory {'unknown' if memory is None else f'{memory:,.0f} MB'}"
-    )
-    scores = score_run(folder, model.eval(), dataset, "test", asdict(settings), settings.eval_stride)
-    print(format_scores(scores))
-    print(f"{folder}: model.pt, scores.json, pictures/")
+    memory, images = peak_memory(device), (one.trainer.progress.step - first) * s.batch_size
+    used = "unknown" if memory is None else f"{memory:,.0f} MB"
+    one.say(f"trained in {clock(seconds)}, {images / seconds:.3g} images/s, peak memory {used}")
+    return one.finish()
+
+
+def run_seeds(s: Settings, given: dict, seeds: list[int], team: Team, device: torch.device) -> None:
+    """One run after the other, in folders of their own below --out; a finished one is kept, an interrupted one resumed.
+
+    Writes seeds.json: the scores of each seed, their mean and standard deviation.
+    """
+    if not s.out:
+        raise DataError("--seeds needs --out: the folder that the runs are written below")
+    rows = {}
+    for seed in dict.fromkeys(seeds):
+        folder = Path(s.out) / f"seed-{seed}"
+        if (folder / "scores.json").exists():
+            scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+        else:
+            own = {k: v for k, v in given.items() if k not in ("seed", "out")}
+            scores = run(replace(s, seed=seed, out=str(folder)), own, (folder / "last.pt").exists(), team, device)
+        rows[seed] = {key: scores[key] for _, key in SUMMARY}
+    values = {key: [row[key] for row in rows.values() if row[key] is not None] for _, key in SUMMARY}
+    mean = {key: statistics.fmean(v) if v else None for key, v in values.items()}
+    deviation = {key: statistics.stdev(v) if len(v) > 1 else None for key, v in values.items()}
+    if team.leads:
+        write_json(Path(s.out) / "seeds.json", {"seeds": rows, "mean": mean, "deviation": deviation})
+        for label, key in SUMMARY:
+            spread = "" if deviation[key] is None else f" +- {100 * deviation[key]:.2f}"
+            print(f"{label} {100 * (mean[key] or 0):.2f}{spread} over {len(rows)} seeds")
+
+
+def main() -> None:
+    s, given, args = parse_settings(description=__doc__)
+    team, device_name = join_team(s.device)
+    try:
+        s = Settings(**team.share(asdict(s)))  # a seed that was drawn is the leader's
+        device = pick_device(device_name)
+        if s.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.backends.cudnn.benchmark = False
+        if args.as_published and team.leads:
+            print("as published: " + ", ".join(f"{k} {getattr(s, k)}" for k in AS_PUBLISHED))
+        if args.seeds:
+            run_seeds(s, given, args.seeds, team, device)
+        else:
+            run(s, given, args.resume, team, device)
+    except TrainingStopped as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        sys.exit(stopped.status)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        print(f"stopped: {out_of_memory(s, device)}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        leave_team()
+
+
+def out_of_memory(s: Settings, device: torch.device) -> str:
+    ways = [f"--accumulate {2 * s.accumulate}", f"a --batch-size below {s.batch_size}"]
+    ways += [] if s.checkpointing else ["--checkpointing"]
+    ways += [] if s.precision == "bf16" else ["--precision bf16"]
+    used = peak_memory(device)
+    return f"out of memory after {used:,.0f} MB with --batch-size {s.batch_size}; try " + " or ".join(ways)
 
 
 if __name__ == "__main__":
-    try:
-        run_script(main)
-    except TrainingStopped as stopped:
-        print(f"stopped: {stopped}", file=sys.stderr)
-        sys.exit(1)
+    run_script(main)

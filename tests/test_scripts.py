@@ -1,0 +1,429 @@
+"""The scripts as they are used: a run from training to a map, an interruption, and mistakes.
+
+What a run leaves behind is tried through the shell. Mistakes run inside this process, where a script starts at once.
+"""
+
+import io
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+
+import synthetic
+from console import Ticker, clock
+from data import read_raster
+
+HOME = Path(__file__).parent.parent
+TINY = "--encoder vit_t --weights none --batch-size 2 --crop 64 --eval-stride 64 --device cpu".split()
+
+OWN = ["--data", "tiles", "--root", "mine", "--epochs", 1, "--steps", 1, *TINY]
+
+
+def shell(cwd, *words, code=None):
+    """python SCRIPT WORDS..., or python -c CODE WORDS... -> the finished process."""
+    program = ["-c", code, *words] if code else [HOME / words[0], *words[1:]]
+    command = [sys.executable, *map(str, program)]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOME)}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch, capsys):
+    """The same inside this process, in an empty folder -> (exit status, stdout, stderr)."""
+
+    def call(name, *words):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(HOME / name), run_name="__main__")
+        return end.value.code or 0, *capsys.readouterr()
+
+    monkeypatch.chdir(tmp_path)
+    return call
+
+
+def state_of(path):
+    return torch.load(path, weights_only=True)["state"]
+
+
+def same_states(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def log_of(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def files_below(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def write_own_tiles(root, size=80, heights=True):
+    """One training and one test tile: houses are high and bright."""
+    rng = np.random.default_rng(0)
+    root.mkdir(parents=True)
+    listed = [{"name": "ground", "color": [90, 90, 90]}, {"name": "house", "color": [200, 0, 0]}]
+    (root / "classes.json").write_text(json.dumps({"classes": listed}))
+    for split in ("train", "test"):
+        labels = np.kron(rng.integers(0, 2, (5, 5)), np.ones((size // 5, size // 5))).astype(np.uint8)
+        image = (60 + 120 * labels[..., None] + rng.integers(0, 30, (*labels.shape, 3))).astype(np.uint8)
+        rasters = {"images": image, "labels": labels}
+        if heights:
+            rasters["dsm"] = (200 + 9.0 * labels).astype(np.float32)
+        for kind, array in rasters.items():
+            (root / split / kind).mkdir(parents=True)
+            photometric = "rgb" if array.ndim == 3 else "minisblack"
+            tifffile.imwrite(root / split / kind / "a.tif", array, photometric=photometric)
+
+
+@pytest.fixture(scope="module")
+def city(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "city"
+    synthetic.write_city(root, seed=3, size=(128, 132))
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(city, tmp_path_factory):
+    """(folder that holds runs/, the run, the finished process) of two epochs of two steps."""
+    folder = tmp_path_factory.mktemp("work")
+    flags = ["--data", "vaihingen", "--root", city, "--epochs", 2, "--steps", 2, *TINY]
+    process = shell(folder, "train.py", *flags)
+    assert process.returncode == 0, process.stderr
+    (run,) = (folder / "runs").iterdir()
+    return folder, run, process
+
+
+@pytest.fixture(scope="module")
+def tile(city):
+    """The rasters of a test tile."""
+    paths = synthetic.tile_paths(city, 5)
+    return paths["image"], paths["dsm"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- a run
+
+
+def test_training_writes_the_run_s_files_and_says_how_fast_it_was(trained, city):
+    _, run, process = trained
+    pictures = [f"pictures/test_{n}.png" for n in (15, 21, 30, 5)]
+    assert set(files_below(run)) >= {"config.json", "last.pt", "log.jsonl", "model.pt", "scores.json", *pictures}
+    assert not [name for name in files_below(run) if name.endswith(".tmp")]
+    assert "images/s, peak memory" in process.stdout and "MB" in process.stdout and not process.stderr
+    assert "weights: NONE" in process.stdout and "trainable" in process.stdout
+    config = json.loads((run / "config.json").read_text())
+    assert config["root"] == str(city) and config["steps"] == 2 and config["precision"] == "fp32"
+    log = log_of(run)
+    assert [(line["epoch"], line["step"]) for line in log] == [(1, 2), (2, 4)]
+    assert all(line["images_per_second"] > 0 and np.isfinite(line["loss"]) and line["lr"] == 0.01 for line in log)
+
+
+def test_the_scores_name_their_convention_and_count_the_eroded_labels(trained, city):
+    _, run, process = trained
+    scores = json.loads((run / "scores.json").read_text())
+    assert {"oa", "mf1", "miou", "kappa", "per_class", "confusion", "pixels"} <= scores.keys()
+    assert "eroded labels" in scores["convention"] and scores["convention"] in process.stdout
+    assert f"OA {100 * scores['oa']:.2f}" in process.stdout and f"mIoU {100 * scores['miou']:.2f}" in process.stdout
+    black = sum((read_raster(synthetic.tile_paths(city, n)["eroded"]) == 0).all(-1).sum() for n in synthetic.TEST_AREAS)
+    assert scores["pixels"] == np.sum(scores["confusion"]) == 4 * 128 * 132 - black
+
+
+def test_evaluation_without_a_word_scores_the_newest_run_with_the_same_digits(trained):
+    folder, run, process = trained
+    before = (run / "scores.json").read_bytes()
+    (run / "scores.json").unlink()
+    again = shell(folder, "evaluate.py", "--device", "cpu")
+    assert again.returncode == 0 and not again.stderr
+    assert (run / "scores.json").read_bytes() == before
+    table = again.stdout[again.stdout.index("class ") :]
+    assert table in process.stdout
+
+
+def test_another_split_is_scored_beside_the_test_split(trained, script):
+    _, run, _ = trained
+    before = (run / "scores.json").read_bytes()
+    status, out, _ = script("evaluate.py", "--run", run, "--split", "train", "--device", "cpu")
+    scores = json.loads((run / "scores_train.json").read_text())
+    assert status == 0 and scores["pixels"] == 12 * 128 * 132 and "train split, full labels" in out
+    assert (run / "scores.json").read_bytes() == before
+
+
+def test_a_map_has_the_size_of_the_image_and_comes_out_the_same_again(trained, tile, script, tmp_path):
+    folder, run, _ = trained
+    words = ["--image", tile[0], "--dsm", tile[1], "--stride", 48, "--device", "cpu"]
+    process = shell(folder, "predict.py", *words, "--out", tmp_path / "one.tif")
+    assert process.returncode == 0 and not process.stderr and "132 x 128 pixels" in process.stdout
+    assert script("predict.py", "--run", run, *words, "--out", "two.tif")[0] == 0
+    found = read_raster(tmp_path / "one.tif")
+    assert found.shape == (128, 132) and found.max() < 6
+    assert (tmp_path / "one.tif").read_bytes() == (tmp_path / "two.tif").read_bytes()
+
+
+def test_a_map_of_the_run_s_own_stride_is_what_was_scored(trained, tile, city, script, tmp_path):
+    _, run, _ = trained
+    words = ["--run", run, "--image", tile[0], "--dsm", tile[1], "--out", "a.png", "--device", "cpu"]
+    status, *_ = script("predict.py", *words)
+    truth = read_raster(synthetic.tile_paths(city, 5)["eroded"])
+    colours = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
+    scored = truth.any(-1)
+    share = (colours == truth).all(-1)[scored].mean()
+    assert status == 0 and json.loads((run / "scores.json").read_text())["per_tile"]["5"]["oa"] == pytest.approx(share)
+
+
+KILLED_IN_THE_SECOND_EPOCH = """
+import os, signal, train
+step = train.Trainer.step
+def step_or_die(trainer, parts):
+    if trainer.progress.step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(trainer, parts)
+train.Trainer.step = step_or_die
+train.main()
+"""
+
+
+def test_a_run_that_was_killed_goes_on_to_the_weights_of_one_that_was_not(trained, city, tmp_path):
+    _, run, _ = trained
+    flags = ["--data", "vaihingen", "--root", city, "--epochs", 2, "--steps", 2, *TINY, "--out", "again"]
+    killed = shell(tmp_path, *flags, code=KILLED_IN_THE_SECOND_EPOCH)
+    again = tmp_path / "again"
+    assert killed.returncode == -9 and len(log_of(again)) == 1 and not (again / "model.pt").exists()
+    resumed = shell(tmp_path, "train.py", "--resume", "--out", "again")
+    assert resumed.returncode == 0, resumed.stderr
+    assert [line["loss"] for line in log_of(again)] == [line["loss"] for line in log_of(run)]
+    assert same_states(state_of(again / "model.pt"), state_of(run / "model.pt"))
+
+
+def test_another_seed_is_another_run(trained, script, city):
+    _, run, _ = trained
+    flags = ["--data", "vaihingen", "--root", city, "--epochs", 1, "--steps", 2, *TINY, "--seed", 1, "--out", "other"]
+    assert script("train.py", *flags)[0] == 0
+    assert log_of(Path("other"))[0]["loss"] != log_of(run)[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--tuner", "lora", "--rank", "2"],
+        ["--tuner", "full", "--no-mixing", "--precision", "bf16"],
+        ["--modalities", "image", "--tuner", "frozen"],
+        ["--modalities", "dsm"],
+        ["--fusion", "sum", "--optimizer", "adamw", "--schedule", "cosine"],
+    ],
+    ids=lambda flags: " ".join(flags),
+)
+def test_every_kind_of_network_trains_is_scored_again_and_predicts(script, tmp_path, flags):
+    write_own_tiles(tmp_path / "mine", heights="image" not in flags)
+    status, _, err = script("train.py", *OWN, *flags)
+    assert (status, err) == (0, "")
+    (scores,) = tmp_path.glob("runs/*/scores.json")
+    before = scores.read_bytes()
+    assert script("evaluate.py", "--device", "cpu")[0] == 0 and scores.read_bytes() == before
+    paths = {"--image": "mine/test/images/a.tif", "--dsm": "mine/test/dsm/a.tif"}
+    rasters = [word for pair in paths.items() for word in pair if Path(pair[1]).exists()]
+    assert script("predict.py", *rasters, "--out", "map.png", "--device", "cpu")[0] == 0
+    assert read_raster(tmp_path / "map.png").shape == (80, 80)
+
+
+def test_tiles_smaller_than_the_window_are_trained_on_scored_and_mapped(script, tmp_path):
+    write_own_tiles(tmp_path / "mine", size=50)
+    status, _, err = script("train.py", *OWN, "--out", "run")
+    assert (status, err) == (0, "") and json.loads(Path("run/scores.json").read_text())["pixels"] == 2500
+
+
+def test_a_loss_that_is_no_number_stops_with_status_1_and_leaves_the_last_epoch(script, tmp_path, city):
+    flags = ["--data", "vaihingen", "--root", city, "--epochs", 2, "--steps", 1, *TINY, "--lr", "1e30", "--out", "run"]
+    status, _, err = script("train.py", *flags)
+    assert status == 1 and len(err.splitlines()) == 1 and "at step 2" in err
+    last = torch.load("run/last.pt", weights_only=True)
+    assert last["progress"]["step"] == 1 and len(log_of(Path("run"))) == 1 and not Path("run/model.pt").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- mistakes
+
+
+def assert_refused(result, *parts):
+    status, out, err = result
+    assert status == 2 and len(err.splitlines()) == 1 and err.startswith("error: "), err
+    assert all(str(part) in err for part in parts), err
+
+
+@pytest.mark.parametrize(
+    "flags, parts",
+    [
+        ("--root nowhere", ["first nowhere/top/top_mosaic_09cm_area1.tif", "ISPRS"]),
+        ("--data mars", ["mars", "vaihingen"]),
+        ("--tuner magic", ["magic", "adapter", "lora"]),
+        ("--encoder vit_z", ["vit_z", "vit_l"]),
+        ("--modalities height", ["height", "image+dsm"]),
+        ("--crop 32", ["--crop 32"]),
+        ("--crop many", ["--crop", "many"]),
+        ("--eval-stride 0", ["--eval-stride 0"]),
+        ("--epochs 0", ["--epochs 0"]),
+        ("--weights nowhere.pth", ["nowhere.pth"]),
+        ("--weights auto", ["vit_t", "--weights none"]),
+        ("--device gpu7", ["gpu7"]),
+        ("--spell right", ["--spell"]),
+    ],
+)
+def test_a_mistake_before_training_is_one_line_with_status_2_and_writes_nothing(script, tmp_path, city, flags, parts):
+    base = ["--data", "vaihingen", "--root", city, "--epochs", 1, "--steps", 1, *TINY, "--out", "run"]
+    assert_refused(script("train.py", *base, *flags.split()), *parts)
+    assert files_below(tmp_path) == [] and not (tmp_path / "run").exists()
+
+
+def truncate_image(root):
+    image = read_raster(root / "train/images/a.tif")
+    (root / "train/images/a.tif").unlink()
+    Image.fromarray(image).save(root / "train/images/a.tif", compression="tiff_lzw")
+    content = (root / "train/images/a.tif").read_bytes()
+    (root / "train/images/a.tif").write_bytes(content[: len(content) // 2])
+
+
+def resize_heights(root):
+    tifffile.imwrite(root / "train/dsm/a.tif", np.zeros((83, 80), np.float32))
+
+
+def recolour_labels(root):
+    tifffile.imwrite(root / "train/labels/a.tif", np.full((80, 80, 3), 255, np.uint8), photometric="rgb")
+
+
+def remove_heights(root):
+    shutil.rmtree(root / "train/dsm")
+
+
+def remove_test_tiles(root):
+    shutil.rmtree(root / "test")
+
+
+@pytest.mark.parametrize(
+    "damage, parts",
+    [
+        (truncate_image, ["train/images/a.tif"]),
+        (resize_heights, ["train/dsm/a.tif 83 x 80", "train/images/a.tif 80 x 80"]),
+        (recolour_labels, ["train/labels/a.tif", "classes"]),
+        (remove_heights, ["tile a", "--modalities image"]),
+        (remove_test_tiles, ["test/images"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_damaged_own_tiles_are_one_line_that_names_the_file_and_no_run_begins(script, tmp_path, damage, parts):
+    write_own_tiles(tmp_path / "mine")
+    damage(tmp_path / "mine")
+    assert_refused(script("train.py", *OWN, "--out", "run"), *parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_through_the_shell_are_one_line_each_and_no_more(tmp_path):
+    write_own_tiles(tmp_path / "mine")
+    truncate_image(tmp_path / "mine")
+    train = ["train.py", *OWN, "--out", "run"]
+    for words, part in ((train, "mine/train/images/a.tif"), (["evaluate.py"], "no finished run")):
+        process = shell(tmp_path, *words)
+        assert_refused((process.returncode, process.stdout, process.stderr), part)
+        assert not process.stdout and [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_second_run_into_the_same_folder_is_refused_and_the_first_is_kept(trained, script, city):
+    _, run, _ = trained
+    before = {name: (run / name).read_bytes() for name in files_below(run)}
+    base = ["--data", "vaihingen", "--root", city, "--epochs", 2, "--steps", 2, *TINY]
+    assert_refused(script("train.py", *base, "--out", run), run, "--resume")
+    assert_refused(script("train.py", "--resume", "--out", run, "--lr", "0.5"), "--lr 0.5", "0.01")
+    assert {name: (run / name).read_bytes() for name in files_below(run)} == before
+
+
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        (["train.py", "--resume"], ["runs"]),
+        (["train.py", "--resume", "--out", "nowhere"], ["nowhere"]),
+        (["evaluate.py"], ["no finished run", "runs"]),
+        (["evaluate.py", "--run", "nowhere"], ["nowhere"]),
+        (["predict.py", "--image", "a.tif", "--out", "b.png"], ["no finished run", "runs"]),
+        (["predict.py", "--run", "nowhere", "--image", "a.tif", "--out", "b.png"], ["nowhere"]),
+        (["predict.py", "--image", "a.tif"], ["--out"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_without_a_run_there_is_one_line_and_nothing_is_written(script, tmp_path, words, parts):
+    assert_refused(script(*words), *parts)
+    assert files_below(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "flags, parts",
+    [
+        ("--split val", ["val", "train, test"]),
+        ("--root nowhere", ["nowhere/top/top_mosaic_09cm_area5.tif"]),
+        ("--stride 0", ["stride", "64"]),
+        ("--stride 65", ["stride", "64"]),
+    ],
+)
+def test_a_mistake_in_evaluation_is_one_line_and_leaves_the_scores(trained, script, flags, parts):
+    _, run, _ = trained
+    before = (run / "scores.json").read_bytes()
+    assert_refused(script("evaluate.py", "--run", run, *flags.split()), *parts)
+    assert (run / "scores.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "flags, parts",
+    [
+        ({"--dsm": None}, ["--dsm", "missing"]),
+        ({"--image": "nowhere.tif"}, ["--image", "nowhere.tif"]),
+        ({"--dsm": "short.tif"}, ["short.tif", "128 x 132"]),
+        ({"--image": "garbage.tif"}, ["garbage.tif"]),
+        ({"--out": "map.jpg"}, ["--out map.jpg"]),
+        ({"--out": "nowhere/map.png"}, ["--out nowhere/map.png"]),
+        ({"--stride": "0"}, ["stride", "64"]),
+        ({"--stride": "-8"}, ["stride", "64"]),
+        ({"--stride": "65"}, ["stride", "64"]),
+    ],
+    ids=str,
+)
+def test_a_mistake_in_prediction_is_one_line_and_writes_no_map(trained, tile, script, tmp_path, flags, parts):
+    _, run, _ = trained
+    tifffile.imwrite("short.tif", np.zeros((125, 132), np.float32))
+    Path("garbage.tif").write_bytes(b"II*\x00 no more than this")
+    words = {"--run": run, "--image": tile[0], "--dsm": tile[1], "--out": "map.png"} | flags
+    given = [word for pair in words.items() if pair[1] is not None for word in pair]
+    assert_refused(script("predict.py", *given), *parts)
+    assert files_below(tmp_path) == ["garbage.tif", "short.tif"]
+
+
+# ------------------------------------------------------------------------------------------------------------- progress
+
+
+@pytest.mark.parametrize("seconds, text", [(0, "0:00"), (62, "1:02"), (3599.6, "1:00:00"), (3723, "1:02:03")])
+def test_a_clock_shows_hours_only_where_there_are_any(seconds, text):
+    assert clock(seconds) == text
+
+
+def test_progress_in_a_file_is_a_line_now_and_then_and_always_the_last(monkeypatch):
+    now, out = [0.0], io.StringIO()
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    ticker = Ticker("step", out, every=10)
+    for done in range(1, 31):
+        now[0] += 1
+        ticker(done, 30, ", loss 1")
+    lines = out.getvalue().splitlines()
+    assert lines == ["step 10/30, loss 1, 0:20 left", "step 20/30, loss 1, 0:10 left", "step 30/30, loss 1"]
+
+
+def test_progress_on_a_terminal_is_one_line_that_is_written_over(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(out, "isatty", lambda: True)
+    ticker = Ticker("bytes", out)
+    ticker.last -= 1
+    ticker(5, 0)
+    ticker(7, 7)
+    assert out.getvalue() == "\rbytes 5/?\r" + "bytes 7/7".ljust(len("bytes 5/?")) + "\n"
