@@ -11,7 +11,7 @@ from PIL import Image
 
 import synthetic
 from data import CropDataset, CropOrder, DataError, draw_crop, load_tiles, memory_line, open_dataset, open_from_settings
-from data import image_bands
+from data import fingerprint, image_bands
 from layouts import HUNAN, ISPRS_CLASSES, POTSDAM, VAIHINGEN
 from rasters import Held, InFile, read_raster
 from scaling import Scaling
@@ -308,7 +308,7 @@ def test_the_prepared_folders_are_read_with_minus_one_not_scored(tmp_path, dtype
     (tmp_path / "masks_png").mkdir()
     for name in ("639", "7", "12"):
         tifffile.imwrite(tmp_path / f"masks_png/{name}.tif", labels)
-    dataset = open_dataset("hunan", tmp_path)
+    dataset = open_dataset("hunan", tmp_path, scaling=Scaling(images="reflectance"))  # as `--data hunan` sets it
     assert [t.name for t in dataset.tiles("train")] == ["7", "12"] and [t.name for t in dataset.tiles("test")] == ["639"]
     tile = dataset.tiles("test")[0]
     assert tile.read_labels().tolist() == [[0, 6], [255, 3]] and not tile.notes
@@ -382,6 +382,10 @@ def test_crops_are_the_same_from_memory_from_files_and_from_plain_arrays(city, n
     assert any(isinstance(t.labels if normalised else t.dsm, InFile) for t in tight)
     assert sum(t.nbytes() for t in tight) <= 18 * 64 * 64 * 1.5 and "read crop by crop" in memory_line(tight)
     assert sum(t.nbytes() for t in roomy) == 18 * 64 * 64 * (3 + 1 + (1 if normalised else 4))
+    for one, *others in zip(plain, roomy, tight):
+        assert all(np.array_equal(one.dsm, other.dsm[0:64, 0:64]) for other in others)
+        assert all(np.array_equal(one.labels, other.labels[0:64, 0:64]) for other in others)
+    assert fingerprint(plain) == fingerprint(roomy) == fingerprint(tight) != fingerprint(plain[1:])
     crops = crops_of(plain, 0)
     assert same_crops(crops, crops_of(roomy, 0)) and same_crops(crops, crops_of(tight, 0))
 
