@@ -119,6 +119,7 @@ def _measure_image(choice: str, image: np.ndarray) -> dict:
     if choice == "minmax":
         low, high = image.min(axis=(0, 1)).astype(np.float64), image.max(axis=(0, 1)).astype(np.float64)
         return dict(image=(low, np.where(high > low, high - low, 1)))
+    # differs: the published code scales each image and band of MMHunan by itself, which is `minmax` (PAPER.md 3.10)
     if choice == "reflectance" and image.dtype != np.uint8:
         full = REFLECTANCE * (10_000 if image.max() > 10 else 1)
         return dict(image=(np.zeros(C), np.full(C, full)), clip_image=True)
