@@ -22,10 +22,11 @@ import torch.nn as nn
 
 from checkpoints import load_model, newest_run, pick_device, replace_atomically
 from console import Parser, Ticker, run_script
-from data import MODALITIES, DataError, Dataset, LoadedTile, Tile, open_from_settings, sliding_windows
+from data import MODALITIES, DataError, Dataset, LoadedTile, open_from_settings, sliding_windows
 from distributed import Team
 from predict import predict_tile, store_frozen_weights
 from report import save_panel, write_report
+from settings import held_out_tiles
 
 
 class ConfusionMatrix:
@@ -97,15 +98,14 @@ def score_split(
     stride: int,
     keep: Callable[[LoadedTile, np.ndarray], None] | None = None,
     team: Team = Team(),
-    tiles: list[Tile] | None = None,
 ) -> dict:
     """Predicts and scores every tile of a split -> scores of all, the same per tile, and the convention beside them.
 
     `keep(tile, prediction)` is called for each tile, for whoever wants to see it. The members of a `team` take turns at
-    the tiles and get the same scores; `tiles` are scored in place of the split's own (those held out of the training).
+    the tiles and get the same scores.
     """
     modalities = MODALITIES[settings["modalities"]]
-    tiles = dataset.tiles(split, modalities) if tiles is None else tiles
+    tiles = dataset.tiles(split, modalities)
     window, K = settings["crop"], len(dataset.classes)
     if not 1 <= stride <= window:
         raise DataError(f"the stride lies between 1 and the window's {window} pixels, not {stride}")
@@ -144,7 +144,7 @@ def score_split(
     for name, row in zip(dataset.class_names, result["per_class"]):
         row["name"] = name
     averaged = "all classes" if len(dataset.scored) == K else ", ".join(dataset.class_names[k] for k in dataset.scored)
-    note = dataset.labels_note if split == "test" else "full labels"
+    note = dataset.labels_note if split != "train" else "full labels"
     border = "border windows counted as published" if settings["repeat_border"] else "each window once"
     result["convention"] = (
         f"{split} split, {note}; mF1 and mIoU average {averaged}; OA and kappa count all {K} classes; "
@@ -202,6 +202,8 @@ def main() -> None:
     if args.full_labels:
         settings["full_labels"] = True
     dataset = open_from_settings(settings, args.root)
+    if settings["val"]:
+        dataset = dataset.hold_out(held_out_tiles(settings["val"]))
     device = pick_device(args.device)
     store_frozen_weights(model, settings["precision"], device)
     model.to(device)

@@ -63,7 +63,7 @@ class Settings:
     label_smoothing: float = option(0.0, "share of the target that is spread over all classes")
     class_weights: str = option("", "weight of each class in the loss, as 1,1,1,1,2,1; by default all 1")
     # the choice of the model, and the score
-    val: str = option("", "training tiles held out for choosing the best epoch: a number, or names as 7,32")
+    val: str = option("", "training tiles held out for choosing the best epoch: how many, or names as 7,32 (one alone: 7,)")
     select: str = option("last", "which epoch is kept: last, best on --val, best on the test tiles (as published)", ("last", "val", "test"))
     eval_every: int = option(0, "epochs between scores during training; 0: every one where --select needs it, else none")
     eval_stride: int = option(32, "pixels between windows when scoring")
@@ -104,7 +104,7 @@ AS_PUBLISHED: dict[str, object] = {
     "crop_range": "published",
     "early_drops": True,
 }
-AS_PUBLISHED_WITH = {name: dict(image_scaling="minmax") for name in ("hunan", "mmhunan")}
+AS_PUBLISHED_WITH: dict[str, dict[str, object]] = {name: dict(image_scaling="minmax") for name in ("hunan", "mmhunan")}
 
 # What may differ between a run and its continuation: the data and the base are checked by what they hold.
 FREE_ON_RESUME = ("out", "root", "weights", "workers", "device", "save_every", "memory_gb")
@@ -160,6 +160,11 @@ def check_settings(s: Settings) -> None:
         raise DataError("--select val needs --val: the tiles to hold out")
     if s.seed < -1:
         raise DataError(f"--seed {s.seed}: 0 or more is needed, or -1 to draw one")
+
+
+def held_out_tiles(val: str) -> int | tuple[str, ...]:
+    """--val: a number of tiles, or their names with commas."""
+    return int(val) if val.isdigit() else tuple(name.strip() for name in val.split(",") if name.strip())
 
 
 def class_weights(s: Settings, num_classes: int) -> list[float] | None:

@@ -40,14 +40,15 @@ from checkpoints import (
     save_model,
 )
 from console import Ticker, clock, run_script
-from data import MODALITIES, CropDataset, CropOrder, DataError, Dataset, Tile, load_tiles, memory_line
+from data import MODALITIES, CropDataset, CropOrder, DataError, Dataset, load_tiles, memory_line
 from data import fingerprint, open_from_settings
 from distributed import Team, join_team, leave_team
 from evaluate import SUMMARY, format_scores, score_run, score_split
 from mfnet import MFNet, count_parameters, trained_names
 from predict import store_frozen_weights
 from report import write_report
-from settings import AS_PUBLISHED, Settings, learning_rate, parse_settings, resumed_settings
+from settings import AS_PUBLISHED, AS_PUBLISHED_WITH, Settings, held_out_tiles, learning_rate, parse_settings
+from settings import resumed_settings
 from training import Trainer, TrainingStopped, peak_memory
 
 
@@ -58,11 +59,12 @@ class Run:
     """One run in its folder: trains, saves, chooses, scores. Only the leader of the team prints and writes."""
 
     def __init__(self, s: Settings, dataset: Dataset, team: Team, device: torch.device, last: dict | None):
+        if s.val:
+            dataset = dataset.hold_out(held_out_tiles(s.val))
         self.s, self.dataset, self.team = s, dataset, team
         modalities = MODALITIES[s.modalities]
         tiles = dataset.tiles("train", modalities)
         dataset.tiles("test", modalities)  # a missing test tile is to be found now, not after the training
-        self.val_tiles, tiles = hold_out(tiles, s.val)
         self.tiles = load_tiles(tiles, modalities, s.memory_gb)
         self.data = fingerprint(self.tiles)
         self.classes = [[name, list(color)] for name, color in dataset.classes]
@@ -158,8 +160,8 @@ class Run:
     def choose(self, epoch: int) -> float | None:
         """Scores the tiles that --select looks at; keeps the epoch as model.pt if it is the best so far."""
         s, progress, model = self.s, self.trainer.progress, self.trainer.model
-        split, tiles = ("val", self.val_tiles) if s.val and s.select != "test" else ("test", None)
-        scores = score_split(model.eval(), self.dataset, split, asdict(s), s.eval_stride, team=self.team, tiles=tiles)
+        split = "val" if s.val and s.select != "test" else "test"
+        scores = score_split(model.eval(), self.dataset, split, asdict(s), s.eval_stride, team=self.team)
         if s.select != "last" and (progress.best is None or (scores["miou"] or 0) > progress.best):
             progress.best, progress.best_epoch = scores["miou"] or 0, epoch
             self.save_model()
@@ -207,19 +209,6 @@ class Run:
             write_report(self.folder)
         self.say(f"{self.folder}: model.pt, scores.json, pictures/, report.html")
         return scores
-
-
-def hold_out(tiles: list[Tile], val: str) -> tuple[list[Tile], list[Tile]]:
-    """--val: the number, or the names, of training tiles -> (held out, the rest). Raises DataError."""
-    if not val:
-        return [], tiles
-    names = {t.name for t in tiles}
-    wanted = set(val.split(","))
-    if not wanted <= names and val.isdigit():
-        wanted = {t.name for t in tiles[len(tiles) - int(val) :]} if 0 < int(val) < len(tiles) else set()
-    if not wanted or not wanted < names:
-        raise DataError(f"--val {val}: give a number below {len(tiles)}, or some of the names {', '.join(sorted(names))}")
-    return [t for t in tiles if t.name in wanted], [t for t in tiles if t.name not in wanted]
 
 
 @contextmanager
@@ -368,7 +357,8 @@ def main() -> None:
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.backends.cudnn.benchmark = False
         if args.as_published and team.leads:
-            print("as published: " + ", ".join(f"{k} {getattr(s, k)}" for k in AS_PUBLISHED))
+            names = {**AS_PUBLISHED, **AS_PUBLISHED_WITH.get(s.data, {})}
+            print("as published: " + ", ".join(f"{name} {getattr(s, name)}" for name in names))
         if args.seeds:
             run_seeds(s, given, args.seeds, team, device)
         else:
