@@ -85,7 +85,7 @@ RECIPES: dict[str, dict] = {
     "hunan": dict(precision="fp32", steps=500, eval_stride=128, image_scaling="reflectance"),
     "mmhunan": dict(precision="fp32", steps=500, eval_stride=128, image_scaling="reflectance"),
     "tiles": dict(
-        batch_size=4, epochs=10, steps=20, optimizer="adamw", lr=1e-3, weight_decay=0.01,
+        batch_size=4, epochs=8, steps=20, optimizer="adamw", lr=1e-3, weight_decay=0.01,
         schedule="cosine", warmup=20, eval_stride=128,
     ),
     "synthetic": dict(
