@@ -1,6 +1,7 @@
 """From two rasters to a class map.
 
-    python predict.py --run runs/NAME --image ortho.tif --dsm heights.tif --out map.png
+    python predict.py --run runs/NAME --image ortho.tif --dsm heights.tif --out map.tif
+    python predict.py --image ortho.tif --dsm heights.tif --out map.png --stride 64 --blend cosine --flips
 
 The map is a PNG or a GeoTIFF, by the ending of --out: class indices with a colour table, laid where the image lies; see
 `maps.py`. Rasters are read and the map is written strip by strip. `predict_tile` is what `evaluate.py` uses too.
@@ -10,6 +11,7 @@ Shapes: `H, W` pixels of the raster, `B` windows of a batch, `K` classes.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Callable, Iterator
@@ -163,6 +165,23 @@ def autocast(precision: str, device: torch.device):
 # ---------------------------------------------------------------------------------------------------------------- script
 
 
+def tile_of(args: Namespace, run: Path, settings: dict, classes: list) -> Tile:
+    """The rasters of the command line as a tile that is read and scaled as the run's own were."""
+    modalities = MODALITIES[settings["modalities"]]
+    paths = {kind: path for kind, path in (("image", args.image), ("dsm", args.dsm)) if kind in modalities}
+    for kind, path in paths.items():
+        if path is None or not path.is_file():
+            raise DataError(f"--{kind}: {'missing' if path is None else f'{path} is no file'}; {run} was trained on it")
+    tile = Tile(args.out.stem, paths, tuple((name, tuple(color)) for name, color in classes), scaling=scaling_of(settings))
+    layout = LAYOUTS.get(settings["data"])
+    if "image" in paths:
+        tile.bands = image_bands(layout, settings.get("bands", ""), raster_bands(args.image))
+    if layout is not None:
+        tile.pixel = layout.pixel
+        tile.height_unit = next((u for p, u in layout.dsm if args.dsm and Path(p).suffix == args.dsm.suffix.lower()), 1.0)
+    return tile
+
+
 def main() -> None:
     parser = Parser(prog="predict.py", description="Predicts a class map from an image and a height raster.")
     parser.add_argument("--run", type=Path, help="folder of a run; by default the newest below runs/")
@@ -181,19 +200,8 @@ def main() -> None:
     device = pick_device(args.device)
     model, settings, classes = load_model(run / "model.pt", args.weights, Ticker("fetching SAM's weights, bytes"))
     store_frozen_weights(model, settings["precision"], device)
-    modalities = MODALITIES[settings["modalities"]]
-    paths = {kind: path for kind, path in (("image", args.image), ("dsm", args.dsm)) if kind in modalities}
-    for kind, path in paths.items():
-        if path is None or not path.is_file():
-            raise DataError(f"--{kind}: {'missing' if path is None else f'{path} is no file'}; {run} was trained on it")
-    tile = Tile(args.out.stem, paths, tuple((name, tuple(color)) for name, color in classes), scaling=scaling_of(settings))
-    layout = LAYOUTS.get(settings["data"])
-    if "image" in paths:
-        tile.bands = image_bands(layout, settings.get("bands", ""), raster_bands(args.image))
-    if layout is not None:
-        tile.pixel = layout.pixel
-        tile.height_unit = next((u for p, u in layout.dsm if args.dsm and Path(p).suffix == args.dsm.suffix.lower()), 1.0)
-    loaded = tile.open(modalities)
+    tile = tile_of(args, run, settings, classes)
+    loaded = tile.open(MODALITIES[settings["modalities"]])
     for note in tile.notes:
         print(f"note: {note}")
     stride = settings["eval_stride"] if args.stride is None else args.stride
@@ -213,7 +221,7 @@ def main() -> None:
         strips = cut_out(strips, without_data(args.image, loaded.image.raw))
     H, W = loaded.size
     try:
-        write_map(args.out, strips, (H, W), tile.classes, paths.get("image", args.dsm))
+        write_map(args.out, strips, (H, W), tile.classes, tile.paths.get("image", args.dsm))
     except OSError as error:
         raise DataError(f"--out {args.out}: cannot be written ({one_line(error)})") from error
     print(f"{args.out}: {W} x {H} pixels by {run}, windows of {settings['crop']}, stride {stride}")
