@@ -1,41 +1,45 @@
 """From two rasters to a class map.
 
-    python predict.py --run runs/NAME --image ortho.tif --dsm heights.tif --out map.png
+    python predict.py --run runs/NAME --image ortho.tif --dsm heights.tif --out map.tif
+    python predict.py --image ortho.tif --dsm heights.tif --out map.png --stride 64 --blend cosine --flips
 
-The map is a PNG with the colours of the classes, or a TIFF (by the ending of --out) of class indices with a colour
-table. `predict_tile` is what `evaluate.py` uses too.
+The map is a PNG or a GeoTIFF, by the ending of --out: class indices with a colour table, laid where the image lies; see
+`maps.py`. Rasters are read and the map is written strip by strip. `predict_tile` is what `evaluate.py` uses too.
 
 Shapes: `H, W` pixels of the raster, `B` windows of a batch, `K` classes.
 """
 
 from __future__ import annotations
 
+from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import numpy as np
-import tifffile
 import torch
 import torch.nn as nn
-from PIL import Image
 from torch import Tensor
 
-from checkpoints import load_model, newest_run, pick_device, replace_atomically
+from checkpoints import load_model, newest_run, pick_device
 from console import Parser, Ticker, run_script
 from data import LAYOUTS, MODALITIES, DataError, Tile, height_range, image_bands, scaling_of, window_places
-from rasters import raster_bands
+from maps import check_out, cut_out, without_data, write_map
+from rasters import one_line, raster_bands
 from scaling import TileScale
+from slices import Decoded
+
+Raster = np.ndarray | Decoded  # or whatever else slices like one of `slices.py`
 
 
 # ------------------------------------------------------------------------------------------------------- sliding window
 
 
 @torch.inference_mode()
-def predict_tile(
+def predict_strips(
     model: nn.Module,
-    image: np.ndarray | None,
-    dsm: np.ndarray | None,
+    image: Raster | None,
+    dsm: Raster | None,
     window: int = 256,
     stride: int = 128,
     batch_size: int = 8,
@@ -44,50 +48,93 @@ def predict_tile(
     precision: str = "fp32",
     progress: Callable[[int, int], None] | None = None,
     scale: TileScale | None = None,
-) -> np.ndarray:
-    """Class map (H, W) uint8 of a raster of any size, from overlapping windows whose logits are averaged (paper IV-B).
+    blend: str = "mean",
+    flips: bool = False,
+) -> Iterator[np.ndarray]:
+    """The class map of `predict_tile` from top to bottom, in strips (n, W) uint8.
 
-    image (H, W, 3), dsm (H, W) metres, both scaled by `scale`, by default the image over its type's range and the heights
-    over `heights` (by default their own lowest and highest); a network of one modality gets the one that is not None. `repeat_border=True` counts the windows at
-    the right and lower edge as often as the published code visits them (PAPER.md 3.5). Only the rows of logits that
-    still wait for a window are kept. `progress(done, all)` is called after each row of windows.
+    Only the rows of logits that still wait for a window are kept, and of the rasters, which may slice like arrays, one
+    window at a time is asked for: memory grows with the width, and not with the height.
     """
     rasters = [r for r in (image, dsm) if r is not None]
     H, W = rasters[0].shape[:2]
     scale = scale or TileScale(heights or (None if dsm is None else height_range(dsm)))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    share = BLENDS[blend](window).to(device)  # (window, window)
     rows, columns = window_places(H, window, stride), window_places(W, window, stride)
-    classes = np.empty((H, W), dtype=np.uint8)
     logits: Tensor | None = None  # (K, window, width) sums of the rows from the current window's top on
     for i, (top, row_weight) in enumerate(rows):
         for left_batch in _batches(columns, batch_size):
             boxes = [np.s_[top : top + window, left : left + window] for left, _ in left_batch]
             inputs = [_windows(r, boxes, window, scale).to(device) for r in rasters]
             with autocast(precision, device):
-                out = model(*inputs).float()  # (B, K, window, window)
+                out = _all_flips(model, inputs) if flips else model(*inputs).float()  # (B, K, window, window)
             if logits is None:
                 logits = out.new_zeros(out.shape[1], window, max(W, window))
             for window_logits, (left, column_weight) in zip(out, left_batch):
                 weight = row_weight * column_weight if repeat_border else 1
-                logits[:, :, left : left + window] += weight * window_logits
+                logits[:, :, left : left + window] += weight * share * window_logits
         # The mean and the sum of a pixel's windows have the same largest class: there is nothing to divide by.
         below = rows[i + 1][0] if i + 1 < len(rows) else H
-        classes[top:below] = logits[:, : below - top, :W].argmax(dim=0).byte().cpu().numpy()
-        logits = torch.cat([logits[:, below - top :], torch.zeros_like(logits[:, : below - top])], dim=1)
+        yield logits[:, : below - top, :W].argmax(dim=0).byte().cpu().numpy()
+        kept = window - (below - top)
+        logits[:, :kept] = logits[:, below - top :].clone()
+        logits[:, kept:] = 0
         if progress:
             progress(i + 1, len(rows))
-    return classes
+
+
+def predict_tile(
+    model: nn.Module,
+    image: Raster | None,
+    dsm: Raster | None,
+    window: int = 256,
+    stride: int = 128,
+    batch_size: int = 8,
+    heights: tuple[float, float] | None = None,
+    repeat_border: bool = False,
+    precision: str = "fp32",
+    progress: Callable[[int, int], None] | None = None,
+    scale: TileScale | None = None,
+    blend: str = "mean",
+    flips: bool = False,
+) -> np.ndarray:
+    """Class map (H, W) uint8 of a raster of any size, from overlapping windows whose logits are averaged (paper IV-B).
+
+    image (H, W, 3), dsm (H, W) metres, both scaled by `scale`, by default the image over its type's range and the
+    heights over `heights` (by default their own lowest and highest); a network of one modality gets the one that is
+    not None. `repeat_border=True` counts the windows at the right and lower edge as often as the published code visits
+    them (PAPER.md 3.5). `blend="cosine"` trusts the middle of a window more than its border; `flips` averages each
+    window over its four reflections, at four times the work. `progress(done, all)` is called after each row of windows.
+    """
+    options = (window, stride, batch_size, heights, repeat_border, precision, progress, scale, blend, flips)
+    return np.concatenate(list(predict_strips(model, image, dsm, *options)))
+
+
+def _cosine(window: int) -> Tensor:
+    """A bell (window, window) that is 1 in the middle, and small but not 0 at the border."""
+    side = torch.sin((torch.arange(window) + 0.5) * torch.pi / window) ** 2
+    return side[:, None] * side
+
+
+BLENDS = {"mean": lambda window: torch.ones(window, window), "cosine": _cosine}  # mean is the paper's
+
+
+def _all_flips(model: nn.Module, inputs: list[Tensor]) -> Tensor:
+    """The mean of what a model says of a batch and of its reflections, each turned back: (B, K, h, w)."""
+    turns = ((), (-1,), (-2,), (-2, -1))
+    return sum(model(*(x.flip(axes) for x in inputs)).float().flip(axes) for axes in turns) / 4
 
 
 def _batches(items: list, size: int) -> list[list]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def _windows(raster: np.ndarray, boxes: list, window: int, scale: TileScale) -> Tensor:
+def _windows(raster: Raster, boxes: list, window: int, scale: TileScale) -> Tensor:
     """The windows of one raster as a network input, (B, 3, w, w) or (B, w, w); reflected where the raster ends."""
     windows = []
     for box in boxes:
-        array = scale.image_input(raster[box]) if raster.ndim == 3 else scale.height_input(raster[box], box)
+        array = scale.image_input(raster[box]) if len(raster.shape) == 3 else scale.height_input(raster[box], box)
         missing = [(0, 0)] * (array.ndim - 2) + [(0, window - n) for n in array.shape[-2:]]
         windows.append(np.pad(array, missing, mode="reflect"))
     return torch.from_numpy(np.stack(windows))
@@ -118,39 +165,8 @@ def autocast(precision: str, device: torch.device):
 # ---------------------------------------------------------------------------------------------------------------- script
 
 
-def write_map(path: Path, classes: np.ndarray, palette: list[tuple[int, int, int]]) -> None:
-    """A class map (H, W) as a PNG or TIFF of class indices with a colour table."""
-    table = np.zeros((256, 3), dtype=np.uint8)
-    table[: len(palette)] = palette
-    if path.suffix.lower() in (".tif", ".tiff"):
-        colormap = table.T.astype(np.uint16) * 257  # TIFF's colour tables are of 16 bit
-        options = dict(photometric="palette", colormap=colormap, compression="zlib")
-        replace_atomically(path, lambda p: tifffile.imwrite(p, classes, **options))
-    else:
-        picture = Image.fromarray(classes)
-        picture.putpalette(table.tobytes())
-        replace_atomically(path, lambda p: picture.save(p, format="PNG"))
-
-
-def main() -> None:
-    parser = Parser(prog="predict.py", description="Predicts a class map from an image and a height raster.")
-    parser.add_argument("--run", type=Path, help="folder of a run; by default the newest below runs/")
-    parser.add_argument("--image", type=Path, help="image of three or more bands (TIFF, PNG, JPEG)")
-    parser.add_argument("--dsm", type=Path, help="height raster of the same size, or a GeoTIFF on another grid")
-    parser.add_argument("--out", type=Path, required=True, help="class map to write: .png or .tif")
-    parser.add_argument("--stride", type=int, help="pixels between windows; by default as the run was scored")
-    parser.add_argument("--weights", help="where SAM's weights are now; by default as the run found them")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    args = parser.parse_args()
-    if args.out.suffix.lower() not in (".png", ".tif", ".tiff"):
-        raise DataError(f"--out {args.out}: the map is written as .png or .tif")
-    if not args.out.resolve().parent.is_dir():
-        raise DataError(f"--out {args.out}: its folder does not exist")
-
-    run = args.run or newest_run()
-    device = pick_device(args.device)
-    model, settings, classes = load_model(run / "model.pt", args.weights, Ticker("fetching SAM's weights, bytes"))
-    store_frozen_weights(model, settings["precision"], device)
+def tile_of(args: Namespace, run: Path, settings: dict, classes: list) -> Tile:
+    """The rasters of the command line as a tile that is read and scaled as the run's own were."""
     modalities = MODALITIES[settings["modalities"]]
     paths = {kind: path for kind, path in (("image", args.image), ("dsm", args.dsm)) if kind in modalities}
     for kind, path in paths.items():
@@ -163,11 +179,33 @@ def main() -> None:
     if layout is not None:
         tile.pixel = layout.pixel
         tile.height_unit = next((u for p, u in layout.dsm if args.dsm and Path(p).suffix == args.dsm.suffix.lower()), 1.0)
-    loaded = tile.load(modalities)
+    return tile
+
+
+def main() -> None:
+    parser = Parser(prog="predict.py", description="Predicts a class map from an image and a height raster.")
+    parser.add_argument("--run", type=Path, help="folder of a run; by default the newest below runs/")
+    parser.add_argument("--image", type=Path, help="image of three or more bands (TIFF, PNG, JPEG)")
+    parser.add_argument("--dsm", type=Path, help="height raster of the same size, or a GeoTIFF on another grid")
+    parser.add_argument("--out", type=Path, required=True, help="class map to write: .png or .tif")
+    parser.add_argument("--blend", choices=list(BLENDS), default="mean", help="how overlapping windows are averaged")
+    parser.add_argument("--flips", action="store_true", help="average each window over its four reflections")
+    parser.add_argument("--stride", type=int, help="pixels between windows; by default as the run was scored")
+    parser.add_argument("--weights", help="where SAM's weights are now; by default as the run found them")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    args = parser.parse_args()
+    check_out(args.out, [path for path in (args.image, args.dsm) if path])
+
+    run = args.run or newest_run()
+    device = pick_device(args.device)
+    model, settings, classes = load_model(run / "model.pt", args.weights, Ticker("fetching SAM's weights, bytes"))
+    store_frozen_weights(model, settings["precision"], device)
+    tile = tile_of(args, run, settings, classes)
+    loaded = tile.open(MODALITIES[settings["modalities"]])
     for note in tile.notes:
         print(f"note: {note}")
     stride = settings["eval_stride"] if args.stride is None else args.stride
-    labels = predict_tile(
+    strips = predict_strips(
         model.to(device),
         loaded.image,
         loaded.dsm,
@@ -176,9 +214,17 @@ def main() -> None:
         precision=settings["precision"],
         progress=Ticker("rows of windows"),
         scale=loaded.scale,
+        blend=args.blend,
+        flips=args.flips,
     )
-    write_map(args.out, labels, [tuple(color) for _, color in classes])
-    print(f"{args.out}: {labels.shape[1]} x {labels.shape[0]} pixels by {run}, windows of {settings['crop']}, stride {stride}")
+    if loaded.image is not None:
+        strips = cut_out(strips, without_data(args.image, loaded.image.raw))
+    H, W = loaded.size
+    try:
+        write_map(args.out, strips, (H, W), tile.classes, tile.paths.get("image", args.dsm))
+    except OSError as error:
+        raise DataError(f"--out {args.out}: cannot be written ({one_line(error)})") from error
+    print(f"{args.out}: {W} x {H} pixels by {run}, windows of {settings['crop']}, stride {stride}")
 
 
 if __name__ == "__main__":

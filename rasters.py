@@ -8,9 +8,8 @@ from __future__ import annotations
 import logging
 import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import tifffile
@@ -21,10 +20,17 @@ Image.MAX_IMAGE_PIXELS = None  # an orthophoto is larger than what Pillow takes 
 
 TIFF_ENDINGS = (".tif", ".tiff")
 UNCOMPRESSED, DEFLATE = 1, (8, 32946)
-PIXEL_SCALE, TIE_POINT, TRANSFORMATION, GEO_KEYS, GEO_TEXT, NODATA = 33550, 33922, 34264, 34735, 34737, 42113
-GEO_TAGS = (PIXEL_SCALE, TIE_POINT, TRANSFORMATION, GEO_KEYS, GEO_TEXT)
+PIXEL_SCALE, TIE_POINT, TRANSFORMATION, GEO_KEYS, GEO_NUMBERS, GEO_TEXT = 33550, 33922, 34264, 34735, 34736, 34737
+GEO_TAGS = (PIXEL_SCALE, TIE_POINT, TRANSFORMATION, GEO_KEYS, GEO_NUMBERS, GEO_TEXT)
+NODATA = 42113  # GDAL's
 MODEL_TYPE, RASTER_TYPE, GEOGRAPHIC, PROJECTED, USER_DEFINED = 1024, 1025, 2048, 3072, 32767  # GeoTIFF keys, a value
 STRIP = 512  # rows that are worked on at a time, so that temporary arrays stay small
+
+
+def row_strips(raster):
+    """An array, or what slices like one, from top to bottom in strips of at most STRIP rows."""
+    for top in range(0, raster.shape[0], STRIP):
+        yield raster[top : top + STRIP, 0 : raster.shape[1]]
 
 
 class DataError(ValueError):
@@ -44,7 +50,7 @@ def read_raster(path: Path) -> np.ndarray:
     except DataError:
         raise
     except Exception as error:  # a damaged file makes decoders raise anything: IndexError, struct.error, zlib.error
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def is_tiff(path: Path) -> bool:
@@ -54,34 +60,34 @@ def is_tiff(path: Path) -> bool:
 def _read_tiff(path: Path) -> np.ndarray:
     with tifffile.TiffFile(path) as tiff:
         page = tiff.pages[0]
-        _check_bytes(path, tiff, page)
+        check_bytes(path, tiff, page)
         try:
             array = page.asarray()
         except ValueError as error:  # a compression that tifffile leaves to the package imagecodecs
             if "imagecodecs" not in str(error):
                 raise
             return _read_by_pillow(path, page.compression.name)
-        return np.moveaxis(array, 0, -1) if _by_planes(page) and array.ndim == 3 else array
+        return np.moveaxis(array, 0, -1) if by_planes(page) and array.ndim == 3 else array
 
 
-def _by_planes(page: tifffile.TiffPage) -> bool:
+def by_planes(page: tifffile.TiffPage) -> bool:
     """Whether the file holds band after band."""
     return page.samplesperpixel > 1 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE
 
 
-def _check_bytes(path: Path, tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> None:
+def check_bytes(path: Path, tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> None:
     """Raises DataError for a truncated file, and for one that holds more pixels than its header declares."""
     end = max(o + n for o, n in zip(page.dataoffsets, page.databytecounts))
     if end > tiff.filehandle.size:
         raise DataError(f"{path}: truncated, {tiff.filehandle.size} bytes of {end}; fetch the file again")
     if page.is_tiled:  # tiles are padded
         return
-    bits = page.bitspersample * (1 if _by_planes(page) else page.samplesperpixel)
+    bits = page.bitspersample * (1 if by_planes(page) else page.samplesperpixel)
     row = -(-page.imagewidth * bits // 8)
     found = wanted = 0
     if page.compression == UNCOMPRESSED:
         found = sum(page.databytecounts)
-        wanted = row * page.imagelength * (page.samplesperpixel if _by_planes(page) else 1)
+        wanted = row * page.imagelength * (page.samplesperpixel if by_planes(page) else 1)
     elif page.compression in DEFLATE:
         tiff.filehandle.seek(page.dataoffsets[0])
         found = len(zlib.decompress(tiff.filehandle.read(page.databytecounts[0])))
@@ -111,7 +117,7 @@ def raster_size(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             return image.height, image.width
     except Exception as error:  # as above
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def raster_bands(path: Path) -> int:
@@ -123,7 +129,22 @@ def raster_bands(path: Path) -> int:
         with Image.open(path) as image:
             return len(image.getbands())
     except Exception as error:  # as above
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
+
+
+def alpha_band(path: Path) -> int | None:
+    """Which band says how opaque a pixel is, from the header; None without. Raises DataError by file."""
+    try:
+        if is_tiff(path):
+            with tifffile.TiffFile(path) as tiff:
+                page = tiff.pages[0]
+                extra = [int(kind) for kind in page.extrasamples]
+                alpha = next((i for i, kind in enumerate(extra) if kind in (1, 2)), None)
+                return None if alpha is None else page.samplesperpixel - len(extra) + alpha
+        with Image.open(path) as image:
+            return image.getbands().index("A") if "A" in image.getbands() else None
+    except Exception as error:  # as above
+        raise unreadable(path, error) from error
 
 
 def raster_bytes(path: Path) -> int:
@@ -135,10 +156,10 @@ def raster_bytes(path: Path) -> int:
         with Image.open(path) as image:
             return {"I;16": 2, "I": 4, "F": 4}.get(image.mode, 1)
     except Exception as error:  # as above
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: BaseException) -> DataError:
+def unreadable(path: Path, error: BaseException) -> DataError:
     return DataError(f"{path}: cannot be read ({one_line(error)}); replace the file")
 
 
@@ -155,6 +176,18 @@ def nodata_value(path: Path) -> float | None:
         return None
 
 
+def geo_tags(path: Path) -> list[tuple]:
+    """The tags that say where a GeoTIFF lies, as tifffile writes them (code, type, count, value, True); [] without."""
+    if not is_tiff(path):
+        return []
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            tags = [tiff.pages[0].tags[code] for code in GEO_TAGS if code in tiff.pages[0].tags]
+            return [(tag.code, tag.dtype, tag.count, tag.value, True) for tag in tags]
+    except Exception as error:  # as above
+        raise unreadable(path, error) from error
+
+
 def _tags(path: Path) -> dict[int, object]:
     """The values of the tags that tell about places and no-data; empty for what is no TIFF. Raises DataError by file."""
     if not is_tiff(path):
@@ -164,80 +197,7 @@ def _tags(path: Path) -> dict[int, object]:
             tags = tiff.pages[0].tags
             return {code: tags[code].value for code in (*GEO_TAGS, NODATA) if code in tags}
     except Exception as error:  # as above
-        raise _unreadable(path, error) from error
-
-
-# ------------------------------------------------------------------------------------------------- rasters behind slices
-
-
-@dataclass
-class InFile:
-    """The pixels of an uncompressed file, read slice by slice: nothing of the file stays in the process.
-
-    `decode` turns what was cut out into what is wanted; `shape` starts with H, W. Slices like an array. Rows are read
-    one by one, which takes a third of the time of a memory map, whose every row is a page fault.
-    """
-
-    path: Path
-    dtype: np.dtype
-    offset: int
-    stored: tuple[int, ...]  # the shape in the file
-    shape: tuple[int, ...]
-    decode: Callable[[np.ndarray], np.ndarray]
-    nbytes: int = 0
-
-    def __getitem__(self, box: tuple[slice, slice]) -> np.ndarray:
-        rows, columns = (range(*part.indices(n)) for part, n in zip(box, self.shape))
-        pixels = np.empty((len(rows), len(columns), *self.stored[2:]), self.dtype)
-        pixel = self.dtype.itemsize * int(np.prod(self.stored[2:]))
-        with open(self.path, "rb", buffering=0) as file:
-            for row, into in zip(rows, pixels):
-                file.seek(self.offset + (row * self.stored[1] + columns.start) * pixel)
-                if file.readinto(into) < into.nbytes:
-                    raise DataError(f"{self.path}: truncated while it was in use; fetch the file again")
-        return self.decode(pixels)
-
-
-@dataclass
-class Held:
-    """Pixels in memory in the type of their file, decoded at each slice: uint8 heights take a quarter of float32."""
-
-    array: np.ndarray
-    decode: Callable[[np.ndarray], np.ndarray]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    @property
-    def nbytes(self) -> int:
-        return self.array.nbytes
-
-    def __getitem__(self, box) -> np.ndarray:
-        return self.decode(self.array[box])
-
-
-def raster_in_file(path: Path, shape: tuple[int, ...], decode: Callable[[np.ndarray], np.ndarray]) -> InFile | None:
-    """The file behind slices, or None where its pixels do not lie uncompressed, row by row, in one piece."""
-    if not is_tiff(path):
-        return None
-    try:
-        return _in_one_piece(path, shape, decode)
-    except Exception as error:  # as above
-        raise _unreadable(path, error) from error
-
-
-def _in_one_piece(path: Path, shape: tuple[int, ...], decode: Callable[[np.ndarray], np.ndarray]) -> InFile | None:
-    with tifffile.TiffFile(path) as tiff:
-        page = tiff.pages[0]
-        pieces = zip(page.dataoffsets, page.databytecounts, page.dataoffsets[1:])
-        in_one_piece = all(start + count == following for start, count, following in pieces)
-        if page.compression != UNCOMPRESSED or page.is_tiled or _by_planes(page) or not in_one_piece:
-            return None
-        if page.bitspersample not in (8, 16, 32, 64) or page.fillorder != 1 or page.dtype is None:
-            return None
-        dtype = np.dtype(page.dtype).newbyteorder(tiff.byteorder)
-        return InFile(path, dtype, page.dataoffsets[0], page.shape, shape, decode)
+        raise unreadable(path, error) from error
 
 
 # ----------------------------------------------------------------------------------------------------------- GeoTIFF grids
@@ -257,6 +217,10 @@ class Grid:
     def pixel_size(self) -> float | None:
         """Metres, None where the coordinates are degrees."""
         return None if self.projected is False else (self.step_x + self.step_y) / 2
+
+    def moved(self, rows: int, columns: int) -> Grid:
+        """The same grid from another pixel on."""
+        return replace(self, left=self.left + columns * self.step_x, top=self.top - rows * self.step_y)
 
 
 def read_grid(path: Path) -> Grid | None:
@@ -311,20 +275,32 @@ def _one_system(one: Grid, other: Grid) -> bool:
     return not known and not kinds
 
 
+def places_in(source: Grid, target: Grid, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """The fractional rows (H,) and columns (W,) of the source at which the middles of the target's pixels lie."""
+    rows = (source.top - target.top + (np.arange(size[0]) + 0.5) * target.step_y) / source.step_y - 0.5
+    columns = (target.left - source.left + (np.arange(size[1]) + 0.5) * target.step_x) / source.step_x - 0.5
+    return rows, columns
+
+
+def check_overlap(source: Grid, target: Grid, shape: tuple[int, ...], size: tuple[int, int]) -> None:
+    """Raises DataError when a raster of `shape` shares no coordinate system, or no pixel, with a target of `size`."""
+    if not _one_system(source, target):
+        name = lambda g: f"EPSG:{g.system}" if g.system else "degrees" if g.projected is False else "metres"
+        raise DataError(f"lies in another coordinate system ({name(source)}) than the image ({name(target)}); warp it first")
+    for places, n in zip(places_in(source, target, size), shape):
+        if not ((places >= -0.5) & (places <= n - 0.5)).any():
+            raise DataError("does not overlap the image; their GeoTIFF tags say that they show different places")
+
+
 def resample(array: np.ndarray, source: Grid, target: Grid, size: tuple[int, int]) -> np.ndarray:
     """Heights (h, w) float32, NaN where missing, laid bilinearly on the target's grid -> (H, W) float32.
 
     A pixel is the weighted mean of its valid neighbours, NaN where there is none, and outside the source. Raises
     DataError when the coordinate systems differ or the grids do not overlap.
     """
-    if not _one_system(source, target):
-        name = lambda g: f"EPSG:{g.system}" if g.system else "degrees" if g.projected is False else "metres"
-        raise DataError(f"lies in another coordinate system ({name(source)}) than the image ({name(target)}); warp it first")
-    rows = (source.top - target.top + (np.arange(size[0]) + 0.5) * target.step_y) / source.step_y - 0.5
-    columns = (target.left - source.left + (np.arange(size[1]) + 0.5) * target.step_x) / source.step_x - 0.5
+    rows, columns = places_in(source, target, size)
     inside = [(places >= -0.5) & (places <= n - 0.5) for places, n in zip((rows, columns), array.shape)]
-    if not inside[0].any() or not inside[1].any():
-        raise DataError("does not overlap the image; their GeoTIFF tags say that they show different places")
+    check_overlap(source, target, array.shape, size)
     valid = np.isfinite(array)
     known, weights = np.where(valid, array, 0).astype(np.float32), valid.astype(np.float32)
     out = np.full(size, np.nan, np.float32)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rasters import STRIP, DataError, bilinear
+from rasters import DataError, bilinear, row_strips
 
 SAM_MEAN, SAM_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of 255
 REFLECTANCE = 0.4  # what becomes 1: brighter than land without snow and cloud
@@ -83,7 +83,7 @@ class TileScale:
 def measure(scaling: Scaling, image: np.ndarray | None, dsm: np.ndarray | None, unit: float, pixel: float | None) -> TileScale:
     """The numbers of a tile: image (H, W, C), dsm (H, W) in counts of `unit` metres, pixels of `pixel` metres.
 
-    Raises DataError where they cannot be had.
+    Both may slice like arrays, and are read from top to bottom. Raises DataError where the numbers cannot be had.
     """
     numbers = {}
     if dsm is not None:
@@ -98,7 +98,8 @@ def _measure_heights(choice: str, dsm: np.ndarray, unit: float, pixel: float | N
         low, high = height_range(dsm)
         return dict(heights=(low * unit, high * unit))
     if choice == "percentiles":
-        sparse = dsm[:: max(1, dsm.shape[0] // 1000), :: max(1, dsm.shape[1] // 1000)]
+        (H, W), step = dsm.shape, max(1, dsm.shape[1] // 1000)
+        sparse = np.concatenate([dsm[row : row + 1, 0:W][:, ::step] for row in range(0, H, max(1, H // 1000))])
         low, high = (float(v) * unit for v in np.percentile(sparse, (1, 99)))
         return dict(heights=(low, high), clip_heights=True)
     if choice == "ground":
@@ -117,11 +118,13 @@ def _measure_image(choice: str, image: np.ndarray) -> dict:
             raise DataError("--image-scaling sam is for three bands")
         return dict(image=(np.array(SAM_MEAN) / 255 * top, np.array(SAM_STD) / 255 * top))
     if choice == "minmax":
-        low, high = image.min(axis=(0, 1)).astype(np.float64), image.max(axis=(0, 1)).astype(np.float64)
+        ends = [(strip.min(axis=(0, 1)), strip.max(axis=(0, 1))) for strip in row_strips(image)]
+        low, high = (np.stack(values).astype(np.float64) for values in zip(*ends))
+        low, high = low.min(axis=0), high.max(axis=0)
         return dict(image=(low, np.where(high > low, high - low, 1)))
     # differs: the published code scales each image and band of MMHunan by itself, which is `minmax` (PAPER.md 3.10)
     if choice == "reflectance" and image.dtype != np.uint8:
-        full = REFLECTANCE * (10_000 if image.max() > 10 else 1)
+        full = REFLECTANCE * (10_000 if any(strip.max() > 10 for strip in row_strips(image)) else 1)
         return dict(image=(np.zeros(C), np.full(C, full)), clip_image=True)
     if fixed := fixed_range(choice):
         return dict(image=(np.full(C, fixed[0]), np.full(C, fixed[1] - fixed[0])), clip_image=True)
@@ -136,7 +139,8 @@ def image_input(image: np.ndarray) -> np.ndarray:
 
 def height_range(dsm: np.ndarray) -> tuple[float, float]:
     """(lowest, highest) height of a tile in metres."""
-    return float(dsm.min()), float(dsm.max())
+    ends = [(float(strip.min()), float(strip.max())) for strip in row_strips(dsm)]
+    return min(low for low, _ in ends), max(high for _, high in ends)
 
 
 def scale_heights(dsm: np.ndarray, low_high: tuple[float, float]) -> np.ndarray:
@@ -171,6 +175,19 @@ def fill_missing_heights(dsm: np.ndarray, nodata: float | None) -> tuple[np.ndar
     return dsm, missing
 
 
+def lowest_height(dsm, nodata: float | None) -> tuple[float, int]:
+    """The lowest valid height of what slices like (H, W), and the number of pixels without. Raises DataError for none."""
+    lowest, missing = np.inf, 0
+    for strip in row_strips(dsm):
+        strip = (strip[..., 0] if strip.ndim == 3 else strip).astype(np.float32)
+        valid = valid_heights(strip, nodata)
+        missing += valid.size - int(valid.sum())
+        lowest = min(lowest, float(strip.min(where=valid, initial=np.inf)))
+    if lowest == np.inf:
+        raise DataError("holds no valid height")
+    return lowest, missing
+
+
 def local_ground(dsm: np.ndarray, width: float) -> tuple[np.ndarray, int]:
     """The ground below (H, W) heights: a morphological opening by a square of `width` pixels -> (h, w) float32, cell.
 
@@ -182,7 +199,7 @@ def local_ground(dsm: np.ndarray, width: float) -> tuple[np.ndarray, int]:
     starts = np.arange(0, W, cell)
     lowest = np.empty((-(-H // cell), len(starts)), np.float32)
     for i in range(len(lowest)):
-        lowest[i] = np.minimum.reduceat(dsm[i * cell : (i + 1) * cell].min(axis=0), starts)
+        lowest[i] = np.minimum.reduceat(dsm[i * cell : (i + 1) * cell, 0:W].min(axis=0), starts)
     eroded = sliding_min(lowest, span)
     return -sliding_min(-eroded, span), cell
 

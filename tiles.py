@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from layouts import IGNORE, Classes
-from rasters import STRIP, DataError, Grid, Held, InFile, nodata_value, raster_bytes, raster_in_file, raster_size
-from rasters import read_grid, read_raster, resample, same_grid
-from scaling import Scaling, TileScale, fill_missing_heights, measure, valid_heights
+from rasters import STRIP, DataError, Grid, nodata_value, raster_bytes, raster_size, read_grid, read_raster, resample
+from rasters import row_strips, same_grid
+from scaling import Scaling, TileScale, fill_missing_heights, lowest_height, measure, valid_heights
+from slices import Decoded, Held, InFile, OnGrid, open_raster, raster_in_file
 
 
 # --------------------------------------------------------------------------------------------------------------- colours
@@ -125,21 +126,29 @@ class Tile:
 
     def read_image(self) -> np.ndarray:
         """(H, W, C), the chosen bands in the file's own type, C = 3 for any network."""
-        path, image = self.paths["image"], self._read("image")
-        if image.ndim != 3 or image.shape[2] < 3:
-            raise DataError(f"{path}: an image of three or more bands is needed, not {image.shape}")
-        if max(self.bands) >= image.shape[2]:
-            raise DataError(f"{path}: has {image.shape[2]} bands, and band {max(self.bands) + 1} is asked for; see --bands")
+        image = self._read("image")
+        self._check_bands(image.shape)
         image = self._decode_image(image)
-        whole = np.issubdtype(image.dtype, np.integer)
-        if not whole and not np.isfinite(image).all():
-            raise DataError(f"{path}: the image holds pixels that are no number; fill them first")
-        if self.scaling.images in ("unit", "sam"):
-            if not whole and not (image.min() >= 0 and image.max() <= 1):
-                raise DataError(f"{path}: float images must lie in 0 to 1; give their range as --image-scaling LOW:HIGH")
-            if whole and image.dtype not in (np.uint8, np.uint16):
-                raise DataError(f"{path}: pixels of {image.dtype}; give their range as --image-scaling LOW:HIGH")
+        self._check_pixels(image)
         return image
+
+    def _check_bands(self, shape: tuple[int, ...]) -> None:
+        path = self.paths["image"]
+        if len(shape) != 3 or shape[2] < 3:
+            raise DataError(f"{path}: an image of three or more bands is needed, not {shape}")
+        if max(self.bands) >= shape[2]:
+            raise DataError(f"{path}: has {shape[2]} bands, and band {max(self.bands) + 1} is asked for; see --bands")
+
+    def _check_pixels(self, image: np.ndarray | Decoded) -> None:
+        path, dtype = self.paths["image"], image.dtype
+        whole, by_type = np.issubdtype(dtype, np.integer), self.scaling.images in ("unit", "sam")
+        for strip in row_strips(image) if not whole else ():
+            if not np.isfinite(strip).all():
+                raise DataError(f"{path}: the image holds pixels that are no number; fill them first")
+            if by_type and not (strip.min() >= 0 and strip.max() <= 1):
+                raise DataError(f"{path}: float images must lie in 0 to 1; give their range as --image-scaling LOW:HIGH")
+        if by_type and whole and dtype not in (np.uint8, np.uint16):
+            raise DataError(f"{path}: pixels of {dtype}; give their range as --image-scaling LOW:HIGH")
 
     def _decode_image(self, raw: np.ndarray) -> np.ndarray:
         raw = raw if raw.dtype.isnative else raw.astype(raw.dtype.newbyteorder("="))
@@ -231,10 +240,7 @@ class Tile:
         With `held`, for training: image, dsm and labels that are named there stay in memory in the types of their
         files, the others in their files, out of which every crop is cut. All of them are read once, to be checked.
         """
-        if "dsm" in modalities and "dsm" not in self.paths:
-            raise DataError(f"tile {self.name} has no heights; add them, or use --modalities image")
-        if len(self.bands) != 3:
-            raise DataError(f"a network takes three bands, not {len(self.bands)}; see --bands")
+        self._check_modalities(modalities)
         rasters, scale = {}, TileScale()
         if "dsm" in modalities:
             dsm = self._read_heights()
@@ -251,6 +257,49 @@ class Tile:
             rasters["labels"] = self._keep("labels", self.read_labels(), held)
         image, dsm, labels = (rasters.get(kind) for kind in ("image", "dsm", "labels"))
         return LoadedTile(self.name, image, dsm, labels, scale.heights, scale)
+
+    def open(self, modalities: tuple[str, ...]) -> LoadedTile:
+        """What `load` gives a network, without labels, and left in the files as far as they can be read in parts.
+
+        The files are passed through once or twice, from top to bottom, for what has to be checked and measured.
+        """
+        self._check_modalities(modalities)
+        image = dsm = None
+        scale = TileScale()
+        if "dsm" in modalities:
+            dsm, scale = self._open_heights()
+        if "image" in modalities:
+            raw = open_raster(self.paths["image"])
+            self._check_bands(raw.shape)
+            image = Decoded(raw, (*self.size, len(self.bands)), self._decode_image)
+            self._check_pixels(image)
+            measured = self._measured(image, None)
+            scale = replace(scale, image=measured.image, clip_image=measured.clip_image)
+        return LoadedTile(self.name, image, dsm, None, scale.heights, scale)
+
+    def _open_heights(self) -> tuple[Decoded, TileScale]:
+        """Metres (H, W) behind slices, missing ones set to the lowest, and their scale."""
+        path, size = self.paths["dsm"], self.size
+        raw, nodata = open_raster(path), nodata_value(path)
+        try:
+            if self.grids is not None:
+                valid = Decoded(raw, raw.shape[:2], partial(_fill, nodata=nodata, lowest=np.nan, unit=1))
+                raw, nodata = OnGrid(valid, *self.grids, size), None
+                self.notes.append(f"tile {self.name}: heights resampled to the image's grid")
+            lowest, missing = lowest_height(Decoded(raw, size, lambda heights: heights), nodata)
+        except DataError as error:
+            prefix = "" if str(error).startswith(str(path)) else f"{path}: "
+            raise DataError(f"{prefix}{error}; leave the tile out or replace the file") from None
+        if missing:
+            self.notes.append(f"tile {self.name}: {missing} pixels without height, set to the lowest")
+        counts = Decoded(raw, size, partial(_fill, nodata=nodata, lowest=lowest, unit=1))
+        return replace(counts, decode=partial(_fill, nodata=nodata, lowest=lowest, unit=self.height_unit)), self._measured(None, counts)
+
+    def _check_modalities(self, modalities: tuple[str, ...]) -> None:
+        if "dsm" in modalities and "dsm" not in self.paths:
+            raise DataError(f"tile {self.name} has no heights; add them, or use --modalities image")
+        if len(self.bands) != 3:
+            raise DataError(f"a network takes three bands, not {len(self.bands)}; see --bands")
 
     def _measured(self, image: np.ndarray | None, dsm: np.ndarray | None) -> TileScale:
         path = self.paths["image" if dsm is None else "dsm"]

@@ -13,7 +13,8 @@ import synthetic
 from data import CropDataset, CropOrder, DataError, draw_crop, load_tiles, memory_line, open_dataset, open_from_settings
 from data import fingerprint, image_bands
 from layouts import HUNAN, ISPRS_CLASSES, POTSDAM, VAIHINGEN
-from rasters import Held, InFile, read_raster
+from rasters import read_raster
+from slices import Held, InFile
 from scaling import Scaling
 
 PALETTE = np.array([color for _, color in ISPRS_CLASSES], np.uint8)

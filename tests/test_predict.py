@@ -1,17 +1,15 @@
-"""Sliding-window prediction, and the maps that are written."""
+"""Sliding-window prediction."""
 
 import numpy as np
 import pytest
-import tifffile
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
-from data import labels_to_colors, read_raster
-from predict import autocast, predict_tile, write_map
+from crops import sliding_windows
+from predict import BLENDS, autocast, predict_strips, predict_tile
 
 sides = st.integers(1, 40)
 
@@ -70,11 +68,14 @@ def predict_at_full_size(model, image, dsm, window, stride, repeat):
 # ------------------------------------------------------------------------------------------------------ sliding window
 
 
-@given(sides, sides, windows(), st.integers(1, 5), st.integers(0, 99))
-def test_a_model_that_answers_its_input_gives_the_largest_band_of_any_raster(H, W, window, batch, seed):
+blends = st.sampled_from(sorted(BLENDS))
+
+
+@given(sides, sides, windows(), st.integers(1, 5), blends, st.booleans(), st.integers(0, 99))
+def test_a_model_that_answers_its_input_gives_the_largest_band_of_any_raster(H, W, window, batch, blend, flips, seed):
     image = np.random.default_rng(seed).integers(0, 256, (H, W, 3), dtype=np.uint8)
     model = Echo()
-    found = predict_tile(model, image, None, *window, batch)
+    found = predict_tile(model, image, None, *window, batch, blend=blend, flips=flips)
     assert found.dtype == np.uint8 and np.array_equal(found, image.argmax(-1))
     assert max(model.batches) <= batch
 
@@ -88,6 +89,55 @@ def test_prediction_equals_sums_over_all_windows_at_full_size(H, W, window, batc
     found = predict_tile(model, image, dsm, *window, batch, heights=(0, 4), repeat_border=repeat)
     with torch.no_grad():
         assert np.array_equal(found, predict_at_full_size(model, image, dsm, *window, repeat))
+
+
+@given(sides, sides, windows(), blends)
+def test_strips_come_from_top_to_bottom_and_make_up_the_map(H, W, window, blend):
+    image = np.random.default_rng(H).integers(0, 256, (H, W, 3), dtype=np.uint8)
+    strips = list(predict_strips(Echo(), image, None, *window, blend=blend))
+    assert all(0 < len(strip) <= window[1] for strip in strips[:-1]) and 0 < len(strips[-1]) <= window[0]
+    assert np.array_equal(np.concatenate(strips), image.argmax(-1))
+
+
+@given(sides, sides, windows(), st.integers(1, 5))
+def test_each_window_is_computed_once_where_the_published_loop_repeats_those_at_the_border(H, W, window, batch):
+    model = Echo()
+    predict_tile(model, np.zeros((H, W, 3), np.uint8), None, *window, batch, repeat_border=True)
+    published = len(places(H, *window, repeat=True)) * len(places(W, *window, repeat=True))
+    windows = sliding_windows(H, W, *window)
+    assert sum(model.batches) == len(windows) <= published == sum(weight for *_, weight in windows)
+
+
+def test_a_tile_of_vaihingen_s_size_takes_fewer_forwards_than_the_published_loop():
+    model = Echo()
+    predict_tile(model, np.zeros((512, 600, 3), np.uint8), None, 256, 32, repeat_border=True)
+    assert sum(model.batches) == 9 * 12 and 16 * 19 == len(range(0, 512, 32)) * len(range(0, 600, 32))
+
+
+def test_the_cosine_window_trusts_the_middle_and_no_pixel_is_without_a_share():
+    share = BLENDS["cosine"](16)
+    assert share.min() > 0 and torch.equal(share, share.T) and torch.allclose(share, share.flip(0))
+    assert (share[:8].diff(dim=0) > 0).all() and share.max() == share[7, 7]
+
+    class Border(nn.Module):
+        """Class 1 along the window's border, a little surer than class 0 is elsewhere."""
+
+        def forward(self, image):
+            border = torch.ones(image.shape[-2:])
+            border[1:-1, 1:-1] = 0
+            return torch.stack([1 - border, 1.5 * border]).expand(len(image), 2, -1, -1)
+
+    image = np.zeros((40, 40, 3), np.uint8)
+    mean, cosine = (predict_tile(Border(), image, None, 16, 8, blend=blend)[8:32, 8:32] for blend in ("mean", "cosine"))
+    assert mean.any() and not cosine.any()
+
+
+def test_flips_make_a_model_blind_to_left_and_right_and_up_and_down():
+    image = np.random.default_rng(0).integers(0, 5, (40, 40, 3)).astype(np.float32) / 4
+    dsm = np.random.default_rng(1).integers(0, 5, (40, 40)).astype(np.float32)
+    straight = predict_tile(Whole(1), image, dsm, 16, 8, flips=True)
+    turned = predict_tile(Whole(1), image[::-1, ::-1], dsm[::-1, ::-1], 16, 8, flips=True)[::-1, ::-1]
+    assert np.array_equal(straight, turned) and (straight != predict_tile(Whole(1), image, dsm, 16, 8)).any()
 
 
 def test_repeated_border_windows_make_a_difference():
@@ -127,32 +177,3 @@ def test_a_stride_that_leaves_gaps_is_refused(stride):
 def test_only_bf16_computes_in_bf16_on_the_cpu(precision, name):
     with autocast(precision, torch.device("cpu")):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == getattr(torch, name)
-
-
-# ----------------------------------------------------------------------------------------------------------------- maps
-
-
-@pytest.mark.parametrize("name", ["map.png", "map.tif", "map.TIFF", "MAP.PNG"])
-def test_a_map_holds_the_class_indices_and_a_table_of_their_colours(tmp_path, name):
-    rng = np.random.default_rng(0)
-    for H, W in ((1, 1), (7, 30), (65, 64)):
-        classes, palette = rng.integers(0, 6, (H, W)).astype(np.uint8), [tuple(c) for c in rng.integers(0, 256, (6, 3))]
-        write_map(tmp_path / name, classes, palette)
-        assert np.array_equal(read_raster(tmp_path / name), classes)
-        with Image.open(tmp_path / name) as picture:
-            assert np.array_equal(np.asarray(picture.convert("RGB")), labels_to_colors(classes, palette))
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
-def test_a_map_that_cannot_be_written_leaves_the_earlier_one_and_nothing_else(tmp_path, monkeypatch):
-    write_map(tmp_path / "a.tif", np.zeros((4, 4), np.uint8), [(1, 2, 3)])
-    before = (tmp_path / "a.tif").read_bytes()
-
-    def break_off(path, *_, **__):
-        path.write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(tifffile, "imwrite", break_off)
-    with pytest.raises(OSError, match="disk full"):
-        write_map(tmp_path / "a.tif", np.ones((4, 4), np.uint8), [(1, 2, 3)])
-    assert [path.name for path in tmp_path.iterdir()] == ["a.tif"] and (tmp_path / "a.tif").read_bytes() == before

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from rasters import DataError, Grid, bilinear, raster_in_file, raster_bands, raster_bytes, read_grid, read_raster, resample
+from rasters import DataError, Grid, bilinear, raster_bands, raster_bytes, read_grid, read_raster, resample
 from rasters import same_grid
+from slices import raster_in_file
 from tiles import Tile
 
 TWO_CLASSES = (("ground", (10, 20, 30)), ("house", (200, 100, 0)))

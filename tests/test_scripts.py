@@ -20,6 +20,7 @@ from PIL import Image
 import synthetic
 from console import Ticker, clock
 from data import read_raster
+from rasters import read_grid
 
 HOME = Path(__file__).parent.parent
 TINY = "--encoder vit_t --weights none --batch-size 2 --crop 64 --eval-stride 64 --device cpu".split()
@@ -165,6 +166,28 @@ def test_a_map_has_the_size_of_the_image_and_comes_out_the_same_again(trained, t
     found = read_raster(tmp_path / "one.tif")
     assert found.shape == (128, 132) and found.max() < 6
     assert (tmp_path / "one.tif").read_bytes() == (tmp_path / "two.tif").read_bytes()
+
+
+def test_a_map_of_a_geotiff_in_tiles_lies_where_the_image_lies(trained, tile, script, tmp_path):
+    folder, run, _ = trained
+    tags = [(33550, "d", 3, (0.5, 0.5, 0.0), True), (33922, "d", 6, (0.0, 0.0, 0.0, 7e5, 6.6e6, 0.0), True)]
+    image, no_data = read_raster(tile[0]).copy(), (42113, "s", 0, "255", True)
+    image[:40, :40] = 255
+    options = dict(tile=(32, 48), compression="zlib", photometric="rgb")
+    tifffile.imwrite("image.tif", image, extratags=[*tags, no_data], **options)
+    words = ["--run", run, "--dsm", tile[1], "--stride", 48, "--device", "cpu"]
+    for flags in ([], ["--blend", "cosine", "--flips"]):
+        tifffile.imwrite("plain.tif", image, photometric="rgb")
+        assert script("predict.py", *words, *flags, "--image", "plain.tif", "--out", "wanted.tif")[0] == 0
+        assert script("predict.py", *words, *flags, "--image", "image.tif", "--out", "map.tif")[0] == 0
+        wanted, found = read_raster(Path("wanted.tif")), read_raster(Path("map.tif"))
+        assert (found[:40, :40] == 255).all() and wanted.max() < 6
+        outside = (image != 255).any(-1)
+        assert np.array_equal(found[outside], wanted[outside])
+        assert read_grid(Path("map.tif")) == read_grid(Path("image.tif"))
+    assert script("predict.py", *words, "--image", "image.tif", "--out", "map.png")[0] == 0
+    made = ["map.pgw", "map.png", "map.png.aux.xml", "map.tif", "map.tif.aux.xml", "wanted.tif", "wanted.tif.aux.xml"]
+    assert files_below(tmp_path) == sorted(["image.tif", "plain.tif", *made])
 
 
 def test_a_map_of_the_run_s_own_stride_is_what_was_scored(trained, tile, city, script, tmp_path):
@@ -384,6 +407,10 @@ def test_a_mistake_in_evaluation_is_one_line_and_leaves_the_scores(trained, scri
         ({"--image": "garbage.tif"}, ["garbage.tif"]),
         ({"--out": "map.jpg"}, ["--out map.jpg"]),
         ({"--out": "nowhere/map.png"}, ["--out nowhere/map.png"]),
+        ({"--out": "/proc/map.png"}, ["--out /proc/map.png"]),
+        ({"--out": "/proc/map.tif"}, ["--out /proc/map.tif"]),
+        ({"--out": "short.tif", "--dsm": "short.tif"}, ["--out short.tif", "another file"]),
+        ({"--blend": "sum"}, ["--blend", "cosine"]),
         ({"--stride": "0"}, ["stride", "64"]),
         ({"--stride": "-8"}, ["stride", "64"]),
         ({"--stride": "65"}, ["stride", "64"]),
