@@ -292,8 +292,9 @@ class Tile:
             raise DataError(f"{prefix}{error}; leave the tile out or replace the file") from None
         if missing:
             self.notes.append(f"tile {self.name}: {missing} pixels without height, set to the lowest")
-        counts = Decoded(raw, size, partial(_fill, nodata=nodata, lowest=lowest, unit=1))
-        return replace(counts, decode=partial(_fill, nodata=nodata, lowest=lowest, unit=self.height_unit)), self._measured(None, counts)
+        fill = partial(_fill, nodata=nodata, lowest=lowest)
+        scale = self._measured(None, Decoded(raw, size, partial(fill, unit=1)))
+        return Decoded(raw, size, partial(fill, unit=self.height_unit)), scale
 
     def _check_modalities(self, modalities: tuple[str, ...]) -> None:
         if "dsm" in modalities and "dsm" not in self.paths:

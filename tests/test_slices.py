@@ -28,11 +28,9 @@ LAYOUTS = {
 
 def write(path, array, layout):
     options = dict(LAYOUTS[layout])
-    if array.ndim == 2 and options.pop("planarconfig", None):
-        pass
-    if array.dtype.kind == "f":
-        options.pop("predictor", None)
-    if options.get("planarconfig"):
+    if array.ndim == 2:
+        options.pop("planarconfig", None)
+    elif "planarconfig" in options:
         array = np.moveaxis(array, -1, 0)
     tifffile.imwrite(path, array, photometric="minisblack" if array.ndim == 2 else "rgb", **options)
     return path
@@ -118,11 +116,10 @@ def own_tile(folder, layout, scaling, other_grid=False):
     dsm[3:6, 5:9], dsm[7, 7], dsm[0, 0] = -9999, np.nan, 3e38
     options = {k: v for k, v in LAYOUTS[layout].items() if k not in ("predictor", "planarconfig")}
     paths = {"image": folder / "image.tif", "dsm": folder / "dsm.tif"}
-    tags = geo_tags(1000, 2000, (0.5, 0.5), nodata=None), geo_tags(998, 1998.7, *([(1.0, 1.0)] if other_grid else [(0.5, 0.5)]))
-    if not other_grid:
-        tags = tags[0], tags[0]
-    tifffile.imwrite(paths["image"], image, photometric="rgb", extratags=tags[0], **options)
-    tifffile.imwrite(paths["dsm"], dsm, photometric="minisblack", extratags=tags[1], **options)
+    tags = geo_tags(1000, 2000, (0.5, 0.5))
+    tifffile.imwrite(paths["image"], image, photometric="rgb", extratags=tags, **options)
+    tags = geo_tags(998, 1998.7, (1.0, 1.0)) if other_grid else tags
+    tifffile.imwrite(paths["dsm"], dsm, photometric="minisblack", extratags=tags, **options)
     return [Tile("a", paths, TWO_CLASSES, bands=(3, 0, 1), height_unit=0.5, scaling=scaling) for _ in range(2)]
 
 
