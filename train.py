@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import signal
 import statistics
 import subprocess
@@ -184,9 +185,10 @@ class Run:
         """A full disk or a folder that is gone ends the run with a line; files that were written before stay whole."""
         try:
             yield
-        except (OSError, RuntimeError) as error:  # torch tells of a full disk by RuntimeError
+        except (OSError, RuntimeError) as error:  # torch tells of a full disk by RuntimeError, in riddles
+            free = f", {shutil.disk_usage(self.folder).free / 1e6:,.0f} MB are free" if self.folder.exists() else ""
             raise TrainingStopped(
-                f"{self.folder} cannot be written ({str(error).splitlines()[0]}); what was saved before is intact: "
+                f"{self.folder} cannot be written ({str(error).splitlines()[0]}{free}); what was saved before is intact: "
                 f"make room, then python train.py --resume --out {self.folder}"
             ) from error
 

@@ -23,7 +23,7 @@ from settings import AS_PUBLISHED, Settings, class_weights, learning_rate, parse
 from training import TrainingStopped, scored_weight, segmentation_loss
 
 ROOT = Path(train.__file__).resolve().parent
-SHORT = "--data vaihingen --encoder vit_t --weights none --epochs 2 --steps 4 --batch-size 2 --crop 64 --eval-stride 64"
+SHORT = "--data vaihingen --encoder vit_t --weights none --epochs 2 --steps 8 --batch-size 2 --crop 64 --eval-stride 64"
 
 
 @pytest.fixture(scope="module")
