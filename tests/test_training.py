@@ -289,14 +289,20 @@ def test_two_runs_without_a_seed_differ():
     assert len({parse_settings(["--seed", "-1"])[0].seed for _ in range(5)}) > 1
 
 
-def test_the_best_epoch_on_held_out_tiles_is_kept_and_they_are_not_trained_on(city, tmp_path):
-    run = short_run(city, tmp_path / "val", val="7,32", select="val", epochs=3, steps=1)
-    assert {t.name for t in run.tiles} == set("1 3 23 26 11 13 28 17 34 37".split())
+@pytest.mark.parametrize("select, val", [("val", "7,32"), ("test", "")])
+def test_the_best_epoch_is_kept_of_held_out_tiles_or_as_published_of_the_test_tiles(city, tmp_path, select, val):
+    run = short_run(city, tmp_path / "run", val=val, select=select, epochs=3, steps=1)
+    assert {t.name for t in run.tiles} == set("1 3 23 26 7 11 13 28 17 32 34 37".split()) - set(val.split(","))
     run.train()
     scores = [json.loads(line)["miou"] for line in (run.folder / "log.jsonl").read_text().splitlines()]
     best = scores.index(max(scores)) + 1
-    run.finish()
+    final = run.finish()
     assert run.trainer.progress.best_epoch == best and run.trainer.progress.best == max(scores)
+    if select == "test":
+        assert final["miou"] == max(scores)
+
+
+def test_tiles_are_held_out_by_number_but_never_all_of_them(city, tmp_path):
     assert len(short_run(city, tmp_path / "two", val="2").dataset.tiles("val")) == 2
     with pytest.raises(DataError, match="some but not all of the training tiles"):
         short_run(city, tmp_path / "three", val="99")
