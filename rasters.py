@@ -10,6 +10,7 @@ import re
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Callable, TypeVar
 
 import numpy as np
 import tifffile
@@ -25,6 +26,9 @@ GEO_TAGS = (PIXEL_SCALE, TIE_POINT, TRANSFORMATION, GEO_KEYS, GEO_NUMBERS, GEO_T
 NODATA = 42113  # GDAL's
 MODEL_TYPE, RASTER_TYPE, GEOGRAPHIC, PROJECTED, USER_DEFINED = 1024, 1025, 2048, 3072, 32767  # GeoTIFF keys, a value
 STRIP = 512  # rows that are worked on at a time, so that temporary arrays stay small
+
+
+T = TypeVar("T")
 
 
 def row_strips(raster):
@@ -110,51 +114,43 @@ def _read_by_pillow(path: Path, compression: str) -> np.ndarray:
 
 def raster_size(path: Path) -> tuple[int, int]:
     """(H, W) from the header alone. Raises DataError by file."""
-    try:
-        if is_tiff(path):
-            with tifffile.TiffFile(path) as tiff:
-                return int(tiff.pages[0].imagelength), int(tiff.pages[0].imagewidth)
-        with Image.open(path) as image:
-            return image.height, image.width
-    except Exception as error:  # as above
-        raise unreadable(path, error) from error
+    return _header(
+        path,
+        lambda page: (int(page.imagelength), int(page.imagewidth)),
+        lambda image: (image.height, image.width),
+    )
 
 
 def raster_bands(path: Path) -> int:
     """The number of bands, from the header. Raises DataError by file."""
-    try:
-        if is_tiff(path):
-            with tifffile.TiffFile(path) as tiff:
-                return tiff.pages[0].samplesperpixel
-        with Image.open(path) as image:
-            return len(image.getbands())
-    except Exception as error:  # as above
-        raise unreadable(path, error) from error
-
-
-def alpha_band(path: Path) -> int | None:
-    """Which band says how opaque a pixel is, from the header; None without. Raises DataError by file."""
-    try:
-        if is_tiff(path):
-            with tifffile.TiffFile(path) as tiff:
-                page = tiff.pages[0]
-                extra = [int(kind) for kind in page.extrasamples]
-                alpha = next((i for i, kind in enumerate(extra) if kind in (1, 2)), None)
-                return None if alpha is None else page.samplesperpixel - len(extra) + alpha
-        with Image.open(path) as image:
-            return image.getbands().index("A") if "A" in image.getbands() else None
-    except Exception as error:  # as above
-        raise unreadable(path, error) from error
+    return _header(path, lambda page: page.samplesperpixel, lambda image: len(image.getbands()))
 
 
 def raster_bytes(path: Path) -> int:
     """Bytes of one value of the file, from the header: 1 for 8 bits. Raises DataError by file."""
+    sizes = {"I;16": 2, "I": 4, "F": 4}
+    return _header(path, lambda page: page.dtype.itemsize, lambda image: sizes.get(image.mode, 1))
+
+
+def alpha_band(path: Path) -> int | None:
+    """Which band says how opaque a pixel is, from the header; None without. Raises DataError by file."""
+
+    def of_tiff(page: tifffile.TiffPage) -> int | None:
+        extra = [int(kind) for kind in page.extrasamples]
+        alpha = next((i for i, kind in enumerate(extra) if kind in (1, 2)), None)
+        return None if alpha is None else page.samplesperpixel - len(extra) + alpha
+
+    return _header(path, of_tiff, lambda image: image.getbands().index("A") if "A" in image.getbands() else None)
+
+
+def _header(path: Path, of_tiff: Callable[[tifffile.TiffPage], T], of_picture: Callable[[Image.Image], T]) -> T:
+    """What the header of a TIFF, or of another picture, tells. Raises DataError by file."""
     try:
         if is_tiff(path):
             with tifffile.TiffFile(path) as tiff:
-                return tiff.pages[0].dtype.itemsize
+                return of_tiff(tiff.pages[0])
         with Image.open(path) as image:
-            return {"I;16": 2, "I": 4, "F": 4}.get(image.mode, 1)
+            return of_picture(image)
     except Exception as error:  # as above
         raise unreadable(path, error) from error
 

@@ -11,7 +11,7 @@ All have a `shape` that starts with `H, W`. Every mistake is a DataError of one 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 

@@ -198,14 +198,19 @@ def test_two_processes_compute_what_one_computes_in_double_precision(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_a_run_on_two_processes_starts_as_one_does_and_writes_one_folder(city, whole_run, tmp_path):
+def test_a_run_on_two_processes_is_that_of_one_and_writes_one_folder(city, tmp_path):
+    # At a rate at which training does not multiply rounding: at 0.01 one process with another number of threads is as
+    # far off. What is no rounding shows in double precision, above.
+    flags = "--epochs 20 --steps 1 --batch-size 4 --lr 0.0001"
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
-    out, _ = finish(start(city, tmp_path / "two", "--epochs 4 --steps 1", launcher))
-    finish(start(city, tmp_path / "one", "--epochs 4 --steps 1"))
-    logs = [(tmp_path / n / "log.jsonl").read_text().splitlines() for n in ("one", "two")]
-    one, two = ([json.loads(line)["loss"] for line in log] for log in logs)
-    assert one == pytest.approx(two, abs=1e-4)  # rounding, which training multiplies; exact in double precision above
-    assert out.count("2 processes") == 1 and json.loads((tmp_path / "two" / "scores.json").read_text())["windows"] > 0
+    out, _ = finish(start(city, tmp_path / "two", flags, launcher))
+    finish(start(city, tmp_path / "one", flags))
+    one, two = ([json.loads(e)["loss"] for e in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two"))
+    assert len(one) == 20 and one == pytest.approx(two, rel=0, abs=1e-5)
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert max((a[n].float() - b[n].float()).abs().max() for n in a) < 1e-4
+    scores = [json.loads((tmp_path / n / "scores.json").read_text()) for n in ("one", "two")]
+    assert scores[0]["confusion"] == scores[1]["confusion"] and out.count("2 processes") == 1
 
 
 def test_a_killed_worker_ends_the_run_with_an_error(city, tmp_path):
