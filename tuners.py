@@ -28,9 +28,9 @@ def mix_modalities(u: Tensor, weights: Tensor) -> Tensor:
     The weights are learnable scalars, started at 0.5 and not clamped, as published.
     """
     M = u.shape[0]
-    w = weights.to(u.dtype).view(M, *[1] * (u.ndim - 1))
-    others = (u.sum(dim=0) - u) / (M - 1)
-    return w * u + (1 - w) * others
+    w = weights.view(M, *[1] * (u.ndim - 1))
+    share = (1 - w) / (M - 1)  # of each of the others, so that (w - share) u_m + share * (the sum of all) is the mixture
+    return (w - share).to(u.dtype) * u + share.to(u.dtype) * sum(u.unbind())
 
 
 def mixing_weights(modalities: int, mixing: bool) -> nn.Parameter | None:

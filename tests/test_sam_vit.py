@@ -85,13 +85,42 @@ def random_attention(heads, table, window):
     return randomise(Attention(4 * heads, heads, table, window).double().requires_grad_(False), seed=table)
 
 
-@given(rows=st.integers(1, 4), cols=st.integers(1, 4), window=st.integers(1, 5))
-def test_windows_are_cut_row_by_row_and_merged_back(rows, cols, window):
-    x = torch.randn(2, rows * window, cols * window, 3)
-    windows = sam_vit.partition_windows(x, window)
-    second = x[1, :window, -window:]  # the top right window of the second image
-    assert torch.equal(windows[rows * cols + cols - 1], second)
-    assert torch.equal(sam_vit.merge_windows(windows, x.shape[1:3]), x)
+@given(rows=st.integers(1, 4), cols=st.integers(1, 4), a=st.integers(1, 5), b=st.integers(1, 5))
+def test_windows_are_cut_row_by_row_and_merged_back(rows, cols, a, b):
+    x = torch.randn(2, rows * a, cols * b, 3, 2)
+    windows = sam_vit.cut_windows(x, a, b)  # (images x windows, heads, a, b, d)
+    second = x[1, :a, -b:]  # the top right window of the second image
+    assert torch.equal(windows[rows * cols + cols - 1], second.permute(2, 0, 1, 3))
+    assert torch.equal(sam_vit.merge_windows(windows, *x.shape[1:3]), x.flatten(3))
+
+
+@given(n=st.integers(1, 40), side=st.integers(1, 20))
+def test_spans_are_the_whole_windows_and_what_is_left_of_a_last_one(n, side):
+    places = [i for where, length in sam_vit.spans(n, side) for i in range(where.start, where.stop, length)]
+    assert places == list(range(0, n, side))
+    assert all((where.stop - where.start) % length == 0 for where, length in sam_vit.spans(n, side))
+
+
+@given(h=st.integers(1, 4), w=st.integers(1, 4), more_h=st.integers(0, 3), more_w=st.integers(0, 3), d=st.integers(1, 5))
+def test_padding_of_any_shape_counts_as_its_copies_would(h, w, more_h, more_w, d):
+    if more_h + more_w == 0:
+        more_h = 1
+    H, W = h + more_h, w + more_w
+    q, k, v = torch.randn(3, 1, 1, h, w, d, dtype=torch.float64)
+    key, value = torch.randn(2, 1, d, dtype=torch.float64)
+    rel_h, rel_w = (sam_vit.relative_table(torch.randn(2 * n - 1, d, dtype=torch.float64), n) for n in (H, W))
+    filled = [torch.cat([torch.cat([t, x.view(1, 1, 1, 1, d).expand(1, 1, h, more_w, d)], 3), x.view(1, 1, 1, 1, d).expand(1, 1, more_h, W, d)], 2) for t, x in ((q, key), (k, key), (v, value))]
+    expected = sam_vit.relative_position_attention(*filled, rel_h, rel_w)[:, :, :h, :w]
+    assert_close(sam_vit.relative_position_attention(q, k, v, rel_h[:h], rel_w[:w], (key, value)), expected)
+
+
+@given(n=st.integers(1, 6), m=st.integers(1, 6), d=st.integers(1, 4), more=st.integers(0, 3))
+def test_written_out_or_fused_attention_is_the_same(n, m, d, more):
+    q, k, v = (torch.randn(2, 3, *shape, dtype=torch.float64) for shape in ((n, d + more), (m, d + more), (m, d)))
+    written = sam_vit.softmax_attention(q, k, v)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sam_vit, "WRITTEN_OUT", 0)
+        assert_close(sam_vit.softmax_attention(q, k, v), written)
 
 
 @given(h=side, w=side, window=st.integers(2, 5), heads=st.integers(1, 2))

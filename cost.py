@@ -1,0 +1,84 @@
+"""What the encoder has to multiply, counted from the shapes, and how fast this machine multiplies it.
+
+A product (n, a, b, c) stands for n matrix products of (a, b) by (b, c): 2 n a b c operations.
+
+Shapes: `B` images of a batch, `M` modalities, `T` tokens of all images and modalities.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from typing import Callable
+
+import torch
+
+from mfnet import MFNet
+from sam_vit import spans
+
+Product = tuple[int, int, int, int]
+
+
+def encoder_products(model: MFNet, batch: int, crop: int) -> Counter[Product]:
+    """The matrix products that the encoder's forward pass needs for `batch` images of crop x crop -> how often each."""
+    encoder, M = model.image_encoder, model.modalities
+    side = crop // encoder.patch_size
+    T, C = M * batch * side * side, encoder.pos_embed.shape[-1]
+    products: Counter[Product] = Counter()
+    products[1, T, 3 * encoder.patch_size**2, C] += 1
+    for block in encoder.blocks:
+        for name, p in block.named_parameters():
+            if ".lora_" in name:  # (M, parts, out, in)
+                products[p.shape[0] * p.shape[1], T // M, p.shape[3], p.shape[2]] += 1
+            elif p.ndim == 2 and ".rel_pos_" not in name:  # (out, in)
+                uses = M if "_adapters." in name else 1
+                products[1, T // uses, p.shape[1], p.shape[0]] += 1
+        products.update(attention_products(block.attn, M * batch, side))
+    out = encoder.neck[0].out_channels
+    products[1, T, C, out] += 1
+    products[1, T, 9 * out, out] += 1
+    return products
+
+
+def attention_products(attn: torch.nn.Module, images: int, side: int) -> Counter[Product]:
+    """Those of softmax(q k^T + bias) v on grids of side x side tokens: real queries, real keys, one key of padding."""
+    heads, d, window = attn.num_heads, attn.rel_pos_h.shape[1], attn.window or side
+    products: Counter[Product] = Counter()
+    for ys, a in spans(side, window):
+        for xs, b in spans(side, window):
+            windows = images * (ys.stop - ys.start) // a * (xs.stop - xs.start) // b
+            keys = a * b + (a * b < window * window)
+            products[windows * heads, a * b, d, keys] += 1  # q k^T
+            products[windows * heads, a * b, keys, d] += 1
+            products[1, windows * heads * a * b, d, 2 * window] += 1  # q . rel_h and q . rel_w
+    return products
+
+
+def operations(products: Counter[Product]) -> int:
+    return sum(count * 2 * n * a * b * c for (n, a, b, c), count in products.items())
+
+
+def ceiling(products: Counter[Product], dtype: torch.dtype, device: torch.device, repeats: int) -> float:
+    """Seconds that the products take by themselves: of each the median of `repeats`, times how often it is needed."""
+    seconds = 0.0
+    for (n, a, b, c), count in products.items():
+        x = torch.randn(n, a, b, device=device).to(dtype).squeeze(0)
+        y = torch.randn(n, b, c, device=device).to(dtype).squeeze(0)
+        torch.matmul(x, y)
+        seconds += count * statistics.median(timed(lambda: torch.matmul(x, y), device) for _ in range(repeats))
+    return seconds
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that `work` takes, on a GPU with what it has set going there."""
+    wait(device)
+    start = time.perf_counter()
+    work()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
