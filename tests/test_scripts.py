@@ -287,6 +287,8 @@ def assert_refused(result, *parts):
         ("--tuner magic", ["magic", "adapter", "lora"]),
         ("--encoder vit_z", ["vit_z", "vit_l"]),
         ("--modalities height", ["height", "image+dsm"]),
+        ("--data potsdam --bands rgbir", ["--bands rgbir", "three bands, not 4", "rgb, irrg, or three"]),
+        ("--bands bgr", ["--bands bgr", "counted from 1"]),
         ("--crop 32", ["--crop 32"]),
         ("--crop many", ["--crop", "many"]),
         ("--eval-stride 0", ["--eval-stride 0"]),
