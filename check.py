@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from console import Parser
-from data import DATASETS, IGNORE, LABELS, MODALITIES, DataError, Dataset, Scaling, Tile, open_dataset
-from layouts import VAIHINGEN_TEST_PIXELS
+from data import DATASETS, IGNORE, LABELS, MODALITIES, DataError, Dataset, Scaling, Tile, check_bands, open_dataset
+from layouts import LAYOUTS, VAIHINGEN_TEST_PIXELS
 
 LISTED = 20  # missing files that are named
 MUCH = 0.05  # the share of pixels without height, or without class, from which a tile looks wrong
@@ -111,6 +111,7 @@ def main() -> None:
     parser.add_argument("--full-labels", action="store_true", help="as for train.py")
     parser.add_argument("--image-scaling", help="as for train.py")
     args = parser.parse_args()
+    check_bands(LAYOUTS.get(args.data), args.bands)
     hunan = args.data in ("hunan", "mmhunan")
     scaling = Scaling(images=args.image_scaling or ("reflectance" if hunan else "unit"))
     dataset = open_dataset(args.data, args.root, args.bands, args.labels, args.full_labels, args.splits, scaling)

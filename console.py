@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 from typing import Callable, NoReturn, TextIO
@@ -20,6 +21,7 @@ class Parser(argparse.ArgumentParser):
 
 def run_script(main: Callable[[], None]) -> NoReturn:
     """Runs a script's main: a user's mistake becomes one line and exit status 2, Ctrl-C exit status 130."""
+    logging.getLogger("tifffile").addHandler(logging.NullHandler())  # a damaged file is one line, and that is ours
     try:
         main()
     except (DataError, WeightsError) as error:

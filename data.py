@@ -130,7 +130,8 @@ def open_dataset(
 
 
 def open_from_settings(settings: dict, root: str | Path | None = None) -> Dataset:
-    """The data set of a run, read as the run reads it; `root` where it lies elsewhere now."""
+    """The data set of a run, read as the run reads it; `root` where it lies elsewhere now. Raises DataError."""
+    check_bands(LAYOUTS.get(settings["data"]), settings.get("bands", ""))
     names = ("bands", "labels", "full_labels", "splits")
     choices = {name: settings[name] for name in names if name in settings}
     return open_dataset(settings["data"], root or settings["root"], scaling=scaling_of(settings), **choices)
@@ -152,8 +153,19 @@ def image_bands(layout: Layout | None, bands: str, count: int) -> tuple[int, ...
     elif layout is not None and (bands in layout.image or not bands):
         variants = [numbers for _, numbers in layout.image[bands or next(iter(layout.image))]]
         return max((v for v in variants if max(v) < count), key=max, default=variants[0])
-    names = f"{', '.join(layout.image)}, or " if layout else ""
-    raise DataError(f"--bands {bands}: give {names}three bands counted from 1, as in 4,3,2")
+    raise DataError(f"--bands {bands}: give {_band_choices(layout)}")
+
+
+def _band_choices(layout: Layout | None) -> str:
+    named = [name for name, ((_, bands), *_) in (layout.image.items() if layout else ()) if len(bands) == 3]
+    return f"{', '.join(named)}{', or ' if named else ''}three bands counted from 1, as in 4,3,2"
+
+
+def check_bands(layout: Layout | None, bands: str) -> None:
+    """Raises DataError unless `bands` means three, which is what a network takes."""
+    count = len(image_bands(layout, bands, 99))
+    if count != 3:
+        raise DataError(f"--bands {bands}: a network takes three bands, not {count}; give {_band_choices(layout)}")
 
 
 def _layout_tiles(dataset: Dataset, split: str, modalities: tuple[str, ...], scored: bool) -> tuple[list[Tile], list[Path]]:

@@ -2,6 +2,7 @@
 
     python predict.py --run runs/NAME --image ortho.tif --dsm heights.tif --out map.tif
     python predict.py --image ortho.tif --dsm heights.tif --out map.png --stride 64 --blend cosine --flips
+    python predict.py --image ortho.tif --dsm heights.tif --explain FOLDER --at 512,256    a page about one window
 
 The map is a PNG or a GeoTIFF, by the ending of --out: class indices with a colour table, laid where the image lies; see
 `maps.py`. Rasters are read and the map is written strip by strip. `predict_tile` is what `evaluate.py` uses too.
@@ -24,6 +25,7 @@ from torch import Tensor
 from checkpoints import load_model, newest_run, pick_device
 from console import Parser, Ticker, run_script
 from data import LAYOUTS, MODALITIES, DataError, Tile, height_range, image_bands, scaling_of, window_places
+from explain import corner, write_explanation
 from maps import check_out, cut_out, without_data, write_map
 from rasters import one_line, raster_bands
 from scaling import TileScale
@@ -172,7 +174,8 @@ def tile_of(args: Namespace, run: Path, settings: dict, classes: list) -> Tile:
     for kind, path in paths.items():
         if path is None or not path.is_file():
             raise DataError(f"--{kind}: {'missing' if path is None else f'{path} is no file'}; {run} was trained on it")
-    tile = Tile(args.out.stem, paths, tuple((name, tuple(color)) for name, color in classes), scaling=scaling_of(settings))
+    label = (args.out or args.explain).stem
+    tile = Tile(label, paths, tuple((name, tuple(color)) for name, color in classes), scaling=scaling_of(settings))
     layout = LAYOUTS.get(settings["data"])
     if "image" in paths:
         tile.bands = image_bands(layout, settings.get("bands", ""), raster_bands(args.image))
@@ -187,14 +190,19 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="folder of a run; by default the newest below runs/")
     parser.add_argument("--image", type=Path, help="image of three or more bands (TIFF, PNG, JPEG)")
     parser.add_argument("--dsm", type=Path, help="height raster of the same size, or a GeoTIFF on another grid")
-    parser.add_argument("--out", type=Path, required=True, help="class map to write: .png or .tif")
+    parser.add_argument("--out", type=Path, help="class map to write: .png or .tif")
+    parser.add_argument("--explain", type=Path, metavar="FOLDER", help="write a page about what happens to one window")
+    parser.add_argument("--at", type=corner, metavar="X,Y", help="upper left pixel of that window; else in the middle")
     parser.add_argument("--blend", choices=list(BLENDS), default="mean", help="how overlapping windows are averaged")
     parser.add_argument("--flips", action="store_true", help="average each window over its four reflections")
     parser.add_argument("--stride", type=int, help="pixels between windows; by default as the run was scored")
     parser.add_argument("--weights", help="where SAM's weights are now; by default as the run found them")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     args = parser.parse_args()
-    check_out(args.out, [path for path in (args.image, args.dsm) if path])
+    if not (args.out or args.explain) or args.at and not args.explain:
+        parser.error("give --out FILE, --explain FOLDER, or both; --at goes with --explain")
+    if args.out:
+        check_out(args.out, [path for path in (args.image, args.dsm) if path])
 
     run = args.run or newest_run()
     device = pick_device(args.device)
@@ -204,6 +212,13 @@ def main() -> None:
     loaded = tile.open(MODALITIES[settings["modalities"]])
     for note in tile.notes:
         print(f"note: {note}")
+    if args.explain:
+        with autocast(settings["precision"], device):
+            what = model.to(device), loaded, settings["crop"], args.at, tile.classes, str(run)
+            page = write_explanation(args.explain, *what)
+        print(f"{page}: what {run} does with one window")
+    if not args.out:
+        return
     stride = settings["eval_stride"] if args.stride is None else args.stride
     strips = predict_strips(
         model.to(device),

@@ -5,19 +5,16 @@ Shapes: `H, W` pixels of a raster, `C` bands, bands last. Every mistake is a Dat
 
 from __future__ import annotations
 
-import logging
 import re
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, TypeVar
+from typing import Callable, Iterator, TypeVar
 
 import numpy as np
 import tifffile
 from PIL import Image, UnidentifiedImageError
-
-logging.getLogger("tifffile").addHandler(logging.NullHandler())  # a damaged file is one line, and that is ours
-Image.MAX_IMAGE_PIXELS = None  # an orthophoto is larger than what Pillow takes for an attack
 
 TIFF_ENDINGS = (".tif", ".tiff")
 UNCOMPRESSED, DEFLATE = 1, (8, 32946)
@@ -49,7 +46,7 @@ def read_raster(path: Path) -> np.ndarray:
     try:
         if is_tiff(path):
             return _read_tiff(path)
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             return np.asarray(image)
     except DataError:
         raise
@@ -59,6 +56,17 @@ def read_raster(path: Path) -> np.ndarray:
 
 def is_tiff(path: Path) -> bool:
     return path.suffix.lower() in TIFF_ENDINGS
+
+
+@contextmanager
+def open_picture(path: Path) -> Iterator[Image.Image]:
+    """A file as Pillow reads it, of any size: an orthophoto is larger than what Pillow takes for an attack."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with Image.open(path) as image:
+            yield image
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _read_tiff(path: Path) -> np.ndarray:
@@ -106,7 +114,7 @@ def check_bytes(path: Path, tiff: tifffile.TiffFile, page: tifffile.TiffPage) ->
 
 def _read_by_pillow(path: Path, compression: str) -> np.ndarray:
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             return np.asarray(image)
     except (OSError, ValueError, UnidentifiedImageError) as error:
         raise DataError(f"{path}: compressed by {compression}; pip install imagecodecs reads it") from error
@@ -149,7 +157,7 @@ def _header(path: Path, of_tiff: Callable[[tifffile.TiffPage], T], of_picture: C
         if is_tiff(path):
             with tifffile.TiffFile(path) as tiff:
                 return of_tiff(tiff.pages[0])
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             return of_picture(image)
     except Exception as error:  # as above
         raise unreadable(path, error) from error

@@ -129,6 +129,10 @@ table { border-collapse: collapse; margin-bottom: 1rem; } td, th { padding: .2re
 td:first-child, th:first-child { text-align: left; } tr + tr td { border-top: 1px solid #eee; }
 .wide { overflow-x: auto; } .wide img { min-width: 800px; width: 100%; } .note { color: #555; font-size: .9rem; }
 .curves { display: flex; flex-wrap: wrap; gap: 1rem; } svg { max-width: 100%; height: auto; }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(max(150px, 22%), 1fr)); gap: 1rem; margin: 1rem 0; }
+figure { margin: 0; } figcaption { font-size: .9rem; } .key { white-space: nowrap; margin-right: 1rem; }
+.figures img { width: 100%; box-sizing: border-box; border: 1px solid #bbb; image-rendering: pixelated; }
+.key span { display: inline-block; width: 1em; height: 1em; margin-right: .4em; vertical-align: -.15em; border: 1px solid #444; }
 .settings { columns: 18rem; font-size: .9rem; } .settings div { break-inside: avoid; }
 @media print { body { max-width: none; } .wide img { min-width: 0; } h2 { break-after: avoid; } }
 """
@@ -148,13 +152,18 @@ def write_report(run: Path) -> None:
         ("Parameters", table(["group", "number"], [[k, f"{v:,}"] for k, v in config["parameters"].items()])),
         ("Settings", setting_list(config)),
     ]
+    text = page(title, config["version"], sections)
+    replace_atomically(run / "report.html", lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def page(title: str, note: str, sections: list[tuple[str, str]]) -> str:
+    """A page that needs nothing from outside; `sections` are headings and HTML."""
     body = "".join(f"<h2>{name}</h2>{content}" for name, content in sections)
-    page = (
+    return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
-        f'<body><h1>{html.escape(title)}</h1><p class="note">{html.escape(config["version"])}</p>{body}</body></html>'
+        f'<body><h1>{html.escape(title)}</h1><p class="note">{html.escape(note)}</p>{body}</body></html>'
     )
-    replace_atomically(run / "report.html", lambda p: p.write_text(page, encoding="utf-8"))
 
 
 def percent(value: float | None) -> str:

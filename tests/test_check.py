@@ -158,6 +158,11 @@ def test_tiles_without_heights_are_looked_at_as_images(check, tmp_path):
     assert check("--data", "tiles", "--root", tmp_path, "--modalities", "image")[0] == 0
 
 
+def test_bands_that_no_network_takes_are_refused_before_anything_is_looked_at(check, tmp_path):
+    status, out, err = check("--data", "potsdam", "--root", tmp_path / "nowhere", "--bands", "rgbir")
+    assert status == 2 and not out and len(err.splitlines()) == 1 and "--bands rgbir" in err
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs shared/data")
 @pytest.mark.parametrize("name, folder", [("tiles", "ign_tile"), ("hunan", "sentinel_hunan_layout")])
 def test_the_real_folders_are_sound(check, name, folder):

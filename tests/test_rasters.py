@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from rasters import DataError, Grid, bilinear, raster_bands, raster_bytes, read_grid, read_raster, resample
-from rasters import same_grid
+from rasters import DataError, Grid, bilinear, raster_bands, raster_bytes, raster_size, read_grid, read_raster
+from rasters import resample, same_grid
 from slices import raster_in_file
 from tiles import Tile
 
@@ -208,6 +208,20 @@ def test_a_truncated_tiff_names_itself_and_what_it_lacks(tmp_path):
     path.write_bytes(path.read_bytes()[:-3000])
     with pytest.raises(DataError, match="cut.tif: truncated, .* fetch the file again"):
         read_raster(path)
+
+
+def test_a_picture_of_any_size_is_read_and_the_limit_that_pillow_has_for_others_is_left_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # twice as many pixels are refused by Pillow
+    pixels = np.random.default_rng(0).integers(0, 256, (11, 13, 3), dtype=np.uint8)
+    path = tmp_path / "ortho.png"
+    Image.fromarray(pixels).save(path)
+    assert np.array_equal(read_raster(path), pixels) and raster_size(path) == (11, 13)
+    (tmp_path / "broken.png").write_bytes(path.read_bytes()[:60])
+    with pytest.raises(DataError, match="broken.png"):
+        read_raster(tmp_path / "broken.png")
+    assert Image.MAX_IMAGE_PIXELS == 50
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(path)
 
 
 def test_headers_tell_bands_and_bytes(tmp_path):

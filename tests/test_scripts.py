@@ -201,6 +201,19 @@ def test_a_map_of_the_run_s_own_stride_is_what_was_scored(trained, tile, city, s
     assert status == 0 and json.loads((run / "scores.json").read_text())["per_tile"]["5"]["oa"] == pytest.approx(share)
 
 
+def test_a_page_about_a_window_is_written_with_or_without_a_map(trained, tile, script, tmp_path):
+    folder, run, _ = trained
+    words = ["--image", tile[0], "--dsm", tile[1], "--device", "cpu"]
+    alone = shell(folder, "predict.py", *words, "--explain", tmp_path / "alone", "--at", "66,0")
+    assert alone.returncode == 0 and not alone.stderr and alone.stdout.startswith(f"{tmp_path / 'alone' / 'explain.html'}: ")
+    assert files_below(tmp_path) == ["alone/explain.html"]
+    assert script("predict.py", "--run", run, *words, "--out", "one.tif")[0] == 0
+    assert script("predict.py", "--run", run, *words, "--out", "two.tif", "--explain", "both")[0] == 0
+    assert Path("one.tif").read_bytes() == Path("two.tif").read_bytes()
+    assert "from column 66 and row 0 on" in Path("alone/explain.html").read_text(encoding="utf-8")
+    assert "from column 34 and row 32 on" in Path("both/explain.html").read_text(encoding="utf-8")
+
+
 KILLED_IN_THE_SECOND_EPOCH = """
 import os, signal, train
 step = train.Trainer.step
@@ -287,6 +300,8 @@ def assert_refused(result, *parts):
         ("--tuner magic", ["magic", "adapter", "lora"]),
         ("--encoder vit_z", ["vit_z", "vit_l"]),
         ("--modalities height", ["height", "image+dsm"]),
+        ("--data potsdam --bands rgbir", ["--bands rgbir", "three bands, not 4", "rgb, irrg, or three"]),
+        ("--bands bgr", ["--bands bgr", "counted from 1"]),
         ("--crop 32", ["--crop 32"]),
         ("--crop many", ["--crop", "many"]),
         ("--eval-stride 0", ["--eval-stride 0"]),
@@ -425,6 +440,30 @@ def test_a_mistake_in_prediction_is_one_line_and_writes_no_map(trained, tile, sc
     given = [word for pair in words.items() if pair[1] is not None for word in pair]
     assert_refused(script("predict.py", *given), *parts)
     assert files_below(tmp_path) == ["garbage.tif", "short.tif"]
+
+
+@pytest.mark.parametrize(
+    "flags, parts",
+    [
+        ({"--at": "132,0"}, ["--at 132,0", "131,127"]),
+        ({"--at": "5"}, ["--at", "X,Y"]),
+        ({"--explain": "short.tif"}, ["--explain short.tif", "another folder"]),
+        ({"--explain": "/proc/inside"}, ["--explain /proc/inside", "another folder"]),
+        ({"--explain": None, "--at": "5,5"}, ["--out", "--explain"]),
+        ({"--explain": None, "--at": "5,5", "--out": "map.tif"}, ["--at", "--explain"]),
+        ({"--image": "tiny.tif", "--dsm": "tiny.tif"}, ["132 x 60", "64"]),
+        ({"--dsm": "short.tif"}, ["short.tif", "128 x 132"]),
+    ],
+    ids=str,
+)
+def test_a_mistake_in_looking_inside_is_one_line_and_writes_no_page(trained, tile, script, tmp_path, flags, parts):
+    _, run, _ = trained
+    tifffile.imwrite("short.tif", np.zeros((125, 132), np.float32))
+    tifffile.imwrite("tiny.tif", np.arange(60 * 132 * 3, dtype=np.uint16).reshape(60, 132, 3), photometric="rgb")
+    words = {"--run": run, "--image": tile[0], "--dsm": tile[1], "--explain": "inside"} | flags
+    given = [word for pair in words.items() if pair[1] is not None for word in pair]
+    assert_refused(script("predict.py", *given), *parts)
+    assert files_below(tmp_path) == ["short.tif", "tiny.tif"] and not Path("inside").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------- progress
