@@ -244,6 +244,16 @@ def test_a_test_tile_without_the_other_labels_is_scored_as_ever_and_a_note_says_
     assert "\n" not in note and format_scores({**found, "notes": [note]}).endswith(f"note: {note}")
 
 
+def test_full_labels_that_lack_a_row_and_a_column_leave_the_score_by_eroded_ones_as_it_is(tmp_path):
+    synthetic.write_city(tmp_path, seed=2, size=64)
+    dataset = open_dataset("vaihingen", tmp_path)
+    whole = score_split(Counting(6), dataset, "test", quick(), 64)
+    path = synthetic.tile_paths(tmp_path, 5)["labels"]
+    tifffile.imwrite(path, read_raster(path)[:-1, :-1], photometric="rgb")
+    found = score_split(Counting(6), dataset, "test", quick(), 64)
+    assert found.pop("full_labels")["pixels"] == whole.pop("full_labels")["pixels"] - 127 and found == whole
+
+
 def test_training_tiles_are_scored_by_full_labels_and_held_out_ones_by_both(isprs):
     dataset = open_dataset("vaihingen", isprs).hold_out(2)
     found = {split: score_split(Counting(6), dataset, split, quick(), 64) for split in ("train", "val")}

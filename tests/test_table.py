@@ -276,7 +276,7 @@ def test_a_run_that_cannot_be_used_is_left_out_with_one_line_and_the_others_stay
 def test_a_run_is_read_once_however_often_its_folder_is_named_and_one_without_a_log_has_empty_places(tmp_path):
     folder = write_run(tmp_path / "runs" / "a")
     (folder / "log.jsonl").unlink()
-    runs, _ = read_runs([tmp_path, tmp_path / "runs", folder])
+    runs, _ = read_runs([tmp_path, tmp_path / "runs", folder, folder / ".." / "a"])
     (row,) = cells(markdown(runs))
     assert (row["images/s"], row["memory, GiB"], row["seeds"]) == ("", "", "1")
     with pytest.raises(DataError, match="nowhere: there is no run"):
