@@ -74,6 +74,13 @@ class Dataset:
         tiles, missing = find(self, "train", modalities, split == "val")
         return [tile for tile in tiles if (tile.name in self.held_out) == (split == "val")], missing
 
+    def with_other_labels(self) -> Dataset | None:
+        """The same, scored with full labels for eroded ones, or the reverse; None where there is one kind."""
+        if self.layout is None or self.layout.labels == self.layout.test_labels:
+            return None
+        note = labels_note(self.layout, not self.full_labels, self.labels, self.splits)
+        return replace(self, full_labels=not self.full_labels, labels_note=note)
+
     def hold_out(self, names: tuple[str, ...] | int | None = None) -> Dataset:
         """The data set with a split `val` that is taken out of `train`.
 
@@ -122,11 +129,16 @@ def open_dataset(
     image_bands(layout, bands, 99)
     if layout is None:
         return replace(_open_own_tiles(root), **choices)
+    note = labels_note(layout, full_labels, labels, splits)
+    return Dataset(name, root, layout.classes, layout.scored, note, layout, **choices)
+
+
+def labels_note(layout: Layout, full_labels: bool, labels: str, splits: str) -> str:
+    """How the labels that are scored are to be called beside a score."""
     note = "full labels" if full_labels and layout.labels != layout.test_labels else layout.labels_note
     if labels == "published":
         note += ", raw codes as published" if layout.codes else ", colours matched exactly and unknown ones class 0"
-    note += " (official split)" if splits == "official" else ""
-    return Dataset(name, root, layout.classes, layout.scored, note, layout, **choices)
+    return note + (" (official split)" if splits == "official" else "")
 
 
 def open_from_settings(settings: dict, root: str | Path | None = None) -> Dataset:

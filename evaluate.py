@@ -2,9 +2,12 @@
 
     python evaluate.py                       the newest run, on its test tiles
     python evaluate.py --run DIR --split train --stride 64
+    python evaluate.py --as-published        windows and border windows as the published code counts them
+    python evaluate.py --table [DIR ...]     all runs in a table beside the paper's rows; see table.py
 
 Prints the scores with the convention they follow, and writes them to the run's `scores.json` (another split:
-`scores_SPLIT.json`). The same run on the same machine gives the same digits.
+`scores_SPLIT.json`). The same run on the same machine gives the same digits. ISPRS's test tiles have eroded and full
+labels: the score is that of the eroded ones (with --full-labels: of the full), and the other one is stored beside it.
 
 Every number comes from one int64 confusion matrix, rows truth, columns prediction. OA and kappa count all classes;
 mF1 and mIoU are the plain means over the data set's scored classes (ISPRS: without clutter), without those that
@@ -14,6 +17,7 @@ appear neither in the truth nor in the prediction.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Callable
 
@@ -22,11 +26,12 @@ import torch.nn as nn
 
 from checkpoints import load_model, newest_run, pick_device, replace_atomically
 from console import Parser, Ticker, run_script
-from data import MODALITIES, DataError, Dataset, LoadedTile, open_from_settings, sliding_windows
+from data import MODALITIES, DataError, Dataset, LoadedTile, Tile, open_from_settings, sliding_windows
 from distributed import Team
 from predict import predict_tile, store_frozen_weights
 from report import save_panel, write_report
-from settings import held_out_tiles
+from settings import PUBLISHED_STRIDES, held_out_tiles
+from table import markdown, read_runs
 
 
 class ConfusionMatrix:
@@ -52,10 +57,11 @@ class ConfusionMatrix:
         self.counts += np.bincount(t * K + p, minlength=K * K).reshape(K, K)
 
     def scores(self) -> dict:
-        """oa, mf1, miou, kappa (0 to 1; None where nothing was counted), per_class, confusion, pixels.
+        """oa, mf1, miou (0 to 1), kappa (-1 to 1), per_class, confusion, pixels; None where nothing was counted.
 
         per_class lists iou, f1, precision, recall, pixels (of the truth) of each class; a value whose denominator is
-        zero is None, and a class without iou and f1 is left out of the means.
+        zero is None, and a class without iou and f1 is left out of the means. Where truth and prediction hold one and
+        the same class alone, there is no kappa either.
         """
         hits = np.diag(self.counts)
         truth, pred, total = self.counts.sum(axis=1), self.counts.sum(axis=0), int(self.counts.sum())
@@ -69,13 +75,13 @@ class ConfusionMatrix:
             }
             for k in range(len(hits))
         ]
-        oa = ratio(hits.sum(), total)
-        chance = float((truth / max(total, 1)) @ (pred / max(total, 1)))
+        right = int(hits.sum())
+        chance = sum(int(t) * int(p) for t, p in zip(truth, pred))  # Python's integers: pixels squared overflow int64
         return {
-            "oa": oa,
+            "oa": ratio(right, total),
             "mf1": self._mean(per_class, "f1"),
             "miou": self._mean(per_class, "iou"),
-            "kappa": (oa - chance) / (1 - chance) if oa is not None and chance < 1 else None,
+            "kappa": ratio(total * right - chance, total * total - chance),
             "per_class": per_class,
             "confusion": self.counts.tolist(),
             "pixels": total,
@@ -101,6 +107,8 @@ def score_split(
 ) -> dict:
     """Predicts and scores every tile of a split -> scores of all, the same per tile, and the convention beside them.
 
+    Where there are eroded and full labels, each prediction is counted with both: the scores are those of the data set's
+    choice, and `full_labels` (or `eroded_labels`) holds those of the others, unless `notes` says why there are none.
     `keep(tile, prediction)` is called for each tile, for whoever wants to see it. The members of a `team` take turns at
     the tiles and get the same scores.
     """
@@ -109,7 +117,9 @@ def score_split(
     window, K = settings["crop"], len(dataset.classes)
     if not 1 <= stride <= window:
         raise DataError(f"the stride lies between 1 and the window's {window} pixels, not {stride}")
-    total, counts, windows = ConfusionMatrix(K, dataset.scored), {}, {}
+    counts, windows, second = {}, {}, {}
+    other = dataset.with_other_labels() if split != "train" else None  # the training tiles have their full labels alone
+    others = {} if other is None else {tile.name: tile for tile in other.find_tiles(split, modalities)[0]}
     ticker = Ticker(f"scoring {split} tiles")
     for i, tile in list(enumerate(tiles))[team.rank :: team.world]:
         loaded = tile.load(modalities)
@@ -127,30 +137,63 @@ def score_split(
         own = ConfusionMatrix(K, dataset.scored)
         own.update(pred, loaded.labels)
         counts[tile.name] = own.counts
+        if other is not None:
+            second[tile.name] = count_other(pred, others[tile.name], K)
         windows[tile.name] = len(sliding_windows(*loaded.size, window, stride))
         if keep:
             keep(loaded, pred)
         if team.leads:
             ticker(i + 1, len(tiles))
-    counts = {name: c for part in team.gather(counts) for name, c in part.items()}
-    windows = {name: n for part in team.gather(windows) for name, n in part.items()}
-    per_tile = {}
-    for tile in tiles:
+    counts, second, windows = (_merged(team, part) for part in (counts, second, windows))
+    names, protocol = [tile.name for tile in tiles], dict(split=split, window=window, stride=stride)
+    protocol |= {"repeat_border": settings["repeat_border"], "windows": sum(windows.values())}
+    result = {**_sum_up(counts, names, dataset, protocol), **protocol, "notes": []}
+    if other is not None:
+        kind = "full" if other.full_labels else "eroded"
+        unread = [second[name] for name in names if isinstance(second[name], str)]
+        if unread:  # a score of the other tiles alone would compare with nothing
+            result["notes"].append(f"not scored with {kind} labels, which {len(unread)} of the tiles lack: {unread[0]}")
+        else:
+            result[f"{kind}_labels"] = _sum_up(second, names, other, protocol)
+    return result
+
+
+def count_other(pred: np.ndarray, tile: Tile, num_classes: int) -> np.ndarray | str:
+    """The confusion (K, K) of a prediction with a tile's other labels, or, in a line, why they cannot be read."""
+    try:
+        truth = tile.read_labels()
+    except DataError as error:
+        return str(error)
+    matrix = ConfusionMatrix(num_classes)
+    H, W = (min(a, b) for a, b in zip(pred.shape, truth.shape))  # files may differ by a row: `Tile.size`
+    matrix.update(pred[:H, :W], truth[:H, :W])
+    return matrix.counts
+
+
+def _merged(team: Team, part: dict) -> dict:
+    return {name: value for own in team.gather(part) for name, value in own.items()}
+
+
+def _sum_up(counts: dict[str, np.ndarray], names: list[str], dataset: Dataset, protocol: dict) -> dict:
+    """The scores of all tiles together, in `per_tile` those of each, and in `convention` what they mean."""
+    K = len(dataset.classes)
+    total, per_tile = ConfusionMatrix(K, dataset.scored), {}
+    for name in names:
         own = ConfusionMatrix(K, dataset.scored)
-        own.counts = counts[tile.name]
+        own.counts = counts[name]
         total.counts += own.counts
-        per_tile[tile.name] = {k: v for k, v in own.scores().items() if k in ("oa", "mf1", "miou", "kappa", "pixels")}
+        per_tile[name] = {k: v for k, v in own.scores().items() if k in ("oa", "mf1", "miou", "kappa", "pixels")}
     result = total.scores()
     for name, row in zip(dataset.class_names, result["per_class"]):
         row["name"] = name
     averaged = "all classes" if len(dataset.scored) == K else ", ".join(dataset.class_names[k] for k in dataset.scored)
-    note = dataset.labels_note if split != "train" else "full labels"
-    border = "border windows counted as published" if settings["repeat_border"] else "each window once"
+    labels = dataset.labels_note if protocol["split"] != "train" else "full labels"
+    border = "border windows counted as published" if protocol["repeat_border"] else "each window once"
     result["convention"] = (
-        f"{split} split, {note}; mF1 and mIoU average {averaged}; OA and kappa count all {K} classes; "
-        f"windows of {window} at stride {stride}, logits averaged, {border}"
+        f"{protocol['split']} split, {labels}; mF1 and mIoU average {averaged}; OA and kappa count all {K} classes; "
+        f"windows of {protocol['window']} at stride {protocol['stride']}, logits averaged, {border}"
     )
-    return {**result, "split": split, "windows": sum(windows.values()), "per_tile": per_tile}
+    return {**result, "labels": labels, "per_tile": per_tile}
 
 
 def format_scores(scores: dict) -> str:
@@ -163,10 +206,14 @@ def format_scores(scores: dict) -> str:
     for row in scores["per_class"]:
         values = " ".join(percent(row[key]) for key in ("iou", "f1", "precision", "recall"))
         lines.append(f"{row['name']:<16}{values} {row['pixels']:11,}")
-    means = "  ".join(f"{label} {percent(scores[key]).strip()}" for label, key in SUMMARY)
-    return "\n".join([*lines, f"{means}  ({scores['pixels']:,} pixels)", f"({scores['convention']})"])
+    for name, part in (("", scores), *((name, scores[name]) for name in OTHER_LABELS if name in scores)):
+        means = "  ".join(f"{label} {percent(part[key]).strip()}" for label, key in SUMMARY)
+        beside = f" with {name.replace('_', ' ')}" if name else ""
+        lines.append(f"{means}  ({part['pixels']:,} pixels{beside})")
+    return "\n".join([*lines, f"({scores['convention']})", *(f"note: {note}" for note in scores.get("notes", []))])
 
 
+OTHER_LABELS = ("full_labels", "eroded_labels")  # where a score with the labels that are not the convention's is kept
 SUMMARY = (("OA", "oa"), ("mF1", "mf1"), ("mIoU", "miou"), ("kappa", "kappa"))
 
 
@@ -187,21 +234,47 @@ def score_run(
     return scores
 
 
+def as_published(settings: dict) -> dict:
+    """The settings of a run, with the windows that the published code scores with (PAPER.md 2, 3.5).
+
+    A data set that was not published keeps the run's stride.
+    """
+    _, stride = PUBLISHED_STRIDES.get(settings["data"], (0, settings["eval_stride"]))
+    return {**settings, "repeat_border": True, "eval_stride": stride}
+
+
+def print_table(folders: list[Path]) -> None:
+    runs, skipped = read_runs(folders)
+    for line in skipped:
+        print(line, file=sys.stderr)
+    print(markdown(runs))
+
+
 def main() -> None:
     parser = Parser(prog="evaluate.py", description="Scores a run on a split.")
     parser.add_argument("--run", type=Path, help="folder of a run; by default the newest below runs/")
     parser.add_argument("--split", default="test", help="test (default), train, or another split of the data set")
     parser.add_argument("--root", help="folder of the data set; by default where the run found it")
     parser.add_argument("--stride", type=int, help="pixels between windows; by default as the run was scored")
-    parser.add_argument("--full-labels", action="store_true", help="score with the full labels, not the eroded ones")
+    parser.add_argument("--full-labels", action="store_true", help="score by the full labels first, not the eroded ones")
+    parser.add_argument("--as-published", action="store_true", help="the published code's stride and border windows")
     parser.add_argument("--weights", help="where SAM's weights are now; by default as the run found them")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--table", nargs="*", type=Path, metavar="DIR", help="print the runs in these folders, or all")
     args = parser.parse_args()
+    if args.table is not None:
+        for name, value in vars(args).items():
+            if name not in ("run", "table") and value != parser.get_default(name):
+                parser.error(f"--table shows runs as they were scored; leave out --{name.replace('_', '-')}")
+        print_table([*args.table, *([args.run] if args.run else [])] or [Path("runs")])
+        return
     run = args.run or newest_run()
     model, settings, _ = load_model(run / "model.pt", args.weights, Ticker("fetching SAM's weights, bytes"))
     if args.full_labels:
         settings["full_labels"] = True
     dataset = open_from_settings(settings, args.root)
+    if args.as_published:
+        settings = as_published(settings)
     if settings["val"]:
         dataset = dataset.hold_out(held_out_tiles(settings["val"]))
     device = pick_device(args.device)

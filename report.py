@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from checkpoints import replace_atomically
 from data import LoadedTile, height_range, labels_to_colors
+from table import PAPER_SCORES, variant
 
 MAX_SIDE = 640  # pixels: larger tiles are shown smaller
 INK, PAPER = (40, 40, 40), (255, 255, 255)
@@ -101,27 +102,6 @@ def error_map(pred: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------------------------- the page
 
-# The paper's tables, OA / mF1 / mIoU in percent, by (data set, tuner, encoder); PAPER.md 4.
-PAPER_SCORES: dict[tuple[str, str, str], tuple[float, float, float]] = {
-    ("vaihingen", "lora", "vit_b"): (91.93, 89.89, 82.09),
-    ("vaihingen", "lora", "vit_l"): (92.22, 91.09, 83.96),
-    ("vaihingen", "lora", "vit_h"): (92.73, 91.50, 84.66),
-    ("vaihingen", "adapter", "vit_b"): (92.62, 90.60, 83.24),
-    ("vaihingen", "adapter", "vit_l"): (92.93, 91.51, 84.72),
-    ("vaihingen", "adapter", "vit_h"): (92.97, 91.71, 85.03),
-    ("potsdam", "lora", "vit_b"): (90.57, 91.48, 84.61),
-    ("potsdam", "lora", "vit_l"): (90.99, 92.13, 85.71),
-    ("potsdam", "lora", "vit_h"): (91.43, 92.49, 86.34),
-    ("potsdam", "adapter", "vit_b"): (90.89, 91.79, 85.14),
-    ("potsdam", "adapter", "vit_l"): (91.62, 92.51, 86.37),
-    ("potsdam", "adapter", "vit_h"): (91.71, 92.70, 86.69),
-    ("hunan", "lora", "vit_b"): (79.35, 58.79, 46.54),
-    ("hunan", "lora", "vit_h"): (78.87, 60.38, 47.63),
-    ("hunan", "adapter", "vit_b"): (80.68, 62.10, 49.20),
-    ("hunan", "adapter", "vit_l"): (80.93, 65.33, 51.82),
-    ("hunan", "adapter", "vit_h"): (81.07, 64.13, 51.08),
-}
-
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; margin: 0 auto; max-width: 1100px; padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; border-bottom: 1px solid #ccc; }
@@ -178,19 +158,22 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def score_table(scores: dict, config: dict) -> str:
-    """The means with the paper's row where it has one, then the classes."""
-    means = [["this run", *(percent(scores[k]) for k in ("oa", "mf1", "miou", "kappa"))]]
+    """The means, also by the other labels, with the paper's row where it has one, then the classes."""
+    parts = {"this run": scores}
+    parts |= {f"this run, {k.replace('_', ' ')}": scores[k] for k in ("full_labels", "eroded_labels") if k in scores}
+    means = [[name, *(percent(part[k]) for k in ("oa", "mf1", "miou", "kappa"))] for name, part in parts.items()]
     paper = PAPER_SCORES.get((config["data"], config["tuner"], config["encoder"]))
-    if paper and config["modalities"] == "image+dsm" and config["fusion"] == "dfm":
+    if paper and not variant(config):
         means.append(["the paper (best epoch on the test tiles)", *(f"{v:.2f}" for v in paper), "&ndash;"])
     classes = [
         [row["name"], *(percent(row[k]) for k in ("iou", "f1", "precision", "recall")), f"{row['pixels']:,}"]
         for row in scores["per_class"]
     ]
+    convention = "; ".join([scores["convention"], *scores.get("notes", [])])
     return (
         table(["percent", "OA", "mF1", "mIoU", "kappa"], means)
         + table(["class", "IoU", "F1", "precision", "recall", "pixels"], classes)
-        + f'<p class="note">{html.escape(scores["convention"])}; {scores["pixels"]:,} pixels.</p>'
+        + f'<p class="note">{html.escape(convention)}; {scores["pixels"]:,} pixels.</p>'
     )
 
 

@@ -106,6 +106,9 @@ AS_PUBLISHED: dict[str, object] = {
 }
 AS_PUBLISHED_WITH: dict[str, dict[str, object]] = {name: dict(image_scaling="minmax") for name in ("hunan", "mmhunan")}
 
+# Pixels between the published code's windows, while it trains and for its final scores (PAPER.md 2).
+PUBLISHED_STRIDES = {"vaihingen": (32, 32), "potsdam": (128, 32), "hunan": (256, 128), "mmhunan": (256, 128)}
+
 # What may differ between a run and its continuation: the data and the base are checked by what they hold.
 FREE_ON_RESUME = ("out", "root", "weights", "workers", "device", "save_every", "memory_gb")
 

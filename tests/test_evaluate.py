@@ -2,17 +2,25 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from data import ISPRS_CLASSES, LoadedTile
-from evaluate import ConfusionMatrix, format_scores
+import synthetic
+from data import ISPRS_CLASSES, LoadedTile, colors_to_labels, open_dataset, read_raster, sliding_windows
+from evaluate import ConfusionMatrix, as_published, format_scores, score_split
+from scaling import Scaling
+from settings import Settings
 from report import RIGHT, UNSCORED, WRONG, error_map, save_panel
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -113,6 +121,20 @@ def test_a_class_that_is_only_predicted_counts_as_missed():
     assert found["per_class"][1]["iou"] == 0 and found["per_class"][1]["recall"] is None and found["miou"] == 0.25
 
 
+@pytest.mark.parametrize("predicted, recall, miou", [(1, 1.0, 1.0), (2, 0.0, 0.0)])
+def test_a_tile_of_one_class_has_every_score_but_a_kappa_that_means_nothing(predicted, recall, miou):
+    found = score(np.full((3, 4), predicted), np.full((3, 4), 1), 3)
+    assert (found["oa"], found["miou"], found["mf1"]) == (recall, miou, miou) and found["per_class"][1]["recall"] == recall
+    assert found["kappa"] == (None if predicted == 1 else 0)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_kappa_is_exact_where_squares_of_pixels_pass_64_bits():
+    matrix = ConfusionMatrix(2)
+    matrix.counts[:] = [[3 * 10**9, 10**9], [10**9, 3 * 10**9]]
+    assert matrix.scores()["kappa"] == 0.5
+
+
 def test_where_nothing_is_scored_every_score_is_none():
     found = score(np.zeros((2, 2), np.uint8), np.full((2, 2), 255, np.uint8), 3)
     assert [found[name] for name in MEANS] == [None] * 4 and found["pixels"] == 0
@@ -148,6 +170,154 @@ def test_the_table_is_in_percent_and_a_value_that_is_not_there_is_a_dash():
     ]
     assert all(part in lines[4] for part in ("OA 75.00", "mF1 73.33", "mIoU 58.33", "kappa 50.00", "(4 pixels)"))
     assert lines[5] == "(all labels)"
+
+
+# --------------------------------------------------------------------------------------------------------- whole splits
+
+
+class Counting(nn.Module):
+    """A convolution of image and heights to K classes; notes how many windows it was given. Every number of it and of the
+    scaled rasters is a multiple of 1/4, so that sums are exact in any order."""
+
+    def __init__(self, K):
+        super().__init__()
+        weight = torch.randint(-20, 21, (K, 4, 3, 3), generator=torch.Generator().manual_seed(0)).float()
+        self.weight, self.windows = nn.Parameter(weight), 0
+
+    def forward(self, image, dsm):
+        self.windows += len(image)
+        return F.conv2d(torch.cat([image, dsm[:, None]], 1), self.weight, padding=1)
+
+
+@pytest.fixture(scope="module")
+def isprs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("city")
+    synthetic.write_city(root, seed=2, size=64)
+    return root
+
+
+def quick(data="vaihingen", **own):
+    return asdict(Settings(data=data, **{"crop": 64, "eval_stride": 64, "precision": "fp32", **own}))
+
+
+def labels_of(root, area, kind):
+    colors = [*(color for _, color in ISPRS_CLASSES), (0, 0, 0)]
+    labels = colors_to_labels(read_raster(synthetic.tile_paths(root, area)[kind]), colors)
+    return np.where(labels == 6, 255, labels)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_eroded_and_full_labels_are_counted_from_one_prediction_of_each_tile(isprs, full):
+    settings, model, maps = quick(), Counting(6), {}
+    dataset = open_dataset("vaihingen", isprs, full_labels=full)
+    found = score_split(model, dataset, "test", settings, 64, lambda tile, pred, *_: maps.update({tile.name: pred}))
+    assert model.windows == len(maps) == found["windows"] == 4
+    second = found["eroded_labels" if full else "full_labels"]
+    assert not {"eroded_labels", "full_labels"} & second.keys() and ("full_labels" in found) != full and found["notes"] == []
+    for part, kind in ((found, "labels" if full else "eroded"), (second, "eroded" if full else "labels")):
+        counts = [score(maps[str(n)], labels_of(isprs, n, kind), 6, range(5)) for n in synthetic.TEST_AREAS]
+        assert part["confusion"] == np.sum([c["confusion"] for c in counts], axis=0).tolist()
+        assert [part["per_tile"][str(n)]["miou"] for n in synthetic.TEST_AREAS] == [c["miou"] for c in counts]
+        assert ("full labels" if kind == "labels" else "eroded labels") in part["convention"]
+    assert found["pixels"] != second["pixels"] and {*ConfusionMatrix(6).scores(), "per_tile"} <= second.keys()
+    lines = format_scores(found).splitlines()
+    assert f"mIoU {100 * second['miou']:.2f}" in lines[-2] and lines[-1] == f"({found['convention']})"
+    assert f"({second['pixels']:,} pixels with {'eroded' if full else 'full'} labels)" in lines[-2]
+
+
+def damaged(path):
+    path.write_bytes(b"II*\x00 no more than this")
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), damaged], ids=["missing", "damaged"])
+def test_a_test_tile_without_the_other_labels_is_scored_as_ever_and_a_note_says_why_that_is_all(tmp_path, damage):
+    synthetic.write_city(tmp_path, seed=2, size=64)
+    dataset, settings = open_dataset("vaihingen", tmp_path), quick()
+    whole = score_split(Counting(6), dataset, "test", settings, 64)
+    paths = [synthetic.tile_paths(tmp_path, n)["labels"] for n in synthetic.TEST_AREAS[1:3]]
+    for path in paths:
+        damage(path)
+    found = score_split(Counting(6), dataset, "test", settings, 64)
+    (note,) = found.pop("notes")
+    del whole["full_labels"], whole["notes"]
+    assert found == whole and "full labels, which 2 of the tiles lack" in note and str(paths[0]) in note
+    assert "\n" not in note and format_scores({**found, "notes": [note]}).endswith(f"note: {note}")
+
+
+def test_full_labels_that_lack_a_row_and_a_column_leave_the_score_by_eroded_ones_as_it_is(tmp_path):
+    synthetic.write_city(tmp_path, seed=2, size=64)
+    dataset = open_dataset("vaihingen", tmp_path)
+    whole = score_split(Counting(6), dataset, "test", quick(), 64)
+    path = synthetic.tile_paths(tmp_path, 5)["labels"]
+    tifffile.imwrite(path, read_raster(path)[:-1, :-1], photometric="rgb")
+    found = score_split(Counting(6), dataset, "test", quick(), 64)
+    assert found.pop("full_labels")["pixels"] == whole.pop("full_labels")["pixels"] - 127 and found == whole
+
+
+def test_training_tiles_are_scored_by_full_labels_and_held_out_ones_by_both(isprs):
+    dataset = open_dataset("vaihingen", isprs).hold_out(2)
+    found = {split: score_split(Counting(6), dataset, split, quick(), 64) for split in ("train", "val")}
+    assert "full_labels" not in found["train"] and "full labels" in found["train"]["convention"]
+    assert "eroded" in found["val"]["convention"] and found["val"]["full_labels"]["pixels"] == 2 * 64 * 64
+    assert open_dataset("hunan", isprs).with_other_labels() is None
+
+
+def write_small_tiles(root, labels):
+    """Own tiles of numbers that the scaling 0:4 makes multiples of 1/4."""
+    rng = np.random.default_rng(1)
+    (root / "classes.json").write_text(json.dumps({"classes": [{"name": f"{k}", "color": [k, 0, 0]} for k in range(5)]}))
+    for name, truth in labels.items():
+        pixels = {"images": rng.integers(0, 5, (*truth.shape, 3)), "dsm": rng.integers(0, 5, truth.shape), "labels": truth}
+        for kind, array in pixels.items():
+            (root / "test" / kind).mkdir(parents=True, exist_ok=True)
+            options = dict(photometric="rgb") if kind == "images" else {}
+            tifffile.imwrite(root / "test" / kind / f"{name}.tif", array.astype(np.uint8), **options)
+    return open_dataset("tiles", root, scaling=Scaling("0:4", "0:4"))
+
+
+@pytest.mark.parametrize("H, W, window, stride", [(70, 93, 64, 16), (64, 100, 64, 32), (81, 66, 64, 24), (20, 75, 64, 32)])
+def test_as_published_is_the_sum_over_the_published_loop_s_windows_with_fewer_forwards(tmp_path, H, W, window, stride):
+    truth = np.random.default_rng(0).integers(0, 5, (H, W))
+    dataset, model, maps = write_small_tiles(tmp_path, {"a": truth}), Counting(5), []
+    settings = as_published(quick("tiles", eval_stride=stride))
+    assert settings["repeat_border"] and settings["eval_stride"] == stride  # own tiles were not published
+    found = score_split(model, dataset, "test", settings, stride, lambda tile, pred, *_: maps.append(pred))
+    forwards = model.windows
+
+    (tile,) = dataset.tiles("test")
+    padding = [(0, max(window - n, 0)) for n in (H, W)]
+    image = np.pad(tile.read_image() / np.float32(4), [*padding, (0, 0)], mode="reflect")
+    dsm = np.pad(tile.read_dsm() / np.float32(4), padding, mode="reflect")
+    sums, visits = np.zeros((5, *dsm.shape), np.float64), 0
+    for x in range(0, H, stride):  # the published loop: what passes the edge is moved inwards, and so visited again
+        x = max(min(x, H - window), 0)
+        for y in range(0, W, stride):
+            y = max(min(y, W - window), 0)
+            here, visits = np.s_[x : x + window, y : y + window], visits + 1
+            rasters = torch.from_numpy(image[here]).permute(2, 0, 1)[None], torch.from_numpy(dsm[here])[None]
+            sums[(slice(None), *here)] += model(*rasters)[0].detach().numpy()
+    expected = sums.argmax(0)[:H, :W]
+    assert np.array_equal(maps[0], expected) and found["confusion"] == score(expected, truth, 5)["confusion"]
+    assert forwards == found["windows"] == len(sliding_windows(H, W, window, stride)) < visits
+    assert "border windows counted as published" in found["convention"]
+
+
+@pytest.mark.parametrize("data, stride", [("vaihingen", 32), ("potsdam", 32), ("hunan", 128), ("mmhunan", 128), ("tiles", 50)])
+def test_as_published_takes_the_final_strides_of_the_published_data(data, stride):
+    settings = quick(data, eval_stride=50)
+    assert as_published(settings) == {**settings, "eval_stride": stride, "repeat_border": True}
+
+
+def test_tiles_without_a_scored_pixel_or_of_one_class_add_to_the_whole_and_warn_of_nothing(tmp_path):
+    mixed = np.random.default_rng(0).integers(0, 3, (64, 64))
+    tiles = {"empty": np.full((64, 64), 255), "mixed": mixed, "one": np.full((64, 64), 2)}
+    dataset = write_small_tiles(tmp_path, tiles)
+    found = score_split(Counting(5), dataset, "test", quick("tiles"), 64)
+    empty = found["per_tile"]["empty"]
+    assert [empty[name] for name in MEANS] == [None] * 4 and empty["pixels"] == 0 and found["pixels"] == 2 * 64 * 64
+    assert 0 <= found["per_tile"]["one"]["oa"] <= 1 and found["per_class"][4]["pixels"] == 0
+    json.dumps(found, allow_nan=False)
+    format_scores(found)
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures

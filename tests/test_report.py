@@ -74,9 +74,22 @@ def test_the_page_holds_the_run_and_needs_nothing_from_outside(run):
     assert page.tags.count("svg") == 2
 
 
+def test_scores_by_other_labels_are_a_row_and_notes_are_shown(run):
+    folder, scores = run
+    matrix = ConfusionMatrix(2)
+    matrix.update(np.array([0, 0, 1]), np.array([0, 1, 1]))
+    scores = {**scores, "full_labels": matrix.scores(), "notes": ["tile 7 lacks <something>"]}
+    (folder / "scores.json").write_text(json.dumps(scores))
+    write_report(folder)
+    page = Reader()
+    page.feed((folder / "report.html").read_text(encoding="utf-8"))
+    assert "this run, full labels66.67" in page.text and "tile 7 lacks <something>" in page.text
+
+
 def test_a_run_that_the_paper_has_no_row_for_shows_none(run):
     folder, _ = run
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "modalities": "image"}))
-    write_report(folder)
-    assert not re.search("the paper", (folder / "report.html").read_text(encoding="utf-8"))
+    for other in ({"modalities": "image"}, {"fusion": "sum"}, {"mixing": False}):
+        (folder / "config.json").write_text(json.dumps({**config, **other}))
+        write_report(folder)
+        assert not re.search("the paper", (folder / "report.html").read_text(encoding="utf-8"))

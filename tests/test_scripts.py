@@ -148,6 +148,54 @@ def test_evaluation_without_a_word_scores_the_newest_run_with_the_same_digits(tr
     assert table in process.stdout
 
 
+def test_full_labels_are_scored_beside_the_eroded_ones_and_with_full_labels_the_other_way_round(trained, script):
+    _, run, process = trained
+    eroded = json.loads((run / "scores.json").read_text())
+    second = eroded["full_labels"]
+    assert f"mIoU {100 * second['miou']:.2f}" in process.stdout and f"{4 * 128 * 132:,} pixels with full labels" in process.stdout
+    assert "this run, full labels" in (run / "report.html").read_text(encoding="utf-8")
+    shutil.copytree(run, "copy")
+    status, out, _ = script("evaluate.py", "--run", "copy", "--full-labels", "--device", "cpu")
+    full = json.loads(Path("copy/scores.json").read_text())
+    keys = ("oa", "mf1", "miou", "kappa", "per_class", "confusion", "pixels", "per_tile", "convention", "labels")
+    assert status == 0 and {k: full[k] for k in keys} == second and "pixels with eroded labels" in out
+    assert full["eroded_labels"] == {k: eroded[k] for k in keys}
+
+
+def test_as_published_is_scored_at_the_published_stride_unless_another_is_given(trained, script):
+    shutil.copytree(trained[1], "copy")
+    for flags, stride in (([], 32), (["--stride", 48], 48)):
+        status, out, _ = script("evaluate.py", "--run", "copy", "--as-published", *flags, "--device", "cpu")
+        scores = json.loads(Path("copy/scores.json").read_text())
+        assert status == 0 and (scores["stride"], scores["repeat_border"]) == (stride, True)
+        assert f"windows of 64 at stride {stride}, logits averaged, border windows counted as published" in scores["convention"]
+        assert scores["convention"] in out
+
+
+def test_the_table_holds_seeds_as_a_row_another_stride_as_its_own_and_nothing_else_on_stdout(script, tmp_path):
+    write_own_tiles(tmp_path / "mine")
+    assert script("train.py", *OWN, "--seeds", 0, 1, "--out", "runs/two")[0] == 0
+    shutil.copytree("runs/two/seed-1", "runs/dense")
+    assert script("evaluate.py", "--run", "runs/dense", "--stride", 32, "--device", "cpu")[0] == 0
+    Path("runs/begun").mkdir()
+    shutil.copy("runs/dense/config.json", "runs/begun")
+    process = shell(tmp_path, "evaluate.py", "--table")
+    assert process.returncode == 0 and process.stderr.splitlines() == [
+        "skipped runs/begun: it is not finished, there is no scores.json"
+    ]
+    lines = process.stdout.splitlines()
+    assert lines[0] == "## tiles" and len({line.count("|") for line in lines if line.startswith("|")}) == 1
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines if line.startswith("| adapter, vit_t |")]
+    summary = json.loads(Path("runs/two/seeds.json").read_text())
+    two, dense = sorted(rows, key=lambda row: row[2], reverse=True)
+    mean, deviation = (100 * summary[k]["miou"] for k in ("mean", "deviation"))
+    assert (two[2], two[5]) == ("2", f"{mean:.2f} +- {deviation:.2f}") and dense[2] == "1"
+    assert dense[5] == f"{100 * json.loads(Path('runs/dense/scores.json').read_text())['miou']:.2f}"
+    (note,) = [line for line in lines if "stride: 32" in line]
+    assert note.split(".")[0] in dense[-2].split(", ") and note.split(".")[0] not in two[-2].split(", ")
+    assert script("evaluate.py", "--run", "runs/dense", "--table", "runs/two", "runs/dense") == (0, process.stdout, "")
+
+
 def test_another_split_is_scored_beside_the_test_split(trained, script):
     _, run, _ = trained
     before = (run / "scores.json").read_bytes()
@@ -386,6 +434,9 @@ def test_a_second_run_into_the_same_folder_is_refused_and_the_first_is_kept(trai
         (["train.py", "--resume", "--out", "nowhere"], ["nowhere"]),
         (["evaluate.py"], ["no finished run", "runs"]),
         (["evaluate.py", "--run", "nowhere"], ["nowhere"]),
+        (["evaluate.py", "--table"], ["runs", "no run"]),
+        (["evaluate.py", "--table", "nowhere"], ["nowhere"]),
+        (["evaluate.py", "--table", "--stride", "8"], ["--stride"]),
         (["predict.py", "--image", "a.tif", "--out", "b.png"], ["no finished run", "runs"]),
         (["predict.py", "--run", "nowhere", "--image", "a.tif", "--out", "b.png"], ["nowhere"]),
         (["predict.py", "--image", "a.tif"], ["--out"]),
