@@ -24,7 +24,7 @@ from checkpoints import load_model, newest_run, pick_device, replace_atomically
 from console import Parser, Ticker, run_script
 from data import MODALITIES, DataError, Dataset, LoadedTile, open_from_settings, sliding_windows
 from distributed import Team
-from predict import predict_tile, store_frozen_weights
+from predict import percent, predict_strips, store_frozen_weights
 from report import save_panel, write_report
 from settings import held_out_tiles
 
@@ -96,13 +96,13 @@ def score_split(
     split: str,
     settings: dict,
     stride: int,
-    keep: Callable[[LoadedTile, np.ndarray], None] | None = None,
+    keep: Callable[[LoadedTile, np.ndarray, np.ndarray], None] | None = None,
     team: Team = Team(),
 ) -> dict:
     """Predicts and scores every tile of a split -> scores of all, the same per tile, and the convention beside them.
 
-    `keep(tile, prediction)` is called for each tile, for whoever wants to see it. The members of a `team` take turns at
-    the tiles and get the same scores.
+    `keep(tile, prediction, confidence in percent)` is called for each tile, for whoever wants to see it. The members of
+    a `team` take turns at the tiles and get the same scores.
     """
     modalities = MODALITIES[settings["modalities"]]
     tiles = dataset.tiles(split, modalities)
@@ -114,7 +114,7 @@ def score_split(
     for i, tile in list(enumerate(tiles))[team.rank :: team.world]:
         loaded = tile.load(modalities)
         rasters = [loaded.image if "image" in modalities else None, loaded.dsm]
-        pred = predict_tile(
+        strips = predict_strips(
             model,
             *rasters,
             window,
@@ -123,13 +123,16 @@ def score_split(
             repeat_border=settings["repeat_border"],
             precision=settings["precision"],
             scale=loaded.scale,
+            probabilities=keep is not None,
         )
+        maps = [(classes, percent(p.max(axis=0)) if keep else None) for classes, p in strips]
+        pred = np.concatenate([classes for classes, _ in maps])
         own = ConfusionMatrix(K, dataset.scored)
         own.update(pred, loaded.labels)
         counts[tile.name] = own.counts
         windows[tile.name] = len(sliding_windows(*loaded.size, window, stride))
         if keep:
-            keep(loaded, pred)
+            keep(loaded, pred, np.concatenate([confidence for _, confidence in maps]))
         if team.leads:
             ticker(i + 1, len(tiles))
     counts = {name: c for part in team.gather(counts) for name, c in part.items()}
@@ -177,8 +180,8 @@ def score_run(
     pictures = run / "pictures"
     pictures.mkdir(exist_ok=True)
 
-    def keep(tile: LoadedTile, pred: np.ndarray) -> None:
-        save_panel(pictures / f"{split}_{tile.name}.png", tile, pred, dataset.classes)
+    def keep(tile: LoadedTile, pred: np.ndarray, confidence: np.ndarray) -> None:
+        save_panel(pictures / f"{split}_{tile.name}.png", tile, pred, confidence, dataset.classes)
 
     scores = score_split(model, dataset, split, settings, stride, keep, team)
     path = run / ("scores.json" if split == "test" else f"scores_{split}.json")
