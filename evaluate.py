@@ -201,10 +201,14 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     args = parser.parse_args()
     run = args.run or newest_run()
-    model, settings, _ = load_model(run / "model.pt", args.weights, Ticker("fetching SAM's weights, bytes"))
+    model, settings, classes = load_model(run / "model.pt", args.weights, Ticker("fetching SAM's weights, bytes"))
     if args.full_labels:
         settings["full_labels"] = True
     dataset = open_from_settings(settings, args.root)
+    names = [name for name, _ in classes]
+    if names != dataset.class_names:
+        listed = f"{', '.join(names)}, and {dataset.name} has {', '.join(dataset.class_names)}"
+        raise DataError(f"{run} tells apart {listed}; score it on tiles of its own classes")
     if settings["val"]:
         dataset = dataset.hold_out(held_out_tiles(settings["val"]))
     device = pick_device(args.device)

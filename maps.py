@@ -29,6 +29,7 @@ ENDINGS = (".png", *TIFF_ENDINGS)
 GDAL_METADATA = 42112
 NO_DATA = 255  # no class, and no percentage
 SIDE = 256  # pixels of a TIFF's tile
+CLASSIC = 2**32 - 2**25  # bytes that a TIFF of 32-bit offsets holds, with room for what is not pixels
 
 Write = Callable[[np.ndarray], object]  # takes the next rows of a file, (C, SIDE, W) uint8, at the end what is left
 
@@ -121,7 +122,7 @@ def _tiff(path: Path, output: Output, size: tuple[int, int], tags: list[tuple]) 
         tile=(SIDE, SIDE),
         planarconfig="separate" if C > 1 else None,
         compression="zlib",
-        bigtiff=C * down * across * SIDE**2 > 2**32 - 2**25,
+        bigtiff=C * down * across * SIDE**2 > CLASSIC,  # at the worst, where nothing can be compressed
         metadata=None,
         extratags=[*tags, (NODATA, "s", 0, str(NO_DATA), True), (GDAL_METADATA, "s", 0, _gdal_metadata(output), True)],
         **colours,
