@@ -1,9 +1,9 @@
 """Writing maps: strip by strip into TIFFs or PNGs that other programs understand and lay where the image lies.
 
 A TIFF carries the image's georeferencing in its tags, a PNG has a world file (.pgw) beside it. A class map holds class
-indices with a colour table; everything else is in percent, in whole numbers: what a GIS shows and thresholds without a
-scale factor, in a quarter of the bytes of floats or fewer. 255 is no data in all of them. TIFFs name their bands for
-GDAL in a tag; the names of classes, and the band of a PNG, are in GDAL's sidecar (.aux.xml).
+indices with a colour table; everything else is in whole percent, which a GIS shows and thresholds without a scale
+factor, and which takes a quarter of the bytes of floats. 255 is no data in all of them. TIFFs name their bands for GDAL
+in a tag; the names of classes, and of the band of a PNG, are in GDAL's sidecar (.aux.xml).
 
 Shapes: `H, W` pixels of the map, `n` rows of a strip, `C` bands of all outputs, one after the other.
 """

@@ -313,7 +313,14 @@ def test_the_real_image_s_white_roofs_keep_their_class():
 
 
 @pytest.mark.parametrize(
-    "out, part", [("map.jpg", "png or .tif"), ("no/map.png", "folder"), ("dir.tif", "is a folder"), ("image.tif", "is one of")]
+    "out, part",
+    [
+        ("map.jpg", "png or .tif"),
+        ("no/map.png", "folder"),
+        ("dir.tif", "is a folder"),
+        ("image.tif", "is one of"),
+        ("dir.tif/../image.tif", "is one of"),
+    ],
 )
 @pytest.mark.parametrize("flag", ["--out", "--confidence", "--probabilities"])
 def test_a_place_where_no_map_can_be_is_refused_before_anything_is_computed(tmp_path, image, flag, out, part):
