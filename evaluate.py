@@ -28,7 +28,7 @@ from checkpoints import load_model, newest_run, pick_device, replace_atomically
 from console import Parser, Ticker, run_script
 from data import MODALITIES, DataError, Dataset, LoadedTile, Tile, open_from_settings, sliding_windows
 from distributed import Team
-from predict import predict_tile, store_frozen_weights
+from predict import percent, predict_strips, store_frozen_weights
 from report import save_panel, write_report
 from settings import PUBLISHED_STRIDES, held_out_tiles
 from table import markdown, read_runs
@@ -102,15 +102,15 @@ def score_split(
     split: str,
     settings: dict,
     stride: int,
-    keep: Callable[[LoadedTile, np.ndarray], None] | None = None,
+    keep: Callable[[LoadedTile, np.ndarray, np.ndarray], None] | None = None,
     team: Team = Team(),
 ) -> dict:
     """Predicts and scores every tile of a split -> scores of all, the same per tile, and the convention beside them.
 
     Where there are eroded and full labels, each prediction is counted with both: the scores are those of the data set's
     choice, and `full_labels` (or `eroded_labels`) holds those of the others, unless `notes` says why there are none.
-    `keep(tile, prediction)` is called for each tile, for whoever wants to see it. The members of a `team` take turns at
-    the tiles and get the same scores.
+    `keep(tile, prediction, confidence in percent)` is called for each tile, for whoever wants to see it. The members of
+    a `team` take turns at the tiles and get the same scores.
     """
     modalities = MODALITIES[settings["modalities"]]
     tiles = dataset.tiles(split, modalities)
@@ -124,7 +124,7 @@ def score_split(
     for i, tile in list(enumerate(tiles))[team.rank :: team.world]:
         loaded = tile.load(modalities)
         rasters = [loaded.image if "image" in modalities else None, loaded.dsm]
-        pred = predict_tile(
+        strips = predict_strips(
             model,
             *rasters,
             window,
@@ -133,7 +133,10 @@ def score_split(
             repeat_border=settings["repeat_border"],
             precision=settings["precision"],
             scale=loaded.scale,
+            probabilities=keep is not None,
         )
+        maps = [(classes, percent(p.max(axis=0)) if keep else None) for classes, p in strips]
+        pred = np.concatenate([classes for classes, _ in maps])
         own = ConfusionMatrix(K, dataset.scored)
         own.update(pred, loaded.labels)
         counts[tile.name] = own.counts
@@ -141,7 +144,7 @@ def score_split(
             second[tile.name] = count_other(pred, others[tile.name], K)
         windows[tile.name] = len(sliding_windows(*loaded.size, window, stride))
         if keep:
-            keep(loaded, pred)
+            keep(loaded, pred, np.concatenate([confidence for _, confidence in maps]))
         if team.leads:
             ticker(i + 1, len(tiles))
     counts, second, windows = (_merged(team, part) for part in (counts, second, windows))
@@ -224,8 +227,8 @@ def score_run(
     pictures = run / "pictures"
     pictures.mkdir(exist_ok=True)
 
-    def keep(tile: LoadedTile, pred: np.ndarray) -> None:
-        save_panel(pictures / f"{split}_{tile.name}.png", tile, pred, dataset.classes)
+    def keep(tile: LoadedTile, pred: np.ndarray, confidence: np.ndarray) -> None:
+        save_panel(pictures / f"{split}_{tile.name}.png", tile, pred, confidence, dataset.classes)
 
     scores = score_split(model, dataset, split, settings, stride, keep, team)
     path = run / ("scores.json" if split == "test" else f"scores_{split}.json")
@@ -269,10 +272,14 @@ def main() -> None:
         print_table([*args.table, *([args.run] if args.run else [])] or [Path("runs")])
         return
     run = args.run or newest_run()
-    model, settings, _ = load_model(run / "model.pt", args.weights, Ticker("fetching SAM's weights, bytes"))
+    model, settings, classes = load_model(run / "model.pt", args.weights, Ticker("fetching SAM's weights, bytes"))
     if args.full_labels:
         settings["full_labels"] = True
     dataset = open_from_settings(settings, args.root)
+    names = [name for name, _ in classes]
+    if names != dataset.class_names:
+        listed = f"{', '.join(names)}, and {dataset.name} has {', '.join(dataset.class_names)}"
+        raise DataError(f"{run} tells apart {listed}; score it on tiles of its own classes")
     if args.as_published:
         settings = as_published(settings)
     if settings["val"]:

@@ -1,11 +1,15 @@
-"""From two rasters to a class map.
+"""From two rasters to a class map, and to how sure the network is of it.
 
     python predict.py --run runs/NAME --image ortho.tif --dsm heights.tif --out map.tif
     python predict.py --image ortho.tif --dsm heights.tif --out map.png --stride 64 --blend cosine --flips
     python predict.py --image ortho.tif --dsm heights.tif --explain FOLDER --at 512,256    a page about one window
+    python predict.py --image ortho.tif --dsm heights.tif --out map.tif --confidence sure.tif --probabilities classes.tif
 
 The map is a PNG or a GeoTIFF, by the ending of --out: class indices with a colour table, laid where the image lies; see
-`maps.py`. Rasters are read and the map is written strip by strip. `predict_tile` is what `evaluate.py` uses too.
+`maps.py`. Rasters are read and the map is written strip by strip. `predict_strips` is what `evaluate.py` uses too.
+
+The probabilities of a pixel are the softmax of the mean of its windows' logits. They are what the network says, and
+networks are often surer than they are right.
 
 Shapes: `H, W` pixels of the raster, `B` windows of a batch, `K` classes.
 """
@@ -24,14 +28,16 @@ from torch import Tensor
 
 from checkpoints import load_model, newest_run, pick_device
 from console import Parser, Ticker, run_script
-from data import LAYOUTS, MODALITIES, DataError, Tile, height_range, image_bands, scaling_of, window_places
+from data import LAYOUTS, MODALITIES, DataError, LoadedTile, Tile, height_range, image_bands, scaling_of, window_places
 from explain import corner, write_explanation
-from maps import check_out, cut_out, without_data, write_map
+from maps import Output, check_outputs, cut_out, without_data, write_maps
+from mfnet import MIN_SIZE
 from rasters import one_line, raster_bands
 from scaling import TileScale
 from slices import Decoded
 
 Raster = np.ndarray | Decoded  # or whatever else slices like one of `slices.py`
+ROWS = 64  # of a strip at most: what is computed from it is small beside the logits that wait
 
 
 # ------------------------------------------------------------------------------------------------------- sliding window
@@ -52,8 +58,10 @@ def predict_strips(
     scale: TileScale | None = None,
     blend: str = "mean",
     flips: bool = False,
-) -> Iterator[np.ndarray]:
-    """The class map of `predict_tile` from top to bottom, in strips (n, W) uint8.
+    probabilities: bool = False,
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """The class map of `predict_tile` from top to bottom, in strips (n, W) uint8, each with the probabilities of the
+    classes (K, n, W) float32 if they are asked for.
 
     Only the rows of logits that still wait for a window are kept, and of the rasters, which may slice like arrays, one
     window at a time is asked for: memory grows with the width, and not with the height.
@@ -62,8 +70,11 @@ def predict_strips(
     H, W = rasters[0].shape[:2]
     scale = scale or TileScale(heights or (None if dsm is None else height_range(dsm)))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    share = BLENDS[blend](window).to(device)  # (window, window)
+    side = BLENDS[blend](window).to(device)  # (window,)
+    share = side[:, None] * side  # (window, window)
     rows, columns = window_places(H, window, stride), window_places(W, window, stride)
+    row_weights = weight_along(rows, side, H, repeat_border)  # (H,)
+    column_weights = weight_along(columns, side, W, repeat_border)  # (W,)
     logits: Tensor | None = None  # (K, window, width) sums of the rows from the current window's top on
     for i, (top, row_weight) in enumerate(rows):
         for left_batch in _batches(columns, batch_size):
@@ -76,9 +87,12 @@ def predict_strips(
             for window_logits, (left, column_weight) in zip(out, left_batch):
                 weight = row_weight * column_weight if repeat_border else 1
                 logits[:, :, left : left + window] += weight * share * window_logits
-        # The mean and the sum of a pixel's windows have the same largest class: there is nothing to divide by.
         below = rows[i + 1][0] if i + 1 < len(rows) else H
-        yield logits[:, : below - top, :W].argmax(dim=0).byte().cpu().numpy()
+        done = logits[:, : below - top, :W]
+        for sums, weights in zip(done.split(ROWS, dim=1), row_weights[top:below].split(ROWS)):
+            # The mean and the sum of a pixel's windows have the same largest class: the map has nothing to divide by.
+            classes = sums.argmax(dim=0).byte().cpu().numpy()
+            yield classes, softmax_of_mean(sums, weights, column_weights) if probabilities else None
         kept = window - (below - top)
         logits[:, :kept] = logits[:, below - top :].clone()
         logits[:, kept:] = 0
@@ -110,16 +124,38 @@ def predict_tile(
     window over its four reflections, at four times the work. `progress(done, all)` is called after each row of windows.
     """
     options = (window, stride, batch_size, heights, repeat_border, precision, progress, scale, blend, flips)
-    return np.concatenate(list(predict_strips(model, image, dsm, *options)))
+    return np.concatenate([classes for classes, _ in predict_strips(model, image, dsm, *options)])
 
 
 def _cosine(window: int) -> Tensor:
-    """A bell (window, window) that is 1 in the middle, and small but not 0 at the border."""
-    side = torch.sin((torch.arange(window) + 0.5) * torch.pi / window) ** 2
-    return side[:, None] * side
+    """A bell (window,) that is 1 in the middle, and small but not 0 at the border."""
+    return torch.sin((torch.arange(window) + 0.5) * torch.pi / window) ** 2
 
 
-BLENDS = {"mean": lambda window: torch.ones(window, window), "cosine": _cosine}  # mean is the paper's
+# How much a window counts along each of its sides, (window,): mean is the paper's.
+BLENDS = {"mean": torch.ones, "cosine": _cosine}
+
+
+def weight_along(places: list[tuple[int, int]], side: Tensor, length: int, repeat: bool) -> Tensor:
+    """What the windows at `places` weigh together at each pixel of a row or column: (length,).
+
+    A window weighs at (y, x) what its row weighs at y times what its column weighs at x, and every row of windows has the
+    same columns. So the sum over all windows is a product as well, and needs no buffer of the raster's size.
+    """
+    total = side.new_zeros(max(length, len(side)))
+    for start, times in places:
+        total[start : start + len(side)] += (times if repeat else 1) * side
+    return total[:length]
+
+
+def softmax_of_mean(sums: Tensor, row_weights: Tensor, column_weights: Tensor) -> np.ndarray:
+    """Probabilities (K, n, W) float32 out of the weighted sums of logits, and what was summed weighs: (n,) and (W,)."""
+    return (sums / (row_weights[:, None] * column_weights)).softmax(dim=0).cpu().numpy()
+
+
+def percent(probabilities: np.ndarray) -> np.ndarray:
+    """0 to 1 -> uint8, 0 to 100."""
+    return np.rint(100 * probabilities).astype(np.uint8)
 
 
 def _all_flips(model: nn.Module, inputs: list[Tensor]) -> Tensor:
@@ -185,12 +221,55 @@ def tile_of(args: Namespace, run: Path, settings: dict, classes: list) -> Tile:
     return tile
 
 
+def bands_of(strips: Iterator, confidence: bool, probabilities: bool) -> Iterator[np.ndarray]:
+    """`predict_strips` as the bands (C, n, W) uint8 of what is written: classes, then in percent what is asked for."""
+    for classes, shares in strips:
+        sure = [percent(shares.max(axis=0, keepdims=True))] if confidence else []
+        yield np.concatenate([classes[None], *sure, *([percent(shares)] if probabilities else [])])
+
+
+def stride_of(args: Namespace, settings: dict) -> int:
+    return settings["eval_stride"] if args.stride is None else args.stride
+
+
+def write_prediction(
+    args: Namespace, paths: dict[str, Path], model: nn.Module, settings: dict, tile: Tile, loaded: LoadedTile
+) -> None:
+    """Predicts the whole raster into the files of `paths` (by flag). Raises DataError where they cannot be written."""
+    strips = predict_strips(
+        model,
+        loaded.image,
+        loaded.dsm,
+        settings["crop"],
+        stride_of(args, settings),
+        precision=settings["precision"],
+        progress=Ticker("rows of windows"),
+        scale=loaded.scale,
+        blend=args.blend,
+        flips=args.flips,
+        probabilities=len(paths) > 1,
+    )
+    strips = bands_of(strips, bool(args.confidence), bool(args.probabilities))
+    if loaded.image is not None:
+        strips = cut_out(strips, without_data(args.image, loaded.image.raw))
+    names = tuple(name for name, _ in tile.classes)
+    bands = {"--out": ("class",), "--confidence": ("confidence",), "--probabilities": names}
+    outputs = [Output(path, bands[flag], tile.classes if flag == "--out" else ()) for flag, path in paths.items()]
+    try:
+        write_maps(outputs, strips, loaded.size, tile.paths.get("image", args.dsm))
+    except OSError as error:
+        listed = " ".join(f"{flag} {path}" for flag, path in paths.items())
+        raise DataError(f"{listed}: cannot be written ({one_line(error)})") from error
+
+
 def main() -> None:
     parser = Parser(prog="predict.py", description="Predicts a class map from an image and a height raster.")
     parser.add_argument("--run", type=Path, help="folder of a run; by default the newest below runs/")
     parser.add_argument("--image", type=Path, help="image of three or more bands (TIFF, PNG, JPEG)")
     parser.add_argument("--dsm", type=Path, help="height raster of the same size, or a GeoTIFF on another grid")
     parser.add_argument("--out", type=Path, help="class map to write: .png or .tif")
+    parser.add_argument("--confidence", type=Path, metavar="FILE", help="write how sure the map is too: .png or .tif")
+    parser.add_argument("--probabilities", type=Path, metavar="FILE", help="write a band for every class too: .tif")
     parser.add_argument("--explain", type=Path, metavar="FOLDER", help="write a page about what happens to one window")
     parser.add_argument("--at", type=corner, metavar="X,Y", help="upper left pixel of that window; else in the middle")
     parser.add_argument("--blend", choices=list(BLENDS), default="mean", help="how overlapping windows are averaged")
@@ -199,10 +278,13 @@ def main() -> None:
     parser.add_argument("--weights", help="where SAM's weights are now; by default as the run found them")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     args = parser.parse_args()
+    paths = {f"--{name}": getattr(args, name) for name in ("out", "confidence", "probabilities")}
+    paths = {flag: path for flag, path in paths.items() if path}
     if not (args.out or args.explain) or args.at and not args.explain:
         parser.error("give --out FILE, --explain FOLDER, or both; --at goes with --explain")
-    if args.out:
-        check_out(args.out, [path for path in (args.image, args.dsm) if path])
+    if paths and not args.out:
+        parser.error("--confidence and --probabilities go with --out")
+    check_outputs(paths, [path for path in (args.image, args.dsm) if path])
 
     run = args.run or newest_run()
     device = pick_device(args.device)
@@ -210,6 +292,9 @@ def main() -> None:
     store_frozen_weights(model, settings["precision"], device)
     tile = tile_of(args, run, settings, classes)
     loaded = tile.open(MODALITIES[settings["modalities"]])
+    if min(loaded.size) < MIN_SIZE:
+        H, W = loaded.size
+        raise DataError(f"{args.image or args.dsm}: {W} x {H} pixels are too few; give a raster of {MIN_SIZE} and more")
     for note in tile.notes:
         print(f"note: {note}")
     if args.explain:
@@ -217,29 +302,11 @@ def main() -> None:
             what = model.to(device), loaded, settings["crop"], args.at, tile.classes, str(run)
             page = write_explanation(args.explain, *what)
         print(f"{page}: what {run} does with one window")
-    if not args.out:
-        return
-    stride = settings["eval_stride"] if args.stride is None else args.stride
-    strips = predict_strips(
-        model.to(device),
-        loaded.image,
-        loaded.dsm,
-        settings["crop"],
-        stride,
-        precision=settings["precision"],
-        progress=Ticker("rows of windows"),
-        scale=loaded.scale,
-        blend=args.blend,
-        flips=args.flips,
-    )
-    if loaded.image is not None:
-        strips = cut_out(strips, without_data(args.image, loaded.image.raw))
-    H, W = loaded.size
-    try:
-        write_map(args.out, strips, (H, W), tile.classes, tile.paths.get("image", args.dsm))
-    except OSError as error:
-        raise DataError(f"--out {args.out}: cannot be written ({one_line(error)})") from error
-    print(f"{args.out}: {W} x {H} pixels by {run}, windows of {settings['crop']}, stride {stride}")
+    if args.out:
+        write_prediction(args, paths, model.to(device), settings, tile, loaded)
+        listed = ", ".join(map(str, paths.values()))
+        size = f"{loaded.size[1]} x {loaded.size[0]} pixels"
+        print(f"{listed}: {size} by {run}, windows of {settings['crop']}, stride {stride_of(args, settings)}")
 
 
 if __name__ == "__main__":

@@ -21,18 +21,20 @@ from table import PAPER_SCORES, variant
 MAX_SIDE = 640  # pixels: larger tiles are shown smaller
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 WRONG, RIGHT, UNSCORED = (214, 39, 40), (232, 232, 232), (0, 0, 0)
+SURE, UNSURE = (255, 255, 255), (8, 48, 107)
 
 Classes = tuple[tuple[str, tuple[int, int, int]], ...]
 
 
-def save_panel(path: Path, tile: LoadedTile, pred: np.ndarray, classes: Classes) -> None:
+def save_panel(path: Path, tile: LoadedTile, pred: np.ndarray, confidence: np.ndarray, classes: Classes) -> None:
     """Writes the panel of a tile as a PNG."""
-    panel = tile_panel(tile, pred, classes)
+    panel = tile_panel(tile, pred, confidence, classes)
     replace_atomically(path, lambda p: panel.save(p, format="PNG"))
 
 
-def tile_panel(tile: LoadedTile, pred: np.ndarray, classes: Classes) -> Image.Image:
-    """The tile's rasters, labels (H, W), prediction (H, W) and errors side by side, with a legend of the classes."""
+def tile_panel(tile: LoadedTile, pred: np.ndarray, confidence: np.ndarray, classes: Classes) -> Image.Image:
+    """The tile's rasters, labels (H, W), prediction (H, W), errors and confidence (H, W) in percent side by side, with a
+    legend of the classes."""
     palette = [color for _, color in classes]
     columns: list[tuple[str, np.ndarray, Image.Resampling]] = []
     if tile.image is not None:
@@ -46,6 +48,7 @@ def tile_panel(tile: LoadedTile, pred: np.ndarray, classes: Classes) -> Image.Im
     columns.append(("prediction", labels_to_colors(pred, palette), Image.Resampling.NEAREST))
     if tile.labels is not None:
         columns.append(("errors (red)", error_map(pred, tile.labels), Image.Resampling.NEAREST))
+    columns.append(("confidence (dark: unsure)", shade_confidence(confidence, len(classes)), Image.Resampling.BOX))
     return assemble(columns, classes)
 
 
@@ -98,6 +101,14 @@ def error_map(pred: np.ndarray, truth: np.ndarray) -> np.ndarray:
     out = np.where((pred == truth)[..., None], np.uint8(RIGHT), np.uint8(WRONG))
     out[truth == 255] = UNSCORED
     return out
+
+
+def shade_confidence(confidence: np.ndarray, K: int) -> np.ndarray:
+    """(H, W) percent -> (H, W, 3): from dark where all K classes are as likely to light where one is certain."""
+    lowest = 100 / K if K > 1 else 0
+    level = np.clip((np.arange(256) - lowest) / (100 - lowest), 0, 1)[:, None]
+    table = np.array(UNSURE) + level * (np.array(SURE) - UNSURE)
+    return np.rint(table).astype(np.uint8)[confidence]
 
 
 # ------------------------------------------------------------------------------------------------------------- the page

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from data import ISPRS_CLASSES, LoadedTile, colors_to_labels, open_dataset, read
 from evaluate import ConfusionMatrix, as_published, format_scores, score_split
 from scaling import Scaling
 from settings import Settings
-from report import RIGHT, UNSCORED, WRONG, error_map, save_panel
+from report import RIGHT, SURE, UNSCORED, UNSURE, WRONG, error_map, save_panel, shade_confidence
 
 GOLDENS = Path(__file__).parent / "goldens"
 MEANS = ("oa", "mf1", "miou", "kappa")
@@ -320,12 +321,37 @@ def test_tiles_without_a_scored_pixel_or_of_one_class_add_to_the_whole_and_warn_
     format_scores(found)
 
 
+def test_who_wants_to_see_the_tiles_gets_map_and_confidence_and_the_scores_stay_the_same():
+    rng, kept = np.random.default_rng(0), []
+    image, labels = rng.integers(0, 256, (100, 70, 3), dtype=np.uint8), rng.integers(0, 3, (100, 70), dtype=np.uint8)
+    tile = SimpleNamespace(name="a", load=lambda modalities: LoadedTile("a", image, None, labels, None))
+    names = ["red", "green", "blue"]
+    dataset = SimpleNamespace(tiles=lambda *_: [tile], classes=names, class_names=names, scored=(0, 1, 2), labels_note="")
+    dataset.with_other_labels = lambda: None
+    settings = dict(modalities="image", crop=64, batch_size=2, repeat_border=False, precision="fp32")
+    arguments = (torch.nn.Identity(), dataset, "test", settings, 32)  # the logits are the image
+    assert score_split(*arguments) == score_split(*arguments, lambda *shown: kept.append(shown))
+    ((shown, pred, confidence),) = kept
+    wanted = torch.from_numpy(image / 255).softmax(-1).amax(-1).numpy()
+    assert shown.name == "a" and np.array_equal(pred, image.argmax(-1))
+    assert confidence.dtype == np.uint8 and np.abs(confidence - 100 * wanted).max() <= 0.5001
+
+
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 
 def test_the_error_map_is_red_where_wrong_and_black_where_nothing_is_scored():
     found = error_map(np.array([[0, 1, 1]]), np.array([[0, 0, 255]]))
     assert found.dtype == np.uint8 and found.tolist() == [[list(RIGHT), list(WRONG), list(UNSCORED)]]
+
+
+@pytest.mark.parametrize("K", [2, 6])
+def test_confidence_is_light_where_sure_and_dark_where_all_classes_are_as_likely(K):
+    even = -(-100 // K)
+    colours = shade_confidence(np.arange(even, 101, dtype=np.uint8)[None], K)[0].astype(int)
+    assert np.abs(colours[0] - UNSURE).max() <= 2 and tuple(colours[-1]) == SURE
+    assert (np.diff(colours, axis=0) >= 0).all() and np.diff(colours.sum(1)).min() > 0  # one hue, and steps of light
+    assert tuple(shade_confidence(np.zeros((1, 1), np.uint8), K)[0, 0]) == UNSURE
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 90), (700, 5)])
@@ -338,11 +364,12 @@ def test_a_panel_is_drawn_for_any_size_and_shows_the_prediction_in_its_colours(t
     }
     tile = LoadedTile("a", **{kind: None if kind == missing else a for kind, a in rasters.items()}, heights=(250, 260))
     palette = tuple((name, (10 + k, 20, 30)) for k, (name, _) in enumerate(ISPRS_CLASSES))
-    save_panel(tmp_path / "a.png", tile, np.full(shape, 3, np.uint8), palette)
+    save_panel(tmp_path / "a.png", tile, np.full(shape, 3, np.uint8), np.full(shape, 16, np.uint8), palette)
     with Image.open(tmp_path / "a.png") as panel:
         pixels = np.asarray(panel)
     shown = (pixels == (13, 20, 30)).all(axis=-1).sum()
     legend = (pixels == (10, 20, 30)).all(axis=-1).sum()  # class 0 stands in the legend alone
     h, w = (max(1, round(n * min(1, 640 / max(shape)))) for n in shape)
     assert legend > 0 and shown == legend + h * w
+    assert (pixels == UNSURE).all(axis=-1).sum() == h * w  # nothing else has the scale's dark end
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]

@@ -1,6 +1,9 @@
-"""The maps that are written: class indices, colours, names, no-data, and where on earth they lie."""
+"""The maps that are written: class indices, percent, colours, names, no-data, and where on earth they lie."""
 
+import os
+from contextlib import nullcontext
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from PIL import Image
 
 import maps
 from data import labels_to_colors, read_raster
-from maps import NO_CLASS, cut_out, write_map
+from maps import NO_DATA, Output, cut_out, write_maps
 from maps import without_data as find_missing
 from rasters import DataError, alpha_band, nodata_value, read_grid
 from slices import open_raster
@@ -25,6 +28,26 @@ TAGS = [
     (34736, "d", 2, (49.0, 44.5), True),
     (34737, "s", 0, "EPSG:2154|", True),
 ]
+
+
+def write_map(path, strips, size, classes, source=None):
+    """A class map alone."""
+    write_maps([Output(path, ("class",), classes)], (strip[None] for strip in strips), size, source)
+
+
+def all_three(folder, classes=CLASSES, ending=".tif"):
+    """A class map, its confidence, and a band for each class."""
+    names = tuple(name for name, _ in classes)
+    confidence = Output(folder / f"sure{ending}", ("confidence",))
+    return [Output(folder / f"map{ending}", ("class",), classes), confidence, Output(folder / "all.tif", names)]
+
+
+def random_bands(C, H, W, seed=0):
+    return np.random.default_rng(seed).integers(0, len(CLASSES), (C, H, W), dtype=np.uint8)
+
+
+def state_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def random_map(H, W, seed=0):
@@ -75,7 +98,7 @@ def test_a_tiff_lies_where_the_image_lies_and_names_its_no_data(tmp_path, image)
             assert (tag.dtype, tag.count, tag.value) == (other.dtype, other.count, other.value)
         page = found.pages[0]
         assert page.is_tiled and page.compression in (8, 32946) and page.photometric == 3 and page.dtype == np.uint8
-    assert read_grid(path) == read_grid(image) and nodata_value(path) == NO_CLASS
+    assert read_grid(path) == read_grid(image) and nodata_value(path) == NO_DATA
 
 
 def test_a_png_has_a_world_file_of_the_middle_of_its_first_pixel(tmp_path, image):
@@ -93,8 +116,6 @@ def test_without_georeferencing_there_is_neither_a_tag_nor_a_world_file(tmp_path
 
 
 def test_the_sidecar_names_the_classes_for_gdal(tmp_path):
-    from xml.etree import ElementTree
-
     write_map(tmp_path / "map.tif", [random_map(5, 6)], (5, 6), (("Straße & Weg", (1, 2, 3)), ("<b>", (4, 5, 6))))
     found = ElementTree.parse(tmp_path / "map.tif.aux.xml").findall("PAMRasterBand[@band='1']/CategoryNames/Category")
     assert [name.text for name in found] == ["Straße & Weg", "<b>"]
@@ -111,22 +132,134 @@ def test_a_map_that_breaks_off_leaves_the_earlier_one_and_nothing_else(tmp_path,
         write_map(tmp_path / name, strips(), (800, 6), CLASSES, image)
     assert files_in(tmp_path) == ["image.tif"]
     write_map(tmp_path / name, [random_map(5, 6)], (5, 6), CLASSES, image)
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    before = state_of(tmp_path)
     with pytest.raises((KeyboardInterrupt, OSError)):
         write_map(tmp_path / name, strips(), (800, 6), CLASSES, image)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert state_of(tmp_path) == before
 
 
-def test_strips_are_written_as_they_come_and_not_gathered(tmp_path):
+@pytest.mark.parametrize("name", ["map.png", "map.tif"])
+def test_strips_are_written_as_they_come_and_not_gathered(tmp_path, name):
     waiting = []
 
     def strips():
         for top in range(0, 5000, 100):
-            waiting.append((tmp_path / "map.png.tmp").stat().st_size)
+            waiting.append((tmp_path / f"{name}.tmp").stat().st_size)
             yield random_map(100, 300, top)
 
-    write_map(tmp_path / "map.png", strips(), (5000, 300), CLASSES)
+    write_map(tmp_path / name, strips(), (5000, 300), CLASSES)
     assert waiting[25] > 100_000 and waiting[-1] > 1.8 * waiting[25]
+
+
+# ------------------------------------------------------------------------------------------------ several from one pass
+
+
+@given(st.integers(1, 600), st.integers(1, 600), st.integers(1, 4), st.lists(st.integers(1, 300), max_size=6))
+def test_any_strips_make_up_all_files_of_one_pass(tmp_path_factory, H, W, K, heights):
+    outputs, bands = all_three(tmp_path_factory.mktemp("maps"), CLASSES[:K]), random_bands(K + 2, H, W)
+    ends = [n for n in np.cumsum(heights) if n < H]
+    write_maps(outputs, iter(np.split(bands, ends, axis=1)), (H, W))
+    for output, wanted in zip(outputs, (bands[:1], bands[1:2], bands[2:])):
+        assert np.array_equal(tifffile.imread(output.path).reshape(wanted.shape), wanted)
+
+
+def test_every_file_lies_where_the_image_lies_and_names_its_bands_and_its_no_data(tmp_path, image):
+    outputs = all_three(tmp_path, (("Straße & Weg", (1, 2, 3)), ("<b>", (4, 5, 6))))
+    write_maps(outputs, [random_bands(4, 5, 6)], (5, 6), image)
+    names = {"map.tif": ["class"], "sure.tif": ["confidence"], "all.tif": ["Straße & Weg", "<b>"]}
+    for output in outputs:
+        with tifffile.TiffFile(output.path) as found, tifffile.TiffFile(image) as source:
+            page, wanted = found.pages[0], names[output.path.name]
+            assert all(page.tags[code].value == source.pages[0].tags[code].value for code, *_ in TAGS)
+            assert page.shape[-2:] == (5, 6) and page.is_tiled and page.compression in (8, 32946)
+            items = ElementTree.fromstring(page.tags[42112].value).findall("Item")
+        found = {(item.get("role"), item.get("sample")): item.text for item in items}
+        units = {} if output.classes else {("unittype", str(i)): "percent" for i in range(len(wanted))}
+        assert found == units | {("description", str(i)): name for i, name in enumerate(wanted)}
+        assert nodata_value(output.path) == NO_DATA and read_grid(output.path) == read_grid(image)
+    assert files_in(tmp_path) == ["all.tif", "image.tif", "map.tif", "map.tif.aux.xml", "sure.tif"]
+
+
+def test_a_confidence_png_is_grey_clear_without_data_and_has_both_sidecars(tmp_path, image):
+    percent = np.array([[0, 50, 100, 255, 99, 1]] * 5, np.uint8)
+    write_maps([Output(tmp_path / "sure.png", ("confidence",))], [percent[None]], (5, 6), image)
+    with Image.open(tmp_path / "sure.png") as picture:
+        assert picture.mode == "L" and np.array_equal(np.asarray(picture), percent)
+        assert np.array_equal(np.asarray(picture.convert("RGBA"))[..., 3] == 0, percent == NO_DATA)
+    band = ElementTree.parse(tmp_path / "sure.png.aux.xml").find("PAMRasterBand[@band='1']")
+    assert band.findtext("Description") == "confidence" and band.findtext("UnitType") == "percent"
+    assert files_in(tmp_path) == ["image.tif", "sure.pgw", "sure.png", "sure.png.aux.xml"]
+
+
+def test_only_a_file_that_could_outgrow_32_bit_offsets_has_64_bit_ones(tmp_path, monkeypatch):
+    outputs, bands = all_three(tmp_path), random_bands(6, 300, 513)  # 2 x 3 tiles
+    monkeypatch.setattr(maps, "CLASSIC", 23 * 256**2)
+    write_maps(outputs, [bands], (300, 513))
+    for output, big in zip(outputs, (False, False, True)):
+        with tifffile.TiffFile(output.path) as tiff:
+            assert tiff.is_bigtiff == big
+    assert np.array_equal(tifffile.imread(tmp_path / "all.tif"), bands[2:])
+
+
+# ----------------------------------------------------------------------------------------------------- all, or no file
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk full")], ids=str)
+def test_files_of_one_pass_that_breaks_off_leave_the_earlier_ones_and_nothing_else(tmp_path, image, error):
+    def strips():
+        yield random_bands(6, 400, 6)
+        raise error
+
+    outputs = all_three(tmp_path, ending=".png")
+    for before in ({"image.tif": image.read_bytes()}, None):
+        if before is None:
+            write_maps(outputs, [random_bands(6, 5, 6)], (5, 6), image)
+            before = state_of(tmp_path)
+        with pytest.raises((KeyboardInterrupt, OSError)):
+            write_maps(outputs, strips(), (800, 6), image)
+        assert state_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("ending", [".png", ".tif"])
+def test_a_map_without_a_place_leaves_no_sidecar_of_an_earlier_one_that_had_one(tmp_path, image, ending):
+    outputs = all_three(tmp_path, ending=ending)
+    write_maps(outputs, [random_bands(6, 5, 6)], (5, 6), image)
+    for output in outputs[1:]:  # as GDAL writes them for statistics
+        output.path.with_name(output.path.name + ".aux.xml").write_text("stale")
+    image.unlink()
+    write_maps(outputs, [random_bands(6, 5, 6)], (5, 6))
+    left = set(files_in(tmp_path)) - {output.path.name for output in outputs}
+    assert left == {"map.tif.aux.xml"} if ending == ".tif" else {"map.png.aux.xml", "sure.png.aux.xml"}
+    assert not any(path.read_bytes() == b"stale" for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("placed", [True, False])
+@pytest.mark.parametrize("renamed", range(8))
+def test_an_interruption_between_two_files_leaves_files_of_one_pass_only(tmp_path, image, monkeypatch, renamed, placed):
+    def write(folder, source, seed):
+        folder.mkdir(exist_ok=True)
+        write_maps(all_three(folder, ending=".png"), [random_bands(6, 5, 6, seed)], (5, 6), source)
+        return state_of(folder)
+
+    def rename_some(*paths, rename=os.replace):
+        calls.append(paths)
+        if len(calls) > renamed:
+            raise KeyboardInterrupt
+        rename(*paths)
+
+    elsewhere, calls = tmp_path / "elsewhere.tif", []
+    tags = [TAGS[0], (33922, "d", 6, (0, 0, 0, 5, 9, 0), True)]
+    tifffile.imwrite(elsewhere, np.zeros((5, 6), np.uint8), extratags=tags)
+    wanted = write(tmp_path / "wanted", elsewhere if placed else None, 1)
+    earlier = write(tmp_path / "maps", image, 0)
+    monkeypatch.setattr(os, "replace", rename_some)
+    with nullcontext() if renamed >= len(wanted) else pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "maps", elsewhere if placed else None, 1)
+    if renamed == 0:
+        assert state_of(tmp_path / "maps") == {"map.png": earlier["map.png"]}
+    else:
+        found = state_of(tmp_path / "maps")
+        assert len(found) == min(renamed, len(wanted)) and found.items() <= wanted.items() and "map.png" in found
 
 
 # --------------------------------------------------------------------------------------------------------------- no data
@@ -141,7 +274,10 @@ def write_image(path, array, nodata=None, alpha=False):
 
 def map_of(path, classes):
     raw = open_raster(path)
-    return np.concatenate(list(cut_out(cut(classes, [3, 4, 1]), find_missing(path, raw))))
+    strips = [np.stack([strip, strip]) for strip in cut(classes, [3, 4, 1])]
+    one, other = np.concatenate(list(cut_out(strips, find_missing(path, raw))), axis=1)
+    assert np.array_equal(one, other)  # in every band
+    return one
 
 
 @pytest.mark.parametrize("kind", ["nodata", "alpha", "both", "neither"])
@@ -157,9 +293,9 @@ def test_there_is_no_class_where_the_image_has_no_data(tmp_path, kind):
     )
     found = map_of(path, wanted)
     if kind in ("nodata", "both"):
-        wanted[:2] = NO_CLASS
+        wanted[:2] = NO_DATA
     if kind in ("alpha", "both"):
-        wanted[:, -1] = NO_CLASS
+        wanted[:, -1] = NO_DATA
     assert np.array_equal(found, wanted)
 
 
@@ -173,13 +309,35 @@ def test_the_real_image_s_white_roofs_keep_their_class():
     path = REAL / "irrg_20cm.tif"
     if not path.exists():
         pytest.skip("needs the shared tile")
-    assert nodata_value(path) == 255 and (map_of(path, random_map(252, 252)) != NO_CLASS).all()
+    assert nodata_value(path) == 255 and (map_of(path, random_map(252, 252)) != NO_DATA).all()
 
 
 @pytest.mark.parametrize(
-    "out, part", [("map.jpg", "png or .tif"), ("no/map.png", "folder"), ("dir.tif", "is a folder"), ("image.tif", "is one of")]
+    "out, part",
+    [
+        ("map.jpg", "png or .tif"),
+        ("no/map.png", "folder"),
+        ("dir.tif", "is a folder"),
+        ("image.tif", "is one of"),
+        ("dir.tif/../image.tif", "is one of"),
+    ],
 )
-def test_a_place_where_no_map_can_be_is_refused_before_anything_is_computed(tmp_path, image, out, part):
+@pytest.mark.parametrize("flag", ["--out", "--confidence", "--probabilities"])
+def test_a_place_where_no_map_can_be_is_refused_before_anything_is_computed(tmp_path, image, flag, out, part):
     (tmp_path / "dir.tif").mkdir()
-    with pytest.raises(DataError, match=part):
-        maps.check_out(tmp_path / out, [image])
+    paths = {"--out": tmp_path / "a.tif"} | {flag: tmp_path / out.replace(".png", ".tif")}
+    with pytest.raises(DataError, match=f"{flag} .*{part}"):
+        maps.check_outputs(paths, [image])
+
+
+@pytest.mark.parametrize("name", ["a.tif", "A.TIF", "b/../a.tif"])
+def test_two_outputs_of_one_name_are_refused(tmp_path, name):
+    (tmp_path / "b").mkdir()
+    with pytest.raises(DataError, match="--confidence .* is the file of --out too"):
+        maps.check_outputs({"--out": tmp_path / "a.tif", "--confidence": tmp_path / name}, [])
+    maps.check_outputs({"--out": tmp_path / "a.tif", "--confidence": tmp_path / "b.tif"}, [])
+
+
+def test_a_png_of_probabilities_is_refused(tmp_path):
+    with pytest.raises(DataError, match="--probabilities .*give a .tif"):
+        maps.check_outputs({"--probabilities": tmp_path / "a.png"}, [])

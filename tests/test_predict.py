@@ -1,4 +1,4 @@
-"""Sliding-window prediction."""
+"""Sliding-window prediction, and how sure it is."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crops import sliding_windows
-from predict import BLENDS, autocast, predict_strips, predict_tile
+from predict import BLENDS, autocast, bands_of, percent, predict_strips, predict_tile
 
 sides = st.integers(1, 40)
 
@@ -51,18 +51,27 @@ def places(length, window, stride, repeat):
     return starts if repeat else sorted(set(starts))
 
 
-def predict_at_full_size(model, image, dsm, window, stride, repeat):
-    """Every window one by one into sums of the whole size."""
+def answer(model, image, dsm, flips):
+    """What a model says of one window, (K, window, window); with flips, the mean over its reflections."""
+    turns = ((), (-1,), (-2,), (-2, -1)) if flips else ((),)
+    return sum(model(image[None].flip(t), dsm[None].flip(t))[0].double().flip(t) for t in turns) / len(turns)
+
+
+def average_at_full_size(model, image, dsm, window, stride, repeat, blend="mean", flips=False):
+    """Every window one by one into sums of the whole size -> the mean logits (5, H, W) in double precision."""
     H, W = dsm.shape
+    bell = torch.sin((torch.arange(window).double() + 0.5) * torch.pi / window) ** 2
+    share = {"mean": torch.ones(window, window), "cosine": torch.outer(bell, bell)}[blend]
     padding = [(0, max(window - n, 0)) for n in (H, W)]
     image, dsm = np.pad(image, [*padding, (0, 0)], mode="reflect"), np.pad(dsm, padding, mode="reflect")
-    sums = torch.zeros(5, *dsm.shape, dtype=torch.float64)
+    sums, weights = torch.zeros(5, *dsm.shape, dtype=torch.float64), torch.zeros(dsm.shape, dtype=torch.float64)
     for top in places(H, window, stride, repeat):
         for left in places(W, window, stride, repeat):
             cut = np.s_[top : top + window, left : left + window]
             x, y = torch.from_numpy(image[cut]).permute(2, 0, 1), torch.from_numpy(dsm[cut] / 4)
-            sums[(slice(None), *cut)] += model(x[None], y[None])[0].double()
-    return sums.argmax(0).numpy()[:H, :W]
+            sums[(slice(None), *cut)] += share * answer(model, x, y, flips)
+            weights[cut] += share
+    return (sums / weights)[:, :H, :W]
 
 
 # ------------------------------------------------------------------------------------------------------ sliding window
@@ -88,15 +97,85 @@ def test_prediction_equals_sums_over_all_windows_at_full_size(H, W, window, batc
     model = Whole(seed)
     found = predict_tile(model, image, dsm, *window, batch, heights=(0, 4), repeat_border=repeat)
     with torch.no_grad():
-        assert np.array_equal(found, predict_at_full_size(model, image, dsm, *window, repeat))
+        assert np.array_equal(found, average_at_full_size(model, image, dsm, *window, repeat).argmax(0))
 
 
 @given(sides, sides, windows(), blends)
 def test_strips_come_from_top_to_bottom_and_make_up_the_map(H, W, window, blend):
     image = np.random.default_rng(H).integers(0, 256, (H, W, 3), dtype=np.uint8)
     strips = list(predict_strips(Echo(), image, None, *window, blend=blend))
-    assert all(0 < len(strip) <= window[1] for strip in strips[:-1]) and 0 < len(strips[-1]) <= window[0]
-    assert np.array_equal(np.concatenate(strips), image.argmax(-1))
+    assert all(0 < len(strip) <= window[1] for strip, _ in strips[:-1]) and 0 < len(strips[-1][0]) <= window[0]
+    assert np.array_equal(np.concatenate([strip for strip, _ in strips]), image.argmax(-1))
+    assert all(probabilities is None for _, probabilities in strips)
+
+
+# ------------------------------------------------------------------------------------------------------- probabilities
+
+
+class Soft(Whole):
+    """The same with logits so small that every class has a share."""
+
+    def forward(self, image, dsm):
+        return super().forward(image, dsm) / 64
+
+
+def with_probabilities(*args, **options):
+    """The whole class map (H, W) and the probabilities (K, H, W)."""
+    classes, probabilities = zip(*predict_strips(*args, **options, probabilities=True))
+    return np.concatenate(classes), np.concatenate(probabilities, axis=1)
+
+
+@settings(max_examples=30)
+@given(sides, sides, windows(), st.integers(1, 5), st.booleans(), blends, st.booleans(), st.integers(0, 99))
+def test_probabilities_are_the_softmax_of_the_mean_over_all_windows_at_full_size(
+    H, W, window, batch, repeat, blend, flips, seed
+):
+    rng = np.random.default_rng(seed)
+    image, dsm = (rng.integers(0, 5, (H, W, 3)) / 4).astype(np.float32), rng.integers(0, 5, (H, W)).astype(np.float32)
+    model, options = Soft(seed), dict(heights=(0, 4), repeat_border=repeat, blend=blend, flips=flips)
+    classes, found = with_probabilities(model, image, dsm, *window, batch, **options)
+    with torch.no_grad():
+        wanted = average_at_full_size(model, image, dsm, *window, repeat, blend, flips).softmax(0)
+    assert found.dtype == np.float32 and np.allclose(found, wanted, rtol=0, atol=1e-6)
+    assert np.allclose(found.sum(0), 1, rtol=0, atol=1e-6)
+    assert np.array_equal(classes, predict_tile(model, image, dsm, *window, batch, **options))
+    assert np.array_equal(np.take_along_axis(found, classes[None].astype(int), 0)[0], found.max(0))
+
+
+@given(sides, sides, windows(), st.booleans(), blends, st.booleans())
+def test_constant_logits_give_constant_probabilities_up_to_the_last_row_and_column(H, W, window, repeat, blend, flips):
+    class Constant(nn.Module):
+        def forward(self, image):
+            return torch.tensor([1.0, 2.0, -3.0, 0.5])[:, None, None].expand(len(image), -1, *image.shape[-2:])
+
+    image = np.zeros((H, W, 3), np.uint8)
+    options = dict(repeat_border=repeat, blend=blend, flips=flips)
+    classes, found = with_probabilities(Constant(), image, None, *window, **options)
+    wanted = torch.tensor([1.0, 2.0, -3.0, 0.5]).softmax(0).numpy()[:, None, None]
+    assert found.shape == (4, H, W) and (classes == 1).all() and np.allclose(found, wanted, rtol=0, atol=1e-6)
+
+
+def test_a_strip_is_never_higher_than_is_cheap_to_turn_into_probabilities():
+    strips = list(predict_strips(Echo(), np.zeros((500, 9, 3), np.uint8), None, 200, 150, probabilities=True))
+    assert max(len(classes) for classes, _ in strips) <= 64 and sum(len(classes) for classes, _ in strips) == 500
+    assert all(probabilities.shape == (3, len(classes), 9) for classes, probabilities in strips)
+
+
+def test_percent_is_rounded_and_the_confidence_is_the_share_of_the_class_of_the_map():
+    assert percent(np.array([0, 0.004, 0.006, 0.5, 0.996, 1], np.float32)).tolist() == [0, 0, 1, 50, 100, 100]
+    image = np.random.default_rng(0).integers(0, 256, (30, 20, 3), dtype=np.uint8)
+    bands = {}
+    for confidence, probabilities in ((False, False), (True, False), (False, True), (True, True)):
+        strips = predict_strips(Echo(), image, None, 16, 8, probabilities=confidence or probabilities)
+        found = np.concatenate(list(bands_of(strips, confidence, probabilities)), axis=1)
+        assert found.dtype == np.uint8 and np.array_equal(found[0], image.argmax(-1))
+        bands[confidence, probabilities] = found[1:]
+    assert bands[False, False].shape == (0, 30, 20)
+    assert np.array_equal(bands[True, False][0], bands[False, True].max(0))
+    assert np.array_equal(bands[True, True], np.concatenate([bands[True, False], bands[False, True]]))
+
+
+# --------------------------------------------------------------------------------------------------------- the windows
 
 
 @given(sides, sides, windows(), st.integers(1, 5))
@@ -115,9 +194,8 @@ def test_a_tile_of_vaihingen_s_size_takes_fewer_forwards_than_the_published_loop
 
 
 def test_the_cosine_window_trusts_the_middle_and_no_pixel_is_without_a_share():
-    share = BLENDS["cosine"](16)
-    assert share.min() > 0 and torch.equal(share, share.T) and torch.allclose(share, share.flip(0))
-    assert (share[:8].diff(dim=0) > 0).all() and share.max() == share[7, 7]
+    side = BLENDS["cosine"](16)
+    assert side.min() > 0 and torch.allclose(side, side.flip(0)) and (side[:8].diff() > 0).all() and side.max() <= 1
 
     class Border(nn.Module):
         """Class 1 along the window's border, a little surer than class 0 is elsewhere."""

@@ -56,7 +56,8 @@ def run(request, tmp_path):
     (tmp_path / "pictures").mkdir()
     image = rng.integers(0, 256, (90, 70, 3)).astype(np.uint8)
     dsm = rng.normal(size=(90, 70)).astype(np.float32)
-    save_panel(tmp_path / "pictures" / "test_7.png", LoadedTile("7", image, dsm, truth, (-3.0, 3.0)), pred, CLASSES)
+    tile, sure = LoadedTile("7", image, dsm, truth, (-3.0, 3.0)), rng.integers(50, 101, (90, 70)).astype(np.uint8)
+    save_panel(tmp_path / "pictures" / "test_7.png", tile, pred, sure, CLASSES)
     return tmp_path, scores
 
 

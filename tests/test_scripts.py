@@ -5,10 +5,12 @@ What a run leaves behind is tried through the shell. Mistakes run inside this pr
 
 import io
 import json
+import re
 import runpy
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +240,54 @@ def test_a_map_of_a_geotiff_in_tiles_lies_where_the_image_lies(trained, tile, sc
     assert files_below(tmp_path) == sorted(["image.tif", "plain.tif", *made])
 
 
+def test_confidence_and_probabilities_belong_to_the_same_map_and_lie_where_it_lies(trained, tile, script, tmp_path):
+    _, run, _ = trained
+    tags = [(33550, "d", 3, (0.5, 0.5, 0.0), True), (33922, "d", 6, (0.0, 0.0, 0.0, 7e5, 6.6e6, 0.0), True)]
+    image = read_raster(tile[0]).copy()
+    image[:40, :40] = 255
+    tifffile.imwrite("image.tif", image, extratags=[*tags, (42113, "s", 0, "255", True)], photometric="rgb")
+    words = ["--run", run, "--image", "image.tif", "--dsm", tile[1], "--device", "cpu", "--blend", "cosine"]
+    assert script("predict.py", *words, "--out", "alone.tif")[0] == 0
+    more = ["--out", "map.tif", "--confidence", "sure.tif", "--probabilities", "all.tif"]
+    status, out, err = script("predict.py", *words, *more)
+    assert (status, err) == (0, "") and "map.tif, sure.tif, all.tif: 132 x 128 pixels" in out
+    assert Path("map.tif").read_bytes() == Path("alone.tif").read_bytes()
+    classes, sure, shares = (tifffile.imread(name) for name in ("map.tif", "sure.tif", "all.tif"))
+    outside = classes == 255
+    assert outside[:40, :40].all() and (sure[outside] == 255).all() and (shares[:, outside] == 255).all()
+    assert shares.shape == (6, 128, 132) and np.abs(shares[:, ~outside].sum(0, dtype=int) - 100).max() <= 3
+    chosen = np.take_along_axis(shares, np.where(outside, 0, classes)[None].astype(int), 0)[0]
+    assert np.array_equal(chosen[~outside], sure[~outside]) and np.array_equal(shares.max(0), sure)
+    with tifffile.TiffFile("all.tif") as tiff:
+        text = tiff.pages[0].tags[42112].value
+    names = [row["name"] for row in json.loads((run / "scores.json").read_text())["per_class"]]
+    assert re.findall(r'role="description">([^<]*)<', text) == names
+    assert all(read_grid(Path(name)) == read_grid(Path("image.tif")) for name in ("sure.tif", "all.tif"))
+    assert script("predict.py", *words, "--out", "map.tif", "--confidence", "sure.png")[0] == 0
+    assert np.array_equal(read_raster(Path("sure.png")), sure)
+    assert files_below(tmp_path) == [
+        "all.tif", "alone.tif", "alone.tif.aux.xml", "image.tif", "map.tif", "map.tif.aux.xml", "sure.pgw", "sure.png",
+        "sure.png.aux.xml", "sure.tif",
+    ]  # fmt: skip
+
+
+def test_ctrl_c_in_the_middle_of_a_prediction_leaves_no_file(trained, tile, script, tmp_path, monkeypatch):
+    _, run, _ = trained
+    packed = []
+
+    def compress_some(data, compress=zlib.compress):
+        packed.append(len(data))
+        if len(packed) == 4:
+            raise KeyboardInterrupt
+        return compress(data)
+
+    words = ["--run", run, "--image", tile[0], "--dsm", tile[1], "--device", "cpu"]
+    monkeypatch.setattr(zlib, "compress", compress_some)
+    more = ["--out", "map.tif", "--confidence", "sure.tif", "--probabilities", "all.tif"]
+    status, _, err = script("predict.py", *words, *more)
+    assert status == 130 and err.strip() == "interrupted" and len(packed) == 4 and files_below(tmp_path) == []
+
+
 def test_a_map_of_the_run_s_own_stride_is_what_was_scored(trained, tile, city, script, tmp_path):
     _, run, _ = trained
     words = ["--run", run, "--image", tile[0], "--dsm", tile[1], "--out", "a.png", "--device", "cpu"]
@@ -317,10 +367,22 @@ def test_every_kind_of_network_trains_is_scored_again_and_predicts(script, tmp_p
     assert read_raster(tmp_path / "map.png").shape == (80, 80)
 
 
-def test_tiles_smaller_than_the_window_are_trained_on_scored_and_mapped(script, tmp_path):
+def test_tiles_smaller_than_the_window_are_trained_on_and_scored_and_rasters_of_64_pixels_are_mapped(script, tmp_path):
     write_own_tiles(tmp_path / "mine", size=50)
-    status, _, err = script("train.py", *OWN, "--out", "run")
+    status, _, err = script("train.py", *OWN, "--crop", 96, "--out", "run")
     assert (status, err) == (0, "") and json.loads(Path("run/scores.json").read_text())["pixels"] == 2500
+    words = ["--image", "image.tif", "--dsm", "dsm.tif", "--out", "map.tif", "--probabilities", "all.tif", "--device", "cpu"]
+    for H, W in ((64, 64), (64, 100), (130, 65), (63, 100), (100, 1)):
+        tifffile.imwrite("image.tif", np.zeros((H, W, 3), np.uint8), photometric="rgb")
+        tifffile.imwrite("dsm.tif", np.zeros((H, W), np.float32))
+        status, out, err = result = script("predict.py", "--run", "run", *words)
+        if min(H, W) < 64:
+            assert_refused(result, "image.tif", f"{W} x {H}", "64")
+            assert not Path("map.tif").exists()
+            continue
+        assert (status, err) == (0, "") and f"{W} x {H} pixels" in out
+        assert read_raster(Path("map.tif")).shape == (H, W) and tifffile.imread("all.tif").shape == (2, H, W)
+        Path("map.tif").unlink()
 
 
 def test_a_loss_that_is_no_number_stops_with_status_1_and_leaves_the_last_epoch(script, tmp_path, city):
@@ -471,11 +533,20 @@ def test_a_mistake_in_evaluation_is_one_line_and_leaves_the_scores(trained, scri
         ({"--image": "nowhere.tif"}, ["--image", "nowhere.tif"]),
         ({"--dsm": "short.tif"}, ["short.tif", "128 x 132"]),
         ({"--image": "garbage.tif"}, ["garbage.tif"]),
+        ({"--image": "grey.tif"}, ["grey.tif", "three or more bands"]),
         ({"--out": "map.jpg"}, ["--out map.jpg"]),
         ({"--out": "nowhere/map.png"}, ["--out nowhere/map.png"]),
         ({"--out": "/proc/map.png"}, ["--out /proc/map.png"]),
         ({"--out": "/proc/map.tif"}, ["--out /proc/map.tif"]),
         ({"--out": "short.tif", "--dsm": "short.tif"}, ["--out short.tif", "another file"]),
+        ({"--confidence": "sure.jpg"}, ["--confidence sure.jpg", ".png or .tif"]),
+        ({"--confidence": "nowhere/sure.tif"}, ["--confidence nowhere/sure.tif"]),
+        ({"--confidence": "/proc/sure.png"}, ["--confidence /proc/sure.png"]),
+        ({"--confidence": "short.tif", "--dsm": "short.tif"}, ["--confidence short.tif", "another file"]),
+        ({"--confidence": "./map.png"}, ["--confidence map.png", "--out", "another file"]),
+        ({"--probabilities": "all.png"}, ["--probabilities all.png", "give a .tif"]),
+        ({"--probabilities": "/proc/all.tif"}, ["--probabilities /proc/all.tif"]),
+        ({"--probabilities": "a.tif", "--confidence": "A.tif"}, ["--probabilities a.tif", "is the file of --confidence"]),
         ({"--blend": "sum"}, ["--blend", "cosine"]),
         ({"--stride": "0"}, ["stride", "64"]),
         ({"--stride": "-8"}, ["stride", "64"]),
@@ -486,11 +557,36 @@ def test_a_mistake_in_evaluation_is_one_line_and_leaves_the_scores(trained, scri
 def test_a_mistake_in_prediction_is_one_line_and_writes_no_map(trained, tile, script, tmp_path, flags, parts):
     _, run, _ = trained
     tifffile.imwrite("short.tif", np.zeros((125, 132), np.float32))
+    tifffile.imwrite("grey.tif", np.zeros((128, 132), np.uint8))
     Path("garbage.tif").write_bytes(b"II*\x00 no more than this")
     words = {"--run": run, "--image": tile[0], "--dsm": tile[1], "--out": "map.png"} | flags
     given = [word for pair in words.items() if pair[1] is not None for word in pair]
     assert_refused(script("predict.py", *given), *parts)
-    assert files_below(tmp_path) == ["garbage.tif", "short.tif"]
+    assert files_below(tmp_path) == ["garbage.tif", "grey.tif", "short.tif"]
+
+
+def test_an_image_without_a_band_that_the_run_was_trained_on_is_one_line(script, tmp_path):
+    write_own_tiles(tmp_path / "mine")
+    for path in (tmp_path / "mine").glob("*/images/a.tif"):
+        image = np.concatenate([read_raster(path)] * 2, axis=-1)[..., :4]
+        tifffile.imwrite(path, image, photometric="rgb", extrasamples=["unspecified"])
+    assert script("train.py", *OWN, "--bands", "4,3,2", "--out", "run")[0] == 0
+    tifffile.imwrite("three.tif", np.zeros((80, 80, 3), np.uint8), photometric="rgb")
+    words = ["--run", "run", "--dsm", "mine/test/dsm/a.tif", "--out", "map.tif"]
+    assert_refused(script("predict.py", *words, "--image", "three.tif"), "three.tif", "band 4")
+    assert not Path("map.tif").exists()
+
+
+def test_a_run_of_other_classes_than_the_data_s_is_one_line_and_leaves_the_scores(script, tmp_path):
+    write_own_tiles(tmp_path / "mine")
+    assert script("train.py", *OWN, "--out", "run")[0] == 0
+    before, path = Path("run/scores.json").read_bytes(), tmp_path / "mine" / "classes.json"
+    listed = json.loads(path.read_text())["classes"]
+    for classes in ([*listed, {"name": "tree", "color": [0, 200, 0]}], listed[::-1]):
+        path.write_text(json.dumps({"classes": classes}))
+        names = ", ".join(c["name"] for c in classes)
+        assert_refused(script("evaluate.py", "--run", "run", "--device", "cpu"), "run tells apart ground, house", names)
+    assert Path("run/scores.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
