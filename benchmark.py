@@ -17,6 +17,7 @@ import csv
 import multiprocessing
 import platform
 import statistics
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Callable
@@ -42,6 +43,7 @@ from tuners import TUNERS
 
 TASKS = ("encoder", "network", "step", "tile")
 PRECISIONS = ("fp32", "tf32", "bf16")  # tf32: GPUs alone
+VARIANTS = ("checkpointed", "compiled")
 CLASSES, TILE, STRIDE = 6, 1000, 32
 
 
@@ -55,7 +57,7 @@ class Case:
     crop: int
     batch: int
     precision: str
-    order: str  # published, ours, or ours compiled
+    order: str  # published, ours, or ours in one of VARIANTS
 
 
 @dataclass
@@ -91,18 +93,16 @@ def random_network(case: Case, device: torch.device) -> MFNet:
 
 
 def networks(cases: list[Case], device: torch.device) -> dict[Case, MFNet]:
-    """The network of each case: one for all in fp32 and for the published order, another where ours stores bf16."""
-    plain = random_network(cases[0], device)
-    stored = None
-    found = {}
+    """The network of each case: the same weights for all, in bf16 with ours stored as a run stores them."""
+    plain, found = random_network(cases[0], device), {}
     for case in cases:
-        model = plain
-        if case.precision == "bf16" and case.order != "published":
-            stored = stored or copy.deepcopy(plain)
-            store_frozen_weights(stored, "bf16", device)
-            model = stored
+        stored = case.precision == "bf16" and case.order != "published"
+        # Nothing is copied where one process measures one case: it is to hold what a run holds.
+        model = copy.deepcopy(plain) if len(cases) > 1 and (stored or case.order in VARIANTS) else plain
+        if stored:
+            store_frozen_weights(model, "bf16", device)
+        model.image_encoder.activation_checkpointing = case.order == "checkpointed"
         if case.order == "compiled":
-            model = copy.deepcopy(model)
             for block in model.image_encoder.blocks:
                 block.compile()
         found[case] = model
@@ -129,8 +129,10 @@ def prepare(case: Case, model: MFNet) -> Callable[[], Tensor]:
     def tile() -> Tensor:
         rng = np.random.default_rng(1)
         rasters = rng.integers(0, 256, (TILE, TILE, 3), dtype=np.uint8), rng.random((TILE, TILE), dtype=np.float32)
-        predict = published_predict if published else predict_tile
-        return torch.from_numpy(predict(model, *rasters, case.crop, STRIDE, case.batch, (0.0, 1.0), True, precision))
+        sizes = case.crop, STRIDE, case.batch, (0.0, 1.0)
+        if published:
+            return torch.from_numpy(published_predict(model, *rasters, *sizes))
+        return torch.from_numpy(predict_tile(model, *rasters, *sizes, repeat_border=True, precision=precision))
 
     def forward() -> Tensor:
         with torch.inference_mode(), autocast(precision, device):
@@ -146,7 +148,7 @@ def prepare(case: Case, model: MFNet) -> Callable[[], Tensor]:
             logits = network()
         segmentation_loss(logits, labels).backward()
         optimizer.step()  # all of its work, at a rate of 0: each repetition computes the same
-        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        return torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None])
 
     return step if case.task == "step" else forward
 
@@ -160,20 +162,26 @@ def measure(cases: list[Case], repeats: int, device: torch.device) -> dict[Case,
     works = {case: prepare(case, models[case]) for case in cases}
     results = {case: Result(repeats=repeats, machine=machine(device), version=version()) for case in cases}
     seconds: dict[Case, list[float]] = {case: [] for case in cases}
-    expected = None
-    for turn in range(repeats + 1):
+    outputs: dict[Case, Tensor] = {}
+    warm_up = cases[0].task != "tile"  # a tile takes long enough without
+    for turn in range(repeats + warm_up):
         for case, result in results.items():
-            torch.set_float32_matmul_precision("high" if case.precision == "tf32" else "highest")
+            if result.note:
+                continue
+            set_matrix_precision(case)
+            counting = FlopCounterMode(display=False) if warm_up and turn == 0 else nullcontext()
             try:
-                if turn == 0:  # to warm up, to count, to compare
-                    with FlopCounterMode(display=False) as counter:
-                        output = works[case]().float()
-                    expected = output if expected is None else expected
-                    result.gflop, result.error = counter.get_total_flops() / 1e9, difference(output, expected)
-                elif not result.note:
-                    seconds[case].append(timed(works[case], device))
+                with counting as counter:
+                    spent = timed(lambda: outputs.update({case: works[case]()}), device)
             except RuntimeError as error:
                 result.note = str(error).strip().splitlines()[0]
+                continue
+            if counter:
+                result.gflop = counter.get_total_flops() / 1e9
+            else:
+                seconds[case].append(spent)
+    for case, output in outputs.items():
+        results[case].error = difference(output, outputs[cases[0]]) if cases[0] in outputs else None
     for case, result in results.items():
         if seconds[case]:
             result.seconds = statistics.median(seconds[case])
@@ -183,11 +191,15 @@ def measure(cases: list[Case], repeats: int, device: torch.device) -> dict[Case,
         if result.seconds and case.order != "published" and case.task != "tile":
             products = encoder_products(models[case], case.batch, case.crop)
             dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
-            torch.set_float32_matmul_precision("high" if case.precision == "tf32" else "highest")
+            set_matrix_precision(case)
             rate = operations(products) / ceiling(products, dtype, device, repeats)
             needed = operations(products) if case.task == "encoder" else 1e9 * result.gflop
             result.of_ceiling = needed / rate / result.seconds
     return results
+
+
+def set_matrix_precision(case: Case) -> None:
+    torch.set_float32_matmul_precision("high" if case.precision == "tf32" else "highest")
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
@@ -290,8 +302,7 @@ def keep(results: dict[Case, Result], path: Path) -> None:
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
             rows = {tuple(row[name] for name in case_names): row for row in csv.DictReader(file)}
-    for case, result in results.items():
-        row = {k: "" if v is None else f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in (asdict(case) | asdict(result)).items()}
+    for row in map(as_text, results.items()):
         rows[tuple(row[name] for name in case_names)] = row
 
     def write(temporary: Path) -> None:
@@ -306,38 +317,42 @@ def keep(results: dict[Case, Result], path: Path) -> None:
     replace_atomically(path.with_suffix(".md"), lambda p: p.write_text(text, encoding="utf-8"))
 
 
-COLUMNS = {
-    "order": "order",
-    "precision": "precision",
-    "seconds": "seconds",
-    "spread": "from, to",
-    "speed": "images/s",
-    "times_published_fp32": "times published fp32",
-    "times_published": "times published, same precision",
-    "gflop": "GFLOP",
-    "of_ceiling": "of the ceiling",
-    "peak_mb": "peak MB",
-    "error": "difference",
-    "note": "note",
+def as_text(item: tuple[Case, Result]) -> dict[str, str]:
+    """A row of the CSV; what was not measured is empty."""
+    values = asdict(item[0]) | asdict(item[1])
+    return {k: "" if v is None else f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in values.items()}
+
+
+COLUMNS = {  # of the Markdown tables: their heads, and how their numbers are written
+    "order": ("order", ""),
+    "precision": ("precision", ""),
+    "seconds": ("seconds", "{:.3f}"),
+    "fastest": ("fastest", "{:.3f}"),
+    "slowest": ("slowest", "{:.3f}"),
+    "times_published_fp32": ("times published fp32", "{:.2f}"),
+    "times_published": ("times published, same precision", "{:.2f}"),
+    "gflop": ("GFLOP", "{:,.0f}"),
+    "of_ceiling": ("of the ceiling", "{:.0%}"),
+    "peak_mb": ("peak MB", "{:,.0f}"),
+    "error": ("difference", "{:.1e}"),
+    "note": ("note", ""),
 }
+HEAD = ("task", "encoder", "tuner", "crop", "batch", "machine", "version", "repeats")
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """Rows of the CSV as one table for each task, encoder, tuner, crop and batch."""
+    """Rows of the CSV as tables of what was measured in one process."""
     tables: dict[tuple, list[dict[str, str]]] = {}
     for row in rows:
-        tables.setdefault(tuple(row[k] for k in ("task", "encoder", "tuner", "crop", "batch", "machine", "version")), []).append(row)
-    lines = ["# Measured by benchmark.py", ""]
-    for (task, encoder, tuner, crop, batch, where, what), members in tables.items():
-        lines += [f"## {task}: {encoder}, {tuner}, {crop} px, batch {batch}", "", f"{where}; {what}; medians of {members[0]['repeats']}", ""]
-        lines += ["| " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * 2 + "---:|" * 9 + "---|"]
+        tables.setdefault(tuple(row[name] for name in HEAD), []).append(row)
+    lines = []
+    for (task, encoder, tuner, crop, batch, where, what, repeats), members in tables.items():
+        lines += [f"## {task}: {encoder}, {tuner}, {crop} px, batch {batch}", "", f"{where}; {what}; medians of {repeats}", ""]
+        lines.append("| " + " | ".join(title for title, _ in COLUMNS.values()) + " |")
+        lines.append("|" + "|".join("---:" if form else "---" for _, form in COLUMNS.values()) + "|")
         for row in members:
-            cells = dict(row)
-            for name, form in (("seconds", "{:.3f}"), ("times_published_fp32", "{:.2f}"), ("times_published", "{:.2f}"), ("gflop", "{:,.0f}"), ("of_ceiling", "{:.0%}"), ("peak_mb", "{:,.0f}"), ("error", "{:.1e}")):
-                cells[name] = form.format(float(row[name])) if row[name] else ""
-            cells["spread"] = f"{float(row['fastest']):.3f}, {float(row['slowest']):.3f}" if row["seconds"] else ""
-            cells["speed"] = f"{(1 if task == 'tile' else int(batch)) / float(row['seconds']):.2f}" if row["seconds"] else ""
-            lines.append("| " + " | ".join(cells[name] for name in COLUMNS) + " |")
+            cells = [form.format(float(row[name])) if form and row[name] else row[name] for name, (_, form) in COLUMNS.items()]
+            lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
 
@@ -353,7 +368,7 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=256, help="pixels")
     parser.add_argument("--batch", type=int, default=2, help="images")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, help="fp32 and bf16 by default")
-    parser.add_argument("--compile", action="store_true", help="measure compiled blocks too")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[], help="measure these of ours too")
     parser.add_argument("--memory", action="store_true", help="measure peak memory too, each case in its own process")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results.csv"), help="CSV to write the rows into")
@@ -368,19 +383,18 @@ def main() -> None:
         raise DataError("--batch and --repeats begin at 1, --crop at 64")
     if "tf32" in (args.precision or ()) and device.type != "cuda":
         raise DataError("--precision tf32: a GPU's; leave it out")
-    orders = ("published", "ours", "compiled") if args.compile else ("published", "ours")
     for task in args.tasks:
         cases = [
             Case(task, args.encoder or "vit_b", args.tuner, args.crop, args.batch, precision, order)
             for precision in dict.fromkeys(["fp32", *(args.precision or ["bf16"])])
-            for order in orders
+            for order in ("published", "ours", *args.variants)
         ]
         memory = {case: peak_of(case, device)[0] for case in cases} if args.memory else {}
         results = measure(cases, args.repeats, device)
         for case, peak in memory.items():
             results[case].peak_mb = peak
         keep(results, args.out)
-        print(markdown([{k: "" if v is None else str(v) for k, v in (asdict(c) | asdict(r)).items()} for c, r in results.items()]))
+        print(markdown([as_text(item) for item in results.items()]))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Callable
 import torch
 
 from mfnet import MFNet
-from sam_vit import spans
+from sam_vit import whole_and_rest
 
 Product = tuple[int, int, int, int]
 
@@ -45,9 +45,10 @@ def attention_products(attn: torch.nn.Module, images: int, side: int) -> Counter
     """Those of softmax(q k^T + bias) v on grids of side x side tokens: real queries, real keys, one key of padding."""
     heads, d, window = attn.num_heads, attn.rel_pos_h.shape[1], attn.window or side
     products: Counter[Product] = Counter()
-    for ys, a in spans(side, window):
-        for xs, b in spans(side, window):
-            windows = images * (ys.stop - ys.start) // a * (xs.stop - xs.start) // b
+    for h in whole_and_rest(side, window):
+        for w in whole_and_rest(side, window):
+            a, b = min(h, window), min(w, window)
+            windows = images * (h // a) * (w // b)
             keys = a * b + (a * b < window * window)
             products[windows * heads, a * b, d, keys] += 1  # q k^T
             products[windows * heads, a * b, keys, d] += 1

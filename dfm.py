@@ -58,7 +58,8 @@ class SEFusion(nn.Module):
         self.se = nn.ModuleList(SqueezeExcitation(channels) for _ in range(modalities))
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        return sum(se(x) for se, x in zip(self.se, maps))
+        first, *others = (se(x) for se, x in zip(self.se, maps))
+        return sum(others, first)
 
 
 class DeepFusionModule(nn.Module):
@@ -83,4 +84,5 @@ class SumFusion(nn.Module):
     """ "Without DFM" of the paper's ablation: the maps are added, one scale, no skips for the decoder."""
 
     def forward(self, maps: tuple[Tensor, ...]) -> list[Tensor]:
-        return [sum(maps)]
+        first, *others = maps
+        return [sum(others, first)]

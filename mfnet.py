@@ -97,7 +97,8 @@ class GlobalLocalAttention(nn.Module):
         qkv = qkv.view(B, 3, self.num_heads, -1, rows, s, cols, s)
         q, k, v = qkv.permute(1, 0, 4, 6, 2, 5, 7, 3).reshape(3, B * rows * cols, self.num_heads, s * s, -1)
         bias = self.relative_position_bias_table[self.index].permute(2, 0, 1)  # (heads, s*s, s*s)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        # Written out: with 8 channels and 64 tokens a CPU takes half the time of the fused kernel with a mask.
+        out = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias.to(q.dtype)).softmax(dim=-1) @ v
         out = out.view(B, rows, cols, self.num_heads, s, s, -1).permute(0, 3, 6, 1, 4, 2, 5)
         return average_rows_and_columns(out.reshape(B, C, rows * s, cols * s)[..., :H, :W], s)
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Callable
 
 import torch
 import torch.nn as nn
@@ -57,37 +58,65 @@ def relative_table(table: Tensor, n: int) -> Tensor:
     return table[position[:, None] - position[None, :] + n - 1]
 
 
-def relative_position_attention(
-    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, padding: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v on a grid of h x w tokens, bias[q, k] = q . rel_h[qy, ky] + q . rel_w[qx, kx].
+def append_bias(q: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+    """q (B, h, w, heads, d), rel_h (h, h', d), rel_w (w, w', d) -> (B, h, w, heads, d + h' + w').
 
-    q, k, v (N, heads, h, w, d); rel_h (h, h', d), rel_w (w, w', d); returns (N, heads, h, w, d). With h' > h or w' > w
-    the keys lie on a larger grid, h' x w', filled below and on the right by copies of one key and one value: `padding`,
-    each (heads, d).
-
-    The bias is a product itself: append q . rel_h and q . rel_w (h + w numbers) to the query and the one-hot codes of
-    row and column to the key, and q' k'^T is the whole exponent, whatever kernel multiplies it out. The padding is one
-    more key, see `padding_exponent`.
+    The bias of a query and a key, q . rel_h[qy, ky] + q . rel_w[qx, kx], is a product itself: behind the scaled query
+    stand its products with rel_h and rel_w, and behind the key the one-hot codes of its row and column
+    (`append_codes`). Whatever kernel multiplies queries and keys then gets the whole exponent.
     """
-    N, heads, h, w, d = q.shape
-    to_rows = torch.einsum("nayxd,ykd->nayxk", q, rel_h)  # (N, heads, h, w, h'), the query not scaled
-    to_cols = torch.einsum("nayxd,xkd->nayxk", q, rel_w)  # (N, heads, h, w, w')
-    q = q * d**-0.5
-    queries = [q, to_rows[..., :h], to_cols[..., :w]]
-    row_code = torch.eye(h, dtype=q.dtype, device=q.device).repeat_interleave(w, dim=0)  # (h*w, h)
-    col_code = torch.eye(w, dtype=q.dtype, device=q.device).repeat(h, 1)  # (h*w, w)
-    codes = torch.cat([row_code, col_code], dim=1).expand(N, heads, h * w, h + w)
-    keys = torch.cat([k.flatten(2, 3), codes], dim=-1)  # (N, heads, h*w, d+h+w)
-    values = v.flatten(2, 3)
-    if padding is not None:
-        key, value = padding
-        queries.append(padding_exponent(q, key, to_rows, to_cols).unsqueeze(-1))
-        one = F.pad(keys.new_ones(1), (keys.shape[-1], 0)).expand(N, heads, 1, -1)
-        keys = torch.cat([F.pad(keys, (0, 1)), one], dim=2)  # (N, heads, h*w+1, d+h+w+1)
+    to_rows = torch.einsum("byxad,ykd->byxak", q, rel_h)  # (B, h, w, heads, h'), the query not scaled
+    to_cols = torch.einsum("byxad,xkd->byxak", q, rel_w)  # (B, h, w, heads, w')
+    return torch.cat([q * q.shape[-1] ** -0.5, to_rows, to_cols], dim=-1)
+
+
+def append_codes(k: Tensor, rows: int, cols: int) -> Tensor:
+    """k (N, heads, h, w, d), on the upper left of a grid of rows x cols -> (N, heads, h*w, d + rows + cols)."""
+    N, heads, h, w, _ = k.shape
+    row_code = torch.eye(h, rows, dtype=k.dtype, device=k.device).repeat_interleave(w, dim=0)  # (h*w, rows)
+    col_code = torch.eye(w, cols, dtype=k.dtype, device=k.device).repeat(h, 1)  # (h*w, cols)
+    codes = torch.cat([row_code, col_code], dim=1).expand(N, heads, h * w, rows + cols)
+    return torch.cat([k.flatten(2, 3), codes], dim=-1)
+
+
+def windowed_attention(q: Tensor, k: Tensor, v: Tensor, rows: int, cols: int, filling: tuple[Tensor, Tensor]) -> Tensor:
+    """softmax(exponents) v in windows of h x w tokens: q as of `append_bias` (N, heads, h, w, d + rows + cols), k and v
+    (N, heads, h, w, d) -> (N, heads, h, w, d).
+
+    A window smaller than rows x cols is filled up, below and on the right, with copies of one key and one value:
+    `filling`, each (heads, d). They take part as one key, see `filling_exponent`.
+    """
+    N, heads, h, w, d = k.shape
+    keys, values = append_codes(k, rows, cols), v.flatten(2, 3)
+    if (h, w) != (rows, cols):
+        key, value = filling
+        one = F.pad(key, (0, rows + cols))  # (heads, d + rows + cols): no row and no column is its own
+        q = torch.cat([q, filling_exponent(q[..., d : d + rows], q[..., d + rows :])], dim=-1)
+        keys = torch.cat([F.pad(keys, (0, 1)), F.pad(one, (0, 1), value=1.0)[:, None].expand(N, -1, -1, -1)], dim=2)
         values = torch.cat([values, value[:, None].expand(N, -1, -1, -1)], dim=2)
-    queries = torch.cat(queries, dim=-1).flatten(2, 3)
-    return softmax_attention(queries, keys, values).unflatten(2, (h, w))
+    return softmax_attention(q.flatten(2, 3), keys, values).unflatten(2, (h, w))
+
+
+def attend_part(q: Tensor, k: Tensor, v: Tensor, rows: int, cols: int, filling: tuple[Tensor, Tensor]) -> Tensor:
+    """`windowed_attention` in all windows of one part of a grid: (B, h, w, heads, .) -> (B, h, w, heads * d)."""
+    h, w = k.shape[1:3]
+    windows = (cut_windows(t, min(rows, h), min(cols, w)) for t in (q, k, v))
+    return merge_windows(windowed_attention(*windows, rows, cols, filling), h, w)
+
+
+def filling_exponent(to_rows: Tensor, to_cols: Tensor) -> Tensor:
+    """log(sum of exp(bias) over all filled positions) of each query: (N, heads, h, w, rows), (.., cols) -> (.., 1).
+
+    They have the same key, so their exponents differ by the bias alone, a term of the row plus a term of the column;
+    and the sum over a rectangle of positions is a product of two sums. They lie below the tokens (in all columns) and
+    beside them (in the tokens' rows).
+    """
+    h, w = to_rows.shape[2:4]
+    precise = torch.promote_types(to_rows.dtype, torch.float32)
+    to_rows, to_cols = to_rows.to(precise), to_cols.to(precise)
+    below = to_rows[..., h:].logsumexp(-1, keepdim=True) + to_cols.logsumexp(-1, keepdim=True)
+    beside = to_rows[..., :h].logsumexp(-1, keepdim=True) + to_cols[..., w:].logsumexp(-1, keepdim=True)
+    return torch.logaddexp(below, beside)
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -102,19 +131,22 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, padded, scale=1.0)[..., : v.shape[-1]]
 
 
-def padding_exponent(q: Tensor, key: Tensor, to_rows: Tensor, to_cols: Tensor) -> Tensor:
-    """log(sum of exp(exponent) over all padded positions): q (N, heads, h, w, d), scaled -> (N, heads, h, w).
+def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), of which nothing but x is kept for the way back. The function draws no random numbers."""
+    if torch.is_grad_enabled():
+        return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+    return function(x)
 
-    All padded positions have the same key, so their exponents differ by the bias alone, a term of the row plus a term
-    of the column; and the sum over a rectangle of positions is a product of two sums. They lie below the tokens (in all
-    columns) and beside them (in the tokens' rows).
-    """
-    h, w = q.shape[2:4]
-    precise = torch.promote_types(q.dtype, torch.float32)
-    rows, cols = to_rows.to(precise), to_cols.to(precise)  # (..., h'), (..., w')
-    below = rows[..., h:].logsumexp(-1) + cols.logsumexp(-1)
-    beside = rows[..., :h].logsumexp(-1) + cols[..., w:].logsumexp(-1)
-    return torch.einsum("nayxd,ad->nayx", q, key) + torch.logaddexp(below, beside).to(q.dtype)
+
+def split_grid(x: Tensor, rows: int, cols: int) -> list[list[Tensor]]:
+    """(B, h, w, ...) -> the part that whole windows of rows x cols cover, and what is left on the right; below, the same."""
+    bands = x.split(whole_and_rest(x.shape[1], rows), dim=1)
+    return [list(band.split(whole_and_rest(x.shape[2], cols), dim=2)) for band in bands]
+
+
+def whole_and_rest(n: int, side: int) -> list[int]:
+    """n tokens in windows of `side`: how many lie in whole windows, and how many in a last, smaller one; no zeros."""
+    return [part for part in (n - n % side, n % side) if part]
 
 
 def cut_windows(x: Tensor, rows: int, cols: int) -> Tensor:
@@ -129,12 +161,6 @@ def merge_windows(windows: Tensor, h: int, w: int) -> Tensor:
     _, heads, rows, cols, d = windows.shape
     x = windows.view(-1, h // rows, w // cols, heads, rows, cols, d)
     return x.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, h, w, heads * d)
-
-
-def spans(n: int, side: int) -> list[tuple[slice, int]]:
-    """n tokens in windows of `side`: where the whole windows lie, and where the rest; each with its windows' length."""
-    whole = n - n % side
-    return [(slice(start, stop), length) for start, stop, length in ((0, whole, side), (whole, n, n - whole)) if stop > start]
 
 
 # ---------------------------------------------------------------------------------------------- leaf -> block -> model
@@ -182,22 +208,21 @@ class Attention(nn.Module):
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * table_size - 1, dim // num_heads))
 
     def forward(self, x: Tensor) -> Tensor:
-        B, h, w, C = x.shape
-        qkv = self.qkv(x).view(B, h, w, 3, self.num_heads, -1)  # (B, h, w, 3, heads, d)
+        # Of everything between the two projections only q, k and v are kept for the way back; the rest is computed again,
+        # which is cheap: measured with ViT-L in batches of 4, a fifth less memory for a hundredth more time.
+        return self.proj(recomputed(self.attend, self.qkv(x)))
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """(B, h, w, 3C) -> (B, h, w, C)."""
+        B, h, w, _ = qkv.shape
         rows, cols = (self.window, self.window) if self.window else (h, w)
-        rel_h = relative_table(self.rel_pos_h, rows).to(qkv.dtype)
-        rel_w = relative_table(self.rel_pos_w, cols).to(qkv.dtype)
-        _, key, value = self.qkv.bias.to(qkv.dtype).view(3, self.num_heads, -1)
-        bands = []
-        for ys, a in spans(h, rows):
-            parts = []
-            for xs, b in spans(w, cols):
-                q, k, v = (cut_windows(t[:, ys, xs], a, b) for t in qkv.unbind(3))
-                padding = None if (a, b) == (rows, cols) else (key, value)
-                out = relative_position_attention(q, k, v, rel_h[:a], rel_w[:b], padding)
-                parts.append(merge_windows(out, ys.stop - ys.start, xs.stop - xs.start))
-            bands.append(torch.cat(parts, dim=2))
-        return self.proj(torch.cat(bands, dim=1))
+        q, k, v = qkv.view(B, h, w, 3, self.num_heads, -1).unbind(3)  # each (B, h, w, heads, d)
+        rel_h, rel_w = relative_table(self.rel_pos_h, rows), relative_table(self.rel_pos_w, cols)
+        rel_h, rel_w = (rel.repeat(-(-n // len(rel)), 1, 1)[:n].to(q.dtype) for rel, n in ((rel_h, h), (rel_w, w)))
+        _, *filling = self.qkv.bias.to(q.dtype).view(3, self.num_heads, -1)
+        bands = zip(*(split_grid(t, rows, cols) for t in (append_bias(q, rel_h, rel_w), k, v)))
+        out = [torch.cat([attend_part(*part, rows, cols, filling) for part in zip(*band)], dim=2) for band in bands]
+        return torch.cat(out, dim=1)
 
 
 class MLP(nn.Module):
@@ -278,10 +303,7 @@ class ImageEncoderViT(nn.Module):
         x = self.patch_embed(x)
         x = x + resize_positions(self.pos_embed, x.shape[1:3])
         for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)  # no dropout in the encoder
-            else:
-                x = block(x)
+            x = recomputed(block, x) if self.activation_checkpointing else block(x)
         return self.neck(x.permute(0, 3, 1, 2))
 
 

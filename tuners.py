@@ -30,7 +30,8 @@ def mix_modalities(u: Tensor, weights: Tensor) -> Tensor:
     M = u.shape[0]
     w = weights.view(M, *[1] * (u.ndim - 1))
     share = (1 - w) / (M - 1)  # of each of the others, so that (w - share) u_m + share * (the sum of all) is the mixture
-    return (w - share).to(u.dtype) * u + share.to(u.dtype) * sum(u.unbind())
+    first, *others = u.unbind()
+    return (w - share).to(u.dtype) * u + share.to(u.dtype) * sum(others, first)
 
 
 def mixing_weights(modalities: int, mixing: bool) -> nn.Parameter | None:
@@ -76,12 +77,12 @@ class MMAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.attn(self.norm1(x))  # (M*B, h, w, C)
-        z = x + a + adapt(self.attn_adapters, a).flatten(0, 1)
+        z = x + (a + adapt(self.attn_adapters, a).flatten(0, 1))
         n = self.norm2(z)
         u = adapt(self.mlp_adapters, n)  # (M, B, h, w, C)
         if self.mixing is not None:
             u = mix_modalities(u, self.mixing)
-        return z + self.mlp(n) + u.flatten(0, 1)
+        return z + (self.mlp(n) + u.flatten(0, 1))
 
 
 def adapt(adapters: nn.ModuleList, x: Tensor) -> Tensor:

@@ -94,24 +94,41 @@ def test_windows_are_cut_row_by_row_and_merged_back(rows, cols, a, b):
     assert torch.equal(sam_vit.merge_windows(windows, *x.shape[1:3]), x.flatten(3))
 
 
-@given(n=st.integers(1, 40), side=st.integers(1, 20))
-def test_spans_are_the_whole_windows_and_what_is_left_of_a_last_one(n, side):
-    places = [i for where, length in sam_vit.spans(n, side) for i in range(where.start, where.stop, length)]
-    assert places == list(range(0, n, side))
-    assert all((where.stop - where.start) % length == 0 for where, length in sam_vit.spans(n, side))
+@given(h=st.integers(1, 12), w=st.integers(1, 12), rows=st.integers(1, 9), cols=st.integers(1, 9))
+def test_a_grid_is_split_into_whole_windows_and_what_is_left_at_its_end(h, w, rows, cols):
+    x = torch.randn(2, h, w, 3)
+    bands = sam_vit.split_grid(x, rows, cols)
+    assert torch.equal(torch.cat([torch.cat(band, dim=2) for band in bands], dim=1), x)
+    for n, side, sizes in ((h, rows, [band[0].shape[1] for band in bands]), (w, cols, [part.shape[2] for part in bands[0]])):
+        assert sizes == [size for size in (n // side * side, n % side) if size]
 
 
 @given(h=st.integers(1, 4), w=st.integers(1, 4), more_h=st.integers(0, 3), more_w=st.integers(0, 3), d=st.integers(1, 5))
-def test_padding_of_any_shape_counts_as_its_copies_would(h, w, more_h, more_w, d):
-    if more_h + more_w == 0:
-        more_h = 1
-    H, W = h + more_h, w + more_w
-    q, k, v = torch.randn(3, 1, 1, h, w, d, dtype=torch.float64)
-    key, value = torch.randn(2, 1, d, dtype=torch.float64)
-    rel_h, rel_w = (sam_vit.relative_table(torch.randn(2 * n - 1, d, dtype=torch.float64), n) for n in (H, W))
-    filled = [torch.cat([torch.cat([t, x.view(1, 1, 1, 1, d).expand(1, 1, h, more_w, d)], 3), x.view(1, 1, 1, 1, d).expand(1, 1, more_h, W, d)], 2) for t, x in ((q, key), (k, key), (v, value))]
-    expected = sam_vit.relative_position_attention(*filled, rel_h, rel_w)[:, :, :h, :w]
-    assert_close(sam_vit.relative_position_attention(q, k, v, rel_h[:h], rel_w[:w], (key, value)), expected)
+def test_a_window_that_is_filled_up_is_the_softmax_of_all_pairs_with_the_copies(h, w, more_h, more_w, d):
+    rows, cols = h + more_h, w + more_w
+    q, k, v = torch.randn(3, rows, cols, d, dtype=torch.float64)
+    filling = torch.randn(2, d, dtype=torch.float64)
+    table_h, table_w = (torch.randn(2 * n - 1, d, dtype=torch.float64) for n in (rows, cols))
+    inside = torch.zeros(rows, cols, 1, dtype=torch.bool)
+    inside[:h, :w] = True
+    full = (t.where(inside, value).flatten(0, 1) for t, value in ((k, filling[0]), (v, filling[1])))
+    expected = attend_all_pairs(q.flatten(0, 1), *full, table_h, table_w, rows, cols).view(rows, cols, d)[:h, :w]
+
+    rel_h, rel_w = sam_vit.relative_table(table_h, rows), sam_vit.relative_table(table_w, cols)
+    queries = sam_vit.append_bias(q[None, :h, :w, None], rel_h[:h], rel_w[:w])  # one image, one head
+    windows = (sam_vit.cut_windows(t, h, w) for t in (queries, k[None, :h, :w, None], v[None, :h, :w, None]))
+    found = sam_vit.windowed_attention(*windows, rows, cols, filling[:, None])
+    assert_close(found[0, 0], expected)
+
+
+@given(h=st.integers(1, 4), w=st.integers(1, 4), more_h=st.integers(0, 3), more_w=st.integers(1, 3), size=st.integers(0, 300))
+def test_the_weight_of_the_filling_is_a_sum_over_its_positions_at_any_size_of_the_numbers(h, w, more_h, more_w, size):
+    rows, cols = h + more_h, w + more_w
+    to_rows, to_cols = (size * torch.randn(1, 1, h, w, n, dtype=torch.float64) for n in (rows, cols))
+    bias = to_rows[..., :, None] + to_cols[..., None, :]  # (1, 1, h, w, rows, cols)
+    positions = [bias[..., y, x] for y in range(rows) for x in range(cols) if y >= h or x >= w]
+    found = sam_vit.filling_exponent(to_rows, to_cols)[..., 0]
+    assert_close(found, torch.stack(positions).logsumexp(0))
 
 
 @given(n=st.integers(1, 6), m=st.integers(1, 6), d=st.integers(1, 4), more=st.integers(0, 3))
@@ -135,18 +152,6 @@ def test_global_attention_resizes_its_tables_linearly(h, w, table, heads):
     attn = random_attention(heads, table, window=0)
     x = torch.randn(2, h, w, 4 * heads, dtype=torch.float64)
     assert_close(attn(x), pad_first_attention(attn, x))
-
-
-@given(h=side, w=side, d=st.integers(1, 6))
-def test_relative_position_attention_equals_the_softmax_of_all_pairs(h, w, d):
-    q, k, v = torch.randn(3, h * w, d, dtype=torch.float64)
-    table_h, table_w = (torch.randn(2 * n - 1, d, dtype=torch.float64) for n in (h, w))
-    found = sam_vit.relative_position_attention(
-        *(t.view(1, 1, h, w, d) for t in (q, k, v)),
-        sam_vit.relative_table(table_h, h),
-        sam_vit.relative_table(table_w, w),
-    )
-    assert_close(found.view(h * w, d), attend_all_pairs(q, k, v, table_h, table_w, h, w))
 
 
 # ---------------------------------------------------------------------------------------------------------- the encoder
