@@ -72,7 +72,7 @@ class Result:
     gflop: float | None = None  # operations of all products and convolutions, counted while it ran
     of_ceiling: float | None = None
     peak_mb: float | None = None  # of a process of its own: interpreter, weights and all
-    error: float | None = None  # against the published order in fp32, relative to its largest value; of a map, the share of other pixels
+    error: float | None = None  # see `difference`; against the published order in fp32
     repeats: int = 0
     machine: str = ""
     version: str = ""
@@ -281,7 +281,7 @@ def plan(data: str, encoder: str | None, tuner: str, precision: str | None, devi
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------------ keeping rows
+# ----------------------------------------------------------------------------------------------------------- keeping rows
 
 
 def machine(device: torch.device) -> str:
@@ -347,12 +347,13 @@ def markdown(rows: list[dict[str, str]]) -> str:
         tables.setdefault(tuple(row[name] for name in HEAD), []).append(row)
     lines = []
     for (task, encoder, tuner, crop, batch, where, what, repeats), members in tables.items():
-        lines += [f"## {task}: {encoder}, {tuner}, {crop} px, batch {batch}", "", f"{where}; {what}; medians of {repeats}", ""]
+        lines += [f"## {task}: {encoder}, {tuner}, {crop} px, batch {batch}", ""]
+        lines += [f"{where}; {what}; medians of {repeats}", ""]
         lines.append("| " + " | ".join(title for title, _ in COLUMNS.values()) + " |")
         lines.append("|" + "|".join("---:" if form else "---" for _, form in COLUMNS.values()) + "|")
         for row in members:
-            cells = [form.format(float(row[name])) if form and row[name] else row[name] for name, (_, form) in COLUMNS.items()]
-            lines.append("| " + " | ".join(cells) + " |")
+            cells = ((row[name], form) for name, (_, form) in COLUMNS.items())
+            lines.append("| " + " | ".join(form.format(float(c)) if form and c else c for c, form in cells) + " |")
         lines.append("")
     return "\n".join(lines)
 

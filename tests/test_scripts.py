@@ -3,6 +3,7 @@
 What a run leaves behind is tried through the shell. Mistakes run inside this process, where a script starts at once.
 """
 
+import csv
 import io
 import json
 import re
@@ -611,6 +612,39 @@ def test_a_mistake_in_looking_inside_is_one_line_and_writes_no_page(trained, til
     given = [word for pair in words.items() if pair[1] is not None for word in pair]
     assert_refused(script("predict.py", *given), *parts)
     assert files_below(tmp_path) == ["short.tif", "tiny.tif"] and not Path("inside").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- benchmark
+
+
+def test_the_benchmark_prints_and_keeps_both_orders_with_ratios_memory_and_the_share_of_the_ceiling(tmp_path):
+    words = "--encoder vit_t --tasks network --crop 64 --batch 1 --repeats 1 --precision fp32 --memory --out here/rows.csv"
+    done = shell(tmp_path, "benchmark.py", *words.split(), "--device", "cpu")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert files_below(tmp_path) == ["here/rows.csv", "here/rows.md"] and done.stdout.strip() in (tmp_path / "here/rows.md").read_text()
+    with (tmp_path / "here/rows.csv").open(newline="") as file:
+        published, ours = csv.DictReader(file)
+    assert (published["order"], ours["order"]) == ("published", "ours") and float(ours["error"]) < 1e-4
+    assert float(ours["times_published"]) == pytest.approx(float(published["seconds"]) / float(ours["seconds"]), rel=1e-3)
+    assert float(ours["of_ceiling"]) > 0 and 100 < float(ours["peak_mb"]) < 4000 and "torch" in ours["version"]
+
+
+def test_a_plan_tells_hours_windows_and_memory_of_the_recipe_for_each_crop(tmp_path):
+    done = shell(tmp_path, "benchmark.py", *"--plan vaihingen --encoder vit_t --device cpu".split())
+    assert (done.returncode, done.stderr) == (0, "") and "50 x 1000 steps of 10" in done.stdout
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line.startswith("| ")][1:]
+    assert [int(row[0]) for row in rows] == [256, 224, 448, 672, 896]
+    windows = 4 * (len(range(0, 2500 - 256, 32)) + 1) * (len(range(0, 1900 - 256, 32)) + 1)
+    assert rows[0][1] == "x 1.00" and int(rows[0][4].replace(",", "")) == windows
+    for column in (3, 6):  # hours and gigabytes grow with the crop
+        values = [float(row[column].split()[0].replace(",", "")) for row in rows]
+        assert 0 < values[1] <= values[0] <= values[2] <= values[3] <= values[4]
+
+
+@pytest.mark.parametrize("words, part", [("--batch 0", "--batch"), ("--crop 32", "--crop"), ("--precision tf32", "tf32"), ("--tasks all", "--tasks")])
+def test_a_mistake_in_the_benchmark_is_one_line(script, tmp_path, words, part):
+    assert_refused(script("benchmark.py", *words.split(), "--device", "cpu"), part)
+    assert files_below(tmp_path) == []
 
 
 # ------------------------------------------------------------------------------------------------------------- progress
