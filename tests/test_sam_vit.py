@@ -140,6 +140,14 @@ def test_written_out_or_fused_attention_is_the_same(n, m, d, more):
         assert_close(sam_vit.softmax_attention(q, k, v), written)
 
 
+@given(h=side, w=side, window=st.integers(2, 5))
+def test_attention_in_bf16_stays_in_bf16_and_near_the_rest(h, w, window):
+    attn, x = random_attention(2, window, window), torch.randn(2, h, w, 8, dtype=torch.float64)
+    whole, half = attn(x), attn.bfloat16()(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert (half - whole).abs().max() < 0.05 * whole.abs().max()
+
+
 @given(h=side, w=side, window=st.integers(2, 5), heads=st.integers(1, 2))
 def test_padded_attention_equals_padding_first(h, w, window, heads):
     attn = random_attention(heads, window, window)
