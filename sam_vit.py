@@ -227,7 +227,9 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         y, device = super().forward(x), x.device.type
-        return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            return y.to(torch.get_autocast_dtype(device))
+        return y
 
 
 class Block(nn.Module):

@@ -244,6 +244,26 @@ def test_gradients_reach_exactly_what_is_trained(tuner, fusion):
     assert reached == trained_names(model)
 
 
+@pytest.mark.parametrize("tuner", ["adapter", "lora"])
+def test_shapes_alone_pass_through_the_network_on_the_meta_device(tuner):
+    with torch.device("meta"):
+        model = build_mfnet("vit_l", tuner)
+        assert model(torch.empty(2, 3, 256, 320), torch.empty(2, 256, 320)).shape == (2, 6, 256, 320)
+
+
+def test_under_autocast_a_norm_s_output_is_cast_once_for_all_that_take_it():
+    block = build_mfnet("vit_t").image_encoder.blocks[0]
+    taken = []
+    for layer in (block.attn.qkv, block.mlp.lin1, block.mlp_adapters[0].fc1):
+        layer.register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0].dtype))
+    x = torch.randn(2, 16, 16, 160)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = block(x)
+    assert taken == [torch.bfloat16] * 3 and out.dtype == torch.float32
+    block(x)
+    assert taken[3:] == [torch.float32] * 3
+
+
 # ------------------------------------------------------------------------------------------------ the published weights
 
 
