@@ -25,7 +25,7 @@ from torch import Tensor
 from checkpoints import replace_atomically
 from data import Classes, DataError, LoadedTile, labels_to_colors
 from dfm import SumFusion
-from mfnet import MIN_SIZE, SIZE_STEP, MFNet, round_up
+from mfnet import SIZE_STEP, MFNet, round_up
 from rasters import one_line
 from report import page, shade_heights, table, visible
 
@@ -127,8 +127,6 @@ def place_window(size: tuple[int, int], window: int, at: tuple[int, int] | None)
     """
     H, W = size
     h, w = min(window, H), min(window, W)
-    if min(h, w) < MIN_SIZE:
-        raise DataError(f"--explain: a raster of {W} x {H} pixels is too small; the network takes {MIN_SIZE} and more")
     x, y = at if at is not None else ((W - w) // 2, (H - h) // 2)
     if not (0 <= x < W and 0 <= y < H):
         raise DataError(f"--at {x},{y}: outside of the raster; give 0,0 to {W - 1},{H - 1}")

@@ -108,12 +108,7 @@ def predict_tile(
     stride: int = 128,
     batch_size: int = 8,
     heights: tuple[float, float] | None = None,
-    repeat_border: bool = False,
-    precision: str = "fp32",
-    progress: Callable[[int, int], None] | None = None,
-    scale: TileScale | None = None,
-    blend: str = "mean",
-    flips: bool = False,
+    **options,
 ) -> np.ndarray:
     """Class map (H, W) uint8 of a raster of any size, from overlapping windows whose logits are averaged (paper IV-B).
 
@@ -122,9 +117,10 @@ def predict_tile(
     not None. `repeat_border=True` counts the windows at the right and lower edge as often as the published code visits
     them (PAPER.md 3.5). `blend="cosine"` trusts the middle of a window more than its border; `flips` averages each
     window over its four reflections, at four times the work. `progress(done, all)` is called after each row of windows.
+    These and the other `options` are those of `predict_strips`.
     """
-    options = (window, stride, batch_size, heights, repeat_border, precision, progress, scale, blend, flips)
-    return np.concatenate([classes for classes, _ in predict_strips(model, image, dsm, *options)])
+    strips = predict_strips(model, image, dsm, window, stride, batch_size, heights, **options)
+    return np.concatenate([classes for classes, _ in strips])
 
 
 def _cosine(window: int) -> Tensor:

@@ -79,7 +79,7 @@ def test_a_tile_in_the_published_loop_gives_the_same_map_by_more_windows(H, W, s
         expected = published_predict(model, image, dsm, 64, stride, 4, (0.0, 1.0))
         published = sum(windows)
         found = predict_tile(model, image, dsm, 64, stride, 4, (0.0, 1.0), repeat_border=True)
-    assert np.unique(found).size > 1 and np.count_nonzero(found != expected) <= 1  # in fp32 a pixel may lie on an edge
+    assert np.unique(found).size > 1 and np.array_equal(found, expected)
     assert published == -(-H // stride) * -(-W // stride) > sum(windows) - published
 
 
@@ -167,5 +167,5 @@ def test_both_orders_compute_the_same_in_the_benchmark_itself(task, tuner):
     one, other = case(task=task, tuner=tuner, order="published"), case(task=task, tuner=tuner)
     models = benchmark.networks([one, other], torch.device("cpu"))
     first, second = (benchmark.prepare(c, models[c])() for c in (one, other))
-    assert benchmark.difference(second, first) < (1e-2 if task == "step" else 1e-4)
+    assert benchmark.difference(second, first) < (1e-3 if task == "step" else 1e-5)
     assert torch.equal(benchmark.prepare(other, models[other])(), second)  # a step leaves the weights as they are

@@ -168,10 +168,10 @@ def test_a_window_begins_where_it_is_asked_to_or_ends_with_the_raster(H, W, wind
         assert 0 <= (n - part.stop) - part.start <= 1
 
 
-@pytest.mark.parametrize("size, at", [((80, 90), (90, 0)), ((80, 90), (0, 80)), ((80, 90), (-1, 0)), ((63, 200), None)])
-def test_a_window_that_cannot_be_is_one_line(size, at):
-    with pytest.raises(DataError, match="--at .* 0,0 to 89,79" if at else "200 x 63 .* 64"):
-        place_window(size, 64, at)
+@pytest.mark.parametrize("at", [(90, 0), (0, 80), (-1, 0)])
+def test_a_corner_outside_of_the_raster_is_one_line(at):
+    with pytest.raises(DataError, match="--at .* 0,0 to 89,79"):
+        place_window((80, 90), 64, at)
 
 
 def test_a_place_is_a_square_and_an_equal_share_is_white():

@@ -2,7 +2,6 @@
 
 import os
 from contextlib import nullcontext
-from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -19,7 +18,6 @@ from maps import without_data as find_missing
 from rasters import DataError, alpha_band, nodata_value, read_grid
 from slices import open_raster
 
-REAL = Path(__file__).parents[2] / "shared" / "data" / "ign_tile" / "raw"
 CLASSES = tuple((f"class <{k}>", color) for k, color in enumerate([(1, 2, 3), (255, 255, 255), (0, 9, 99), (200, 0, 0)]))
 TAGS = [
     (33550, "d", 3, (0.2, 0.25, 0.0), True),
@@ -303,13 +301,6 @@ def test_a_fourth_band_that_is_near_infrared_is_no_alpha(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((4, 4, 4), np.uint8), photometric="rgb", extrasamples=["unspecified"])
     Image.new("RGBA", (4, 4)).save(tmp_path / "a.png")
     assert alpha_band(tmp_path / "a.tif") is None and alpha_band(tmp_path / "a.png") == 3
-
-
-def test_the_real_image_s_white_roofs_keep_their_class():
-    path = REAL / "irrg_20cm.tif"
-    if not path.exists():
-        pytest.skip("needs the shared tile")
-    assert nodata_value(path) == 255 and (map_of(path, random_map(252, 252)) != NO_DATA).all()
 
 
 @pytest.mark.parametrize(

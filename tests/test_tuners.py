@@ -61,11 +61,17 @@ def bottleneck(adapter, t):
     return hidden @ adapter.fc2.weight.T + adapter.fc2.bias
 
 
+def adopt(block, tuner):
+    """Gives a plain block the frozen layers of a tuner's, every one of which is there under its name."""
+    state = tuner.state_dict()
+    block.load_state_dict({name: state[name] for name in block.state_dict()})
+
+
 @given(h=grid_side, w=grid_side)
 def test_mmadapter_equals_the_papers_equations(h, w):
     block = small_block()
     tuner = small_tuned(MMAdapter, block)
-    block.load_state_dict(tuner.state_dict(), strict=False)  # the frozen layers as they are in the tuner's block
+    adopt(block, tuner)
     x, y = two_streams(h, w)
     z, n, u = {}, {}, {}
     for m, stream in enumerate((x, y)):
@@ -96,7 +102,7 @@ def test_mmlora_equals_the_papers_equations(h, w, rank, alpha):
     z = {}
     for m, stream in enumerate(streams):
         own = deepcopy(block)  # this modality alone, its update merged into the weights of q and v
-        own.load_state_dict(tuner.state_dict(), strict=False)
+        adopt(own, tuner)
         own.attn.qkv.weight[:DIM] += alpha / rank * qkv.lora_B[m, 0] @ qkv.lora_A[m, 0]
         own.attn.qkv.weight[2 * DIM :] += alpha / rank * qkv.lora_B[m, 1] @ qkv.lora_A[m, 1]
         z[m] = stream + own.attn(own.norm1(stream))
