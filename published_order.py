@@ -17,8 +17,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from attention import relative_table
 from mfnet import SIZE_STEP, MFNet, as_three_channels, reflect_pad, round_up
-from sam_vit import Attention, relative_table, resize_positions
+from sam_vit import Attention, resize_positions
 from tuners import LoRA, MMAdapter
 
 Streams = list[Tensor]  # one tensor for each modality

@@ -20,12 +20,16 @@ from __future__ import annotations
 import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Callable
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from attention import append_bias, attend_part, relative_table, split_grid
+from linear import Linear
 
 SIZES: dict[str, dict] = {
     # Not one of SAM's: about 2 M parameters, for laptops, lessons and tests. No official weights exist for it.
@@ -38,121 +42,6 @@ SIZES: dict[str, dict] = {
 
 class WeightsError(ValueError):
     """A checkpoint that is not what it should be; the message names the file, the tensors and what to do."""
-
-
-WRITTEN_OUT = 2**20  # entries of a matrix of attention, up to which a CPU writes it out
-
-
-# ---------------------------------------------------------------------------------------- attention, as free functions
-
-
-def relative_table(table: Tensor, n: int) -> Tensor:
-    """The (2L-1, d) table of relative positions, as (n, n, d): entry [query, key] belongs to the offset query - key.
-
-    A table of another length is resized linearly to 2n - 1 offsets, as SAM does.
-    """
-    if table.shape[0] != 2 * n - 1:
-        table = F.interpolate(table.T[None], size=2 * n - 1, mode="linear")[0].T
-    position = torch.arange(n, device=table.device)
-    return table[position[:, None] - position[None, :] + n - 1]
-
-
-def append_bias(q: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
-    """q (B, h, w, heads, d), rel_h (h, h', d), rel_w (w, w', d) -> (B, h, w, heads, d + h' + w').
-
-    The bias of a query and a key, q . rel_h[qy, ky] + q . rel_w[qx, kx], is a product itself: behind the scaled query
-    stand its products with rel_h and rel_w, and behind the key the one-hot codes of its row and column
-    (`append_codes`). Whatever kernel multiplies queries and keys then gets the whole exponent.
-    """
-    to_rows = torch.einsum("byxad,ykd->byxak", q, rel_h)  # (B, h, w, heads, h'), the query not scaled
-    to_cols = torch.einsum("byxad,xkd->byxak", q, rel_w)  # (B, h, w, heads, w')
-    return torch.cat([q * q.shape[-1] ** -0.5, to_rows, to_cols], dim=-1)
-
-
-def append_codes(k: Tensor, rows: int, cols: int) -> Tensor:
-    """k (N, heads, h, w, d), on the upper left of a grid of rows x cols -> (N, heads, h*w, d + rows + cols)."""
-    N, heads, h, w, _ = k.shape
-    row_code = torch.eye(h, rows, dtype=k.dtype, device=k.device).repeat_interleave(w, dim=0)  # (h*w, rows)
-    col_code = torch.eye(w, cols, dtype=k.dtype, device=k.device).repeat(h, 1)  # (h*w, cols)
-    codes = torch.cat([row_code, col_code], dim=1).expand(N, heads, h * w, rows + cols)
-    return torch.cat([k.flatten(2, 3), codes], dim=-1)
-
-
-def windowed_attention(q: Tensor, k: Tensor, v: Tensor, rows: int, cols: int, filling: tuple[Tensor, Tensor]) -> Tensor:
-    """softmax(exponents) v in windows of h x w tokens: q as of `append_bias` (N, heads, h, w, d + rows + cols), k and v
-    (N, heads, h, w, d) -> (N, heads, h, w, d).
-
-    A window smaller than rows x cols is filled up, below and on the right, with copies of one key and one value:
-    `filling`, each (heads, d). They take part as one key, see `filling_exponent`.
-    """
-    N, heads, h, w, d = k.shape
-    keys, values = append_codes(k, rows, cols), v.flatten(2, 3)
-    if (h, w) != (rows, cols):
-        key, value = filling
-        one = F.pad(key, (0, rows + cols))  # (heads, d + rows + cols): no row and no column is its own
-        q = torch.cat([q, filling_exponent(q[..., d : d + rows], q[..., d + rows :])], dim=-1)
-        keys = torch.cat([F.pad(keys, (0, 1)), F.pad(one, (0, 1), value=1.0)[:, None].expand(N, -1, -1, -1)], dim=2)
-        values = torch.cat([values, value[:, None].expand(N, -1, -1, -1)], dim=2)
-    return softmax_attention(q.flatten(2, 3), keys, values).unflatten(2, (h, w))
-
-
-def attend_part(q: Tensor, k: Tensor, v: Tensor, rows: int, cols: int, filling: tuple[Tensor, Tensor]) -> Tensor:
-    """`windowed_attention` in all windows of one part of a grid: (B, h, w, heads, .) -> (B, h, w, heads * d)."""
-    h, w = k.shape[1:3]
-    windows = (cut_windows(t, min(rows, h), min(cols, w)) for t in (q, k, v))
-    return merge_windows(windowed_attention(*windows, rows, cols, filling), h, w)
-
-
-def filling_exponent(to_rows: Tensor, to_cols: Tensor) -> Tensor:
-    """log(sum of exp(bias) over all filled positions) of each query: (N, heads, h, w, rows), (.., cols) -> (.., 1).
-
-    They have the same key, so their exponents differ by the bias alone, a term of the row plus a term of the column;
-    and the sum over a rectangle of positions is a product of two sums. They lie below the tokens (in all columns) and
-    beside them (in the tokens' rows).
-    """
-    h, w = to_rows.shape[2:4]
-    dtype = to_rows.dtype
-    to_rows, to_cols = (t.to(torch.promote_types(dtype, torch.float32)) for t in (to_rows, to_cols))
-    below = to_rows[..., h:].logsumexp(-1, keepdim=True) + to_cols.logsumexp(-1, keepdim=True)
-    beside = to_rows[..., :h].logsumexp(-1, keepdim=True) + to_cols[..., w:].logsumexp(-1, keepdim=True)
-    return torch.logaddexp(below, beside).to(dtype)
-
-
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T) v: q (N, heads, n, e), k (N, heads, m, e), v (N, heads, m, d) -> (N, heads, n, d); d at most e.
-
-    On the CPU small matrices are written out: measured on two cores with the windows of ViT-L, this takes 5 ms forward
-    and 16 ms with the way back in bf16, the fused kernel 14 and 49 ms; in fp32 13 and 39 ms against 15 and 47 ms.
-    """
-    if q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= WRITTEN_OUT:
-        return (q @ k.transpose(-2, -1)).softmax(dim=-1) @ v
-    padded = F.pad(v, (0, q.shape[-1] - v.shape[-1]))  # the fused kernels want one width for all three
-    return F.scaled_dot_product_attention(q, k, padded, scale=1.0)[..., : v.shape[-1]]
-
-
-def split_grid(x: Tensor, rows: int, cols: int) -> list[list[Tensor]]:
-    """(B, h, w, ...) -> the part that whole windows of rows x cols cover, and what is left on the right; below, the same."""
-    bands = x.split(whole_and_rest(x.shape[1], rows), dim=1)
-    return [list(band.split(whole_and_rest(x.shape[2], cols), dim=2)) for band in bands]
-
-
-def whole_and_rest(n: int, side: int) -> list[int]:
-    """n tokens in windows of `side`: how many lie in whole windows, and how many in a last, smaller one; no zeros."""
-    return [part for part in (n - n % side, n % side) if part]
-
-
-def cut_windows(x: Tensor, rows: int, cols: int) -> Tensor:
-    """(B, h, w, heads, d), h and w multiples of rows and cols -> (B * windows, heads, rows, cols, d), row by row."""
-    B, h, w, heads, d = x.shape
-    x = x.view(B, h // rows, rows, w // cols, cols, heads, d)
-    return x.permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, heads, rows, cols, d)
-
-
-def merge_windows(windows: Tensor, h: int, w: int) -> Tensor:
-    """The inverse of `cut_windows`: (B * windows, heads, rows, cols, d) -> (B, h, w, heads * d)."""
-    _, heads, rows, cols, d = windows.shape
-    x = windows.view(-1, h // rows, w // cols, heads, rows, cols, d)
-    return x.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, h, w, heads * d)
 
 
 # ---------------------------------------------------------------------------------------------- leaf -> block -> model
@@ -178,7 +67,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, embed_dim, patch_size, patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).permute(0, 2, 3, 1)  # (B, 3, H, W) -> (B, h, w, C)
+        return self.proj(x).permute(0, 2, 3, 1).contiguous()  # (B, 3, H, W) -> (B, h, w, C), token by token in memory
 
 
 class Attention(nn.Module):
@@ -194,8 +83,8 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.window = window
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * table_size - 1, dim // num_heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * table_size - 1, dim // num_heads))
 
@@ -215,8 +104,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.lin1 = nn.Linear(dim, hidden)
-        self.lin2 = nn.Linear(hidden, dim)
+        self.lin1 = Linear(dim, hidden)
+        self.lin2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.lin2(F.gelu(self.lin1(x)))
@@ -230,6 +119,13 @@ class LayerNorm(nn.LayerNorm):
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             return y.to(torch.get_autocast_dtype(device))
         return y
+
+
+def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x); what it takes to go backward is not kept but computed again. For functions without randomness."""
+    if not torch.is_grad_enabled():
+        return function(x)
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
 
 
 class Block(nn.Module):
@@ -292,10 +188,7 @@ class ImageEncoderViT(nn.Module):
         x = self.patch_embed(x)
         x = x + resize_positions(self.pos_embed, x.shape[1:3])
         for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)  # no dropout in the encoder
-            else:
-                x = block(x)
+            x = recomputed(block, x) if self.activation_checkpointing else block(x)
         return self.neck(x.permute(0, 3, 1, 2))
 
 
