@@ -17,6 +17,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+OF_X86 = torch.backends.mkl.is_available()  # that library for products comes with these builds alone
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """In which precision layers compute with x: autocast's, or without it that of x."""
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
 class Linear(nn.Linear):
     """(..., C) -> (..., D), with the parameters of `nn.Linear`."""
 
@@ -29,10 +40,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     The casts are made here, because those of autocast are kept until its end: a second copy of all trained weights.
     """
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        x, weight, bias = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight, bias))
-    if device == "cpu" and x.dtype == torch.float32 and torch.backends.mkl.is_available():
+    x, weight, bias = (t.to(autocast_dtype(x)) for t in (x, weight, bias))
+    if x.device.type == "cpu" and x.dtype == torch.float32 and OF_X86:
         tokens = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, C, 1, T), in memory token by token
         return Pointwise.apply(tokens, weight, bias).permute(0, 2, 3, 1).view(*x.shape[:-1], -1)
     return F.linear(x, weight, bias)

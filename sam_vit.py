@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from attention import append_bias, attend_part, relative_table, split_grid
-from linear import Linear
+from linear import Linear, autocast_dtype
 
 SIZES: dict[str, dict] = {
     # Not one of SAM's: about 2 M parameters, for laptops, lessons and tests. No official weights exist for it.
@@ -115,10 +115,7 @@ class LayerNorm(nn.LayerNorm):
     """Under autocast its output is cast here, once, and not again by every layer that takes it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y, device = super().forward(x), x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            return y.to(torch.get_autocast_dtype(device))
-        return y
+        return super().forward(x).to(autocast_dtype(x))
 
 
 def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
