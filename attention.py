@@ -112,7 +112,10 @@ class WrittenOut(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        return torch.cat([attention_matrix(q, k) @ v for q, k, v in few_at_a_time(q, k, v)])
+        whole = q.new_empty(*q.shape[:-1], v.shape[-1])
+        for q, k, v, out in few_at_a_time(q, k, v, whole):
+            torch.matmul(attention_matrix(q, k), v, out=out)
+        return whole
 
     @staticmethod
     @once_differentiable

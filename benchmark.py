@@ -70,7 +70,7 @@ class Result:
     slowest: float | None = None
     times_published_fp32: float | None = None
     times_published: float | None = None  # of the same precision
-    gflop: float | None = None  # operations of all products and convolutions, counted while it ran
+    gflop: float | None = None  # operations of all products and convolutions, counted while it ran, recomputed ones too
     of_ceiling: float | None = None
     peak_mb: float | None = None  # of a process of its own: interpreter, weights and all
     error: float | None = None  # see `difference`; against the published order in fp32
@@ -194,7 +194,7 @@ def measure(cases: list[Case], repeats: int, device: torch.device) -> dict[Case,
 
 
 def add_ceiling(results: dict[Case, Result], products: Counter[Product], device: torch.device) -> None:
-    """Writes which share of the ceiling ours reaches: the needed operations at the rate of the encoder's products."""
+    """Writes which share of the ceiling ours reaches: its operations at the rate of the encoder's products."""
     rates: dict[str, float] = {}
     for case, result in results.items():
         if result.seconds and case.order != "published":
@@ -202,8 +202,8 @@ def add_ceiling(results: dict[Case, Result], products: Counter[Product], device:
                 set_matrix_precision(case)
                 dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
                 rates[case.precision] = operations(products) / ceiling(products, dtype, device, result.repeats)
-            needed = operations(products) if case.task == "encoder" else 1e9 * result.gflop
-            result.of_ceiling = needed / rates[case.precision] / result.seconds
+            counted = operations(products) if case.task == "encoder" else 1e9 * result.gflop
+            result.of_ceiling = counted / rates[case.precision] / result.seconds
 
 
 def set_matrix_precision(case: Case) -> None:

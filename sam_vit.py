@@ -20,7 +20,7 @@ from __future__ import annotations
 import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
+from typing import Callable, TypeVar
 
 import torch
 import torch.nn as nn
@@ -38,6 +38,8 @@ SIZES: dict[str, dict] = {
     "vit_l": dict(embed_dim=1024, depth=24, num_heads=16, global_attn_indexes=(5, 11, 17, 23)),
     "vit_h": dict(embed_dim=1280, depth=32, num_heads=16, global_attn_indexes=(7, 15, 23, 31)),
 }
+
+Outputs = TypeVar("Outputs")  # a tensor or several
 
 
 class WeightsError(ValueError):
@@ -118,7 +120,7 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x).to(autocast_dtype(x))
 
 
-def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def recomputed(function: Callable[[Tensor], Outputs], x: Tensor) -> Outputs:
     """function(x); what it takes to go backward is not kept but computed again. For functions without randomness."""
     if not torch.is_grad_enabled():
         return function(x)

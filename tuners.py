@@ -82,17 +82,19 @@ class MMAdapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         a = self.attn(self.norm1(x))  # (M*B, h, w, C)
         z = x + (a + recomputed(self.adapt_attention, a))
-        n = self.norm2(z)
-        return z + (self.mlp(n) + recomputed(self.exchange, z))
+        n, u = recomputed(self.exchange, z)
+        return z + (self.mlp(n) + u)
 
     def adapt_attention(self, a: Tensor) -> Tensor:
         return adapt(self.attn_adapters, a).flatten(0, 1)
 
-    def exchange(self, z: Tensor) -> Tensor:
-        u = adapt(self.mlp_adapters, self.norm2(z))  # (M, B, h, w, C)
+    def exchange(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """n and what the modalities tell each other of it, each (M*B, h, w, C)."""
+        n = self.norm2(z)
+        u = adapt(self.mlp_adapters, n)  # (M, B, h, w, C)
         if self.mixing is not None:
             u = mix_modalities(u, self.mixing)
-        return u.flatten(0, 1)
+        return n, u.flatten(0, 1)
 
 
 def adapt(adapters: nn.ModuleList, x: Tensor) -> Tensor:
