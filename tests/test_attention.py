@@ -101,12 +101,14 @@ def test_the_weight_of_the_filling_is_a_sum_over_its_positions_at_any_size_of_th
 
 
 @given(n=st.integers(1, 6), m=st.integers(1, 6), d=st.integers(1, 4), more=st.integers(0, 3))
-def test_written_out_or_fused_attention_is_the_same(n, m, d, more):
-    q, k, v = (torch.randn(2, 3, *shape, dtype=torch.float64) for shape in ((n, d + more), (m, d + more), (m, d)))
-    written = attention.softmax_attention(q, k, v)
+def test_written_out_or_fused_attention_is_the_softmax_of_keys_with_their_codes(n, m, d, more):
+    shapes = (2, 3, n, d + more), (2, 3, m, d), (m, more), (2, 3, m, d)
+    q, k, codes, v = (torch.randn(*shape, dtype=torch.float64) for shape in shapes)
+    expected = (q @ torch.cat([k, codes.expand(2, 3, m, more)], dim=-1).mT).softmax(dim=-1) @ v
+    assert_close(attention.softmax_attention(q, k, codes, v), expected)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "WRITTEN_OUT", 0)
-        assert_close(attention.softmax_attention(q, k, v), written)
+        assert_close(attention.softmax_attention(q, k, codes, v), expected)
 
 
 @given(h=side, w=side, window=st.integers(2, 5))
@@ -132,10 +134,11 @@ def test_global_attention_resizes_its_tables_linearly(h, w, table, heads):
 
 @given(N=st.integers(1, 5), heads=st.integers(1, 2), n=st.integers(1, 4), m=st.integers(1, 4), at_a_time=st.integers(1, 40))
 def test_the_way_back_of_written_out_attention_is_its_derivative(N, heads, n, m, at_a_time):
-    q, k, v = (torch.randn(N, heads, *s, dtype=torch.float64, requires_grad=True) for s in ((n, 3), (m, 3), (m, 2)))
+    q, k, v = (torch.randn(N, heads, *s, dtype=torch.float64, requires_grad=True) for s in ((n, 3), (m, 2), (m, 2)))
+    codes = torch.randn(m, 1, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "AT_A_TIME", at_a_time)
-        assert torch.autograd.gradcheck(attention.softmax_attention, (q, k, v))
+        assert torch.autograd.gradcheck(attention.softmax_attention, (q, k, codes, v))
 
 
 @given(N=st.integers(1, 9), heads=st.integers(1, 3), n=st.integers(1, 4), m=st.integers(1, 4), at_a_time=st.integers(1, 99))
