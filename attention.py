@@ -37,7 +37,7 @@ def append_bias(q: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
 
     The bias of a query and a key, q . rel_h[qy, ky] + q . rel_w[qx, kx], is a product itself: behind the scaled query
     stand its products with rel_h and rel_w, and behind the key the one-hot codes of its row and column
-    (`append_codes`). Whatever kernel multiplies queries and keys then gets the whole exponent.
+    (`position_codes`). Whatever kernel multiplies queries and keys then gets the whole exponent.
     """
     to_rows = torch.einsum("byxad,ykd->byxak", q, rel_h)  # (B, h, w, heads, h'), the query not scaled
     to_cols = torch.einsum("byxad,xkd->byxak", q, rel_w)  # (B, h, w, heads, w')
@@ -144,7 +144,8 @@ def attention_matrix(q: Tensor, k: Tensor) -> Tensor:
 
 
 def few_at_a_time(q: Tensor, k: Tensor, *more: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Splits them alike along the first axis, so that the matrices of attention of q and k have `AT_A_TIME` entries."""
+    """Splits them alike along the first axis: `AT_A_TIME` entries of the matrices of attention of q and k at most, or one
+    window."""
     few = max(1, AT_A_TIME // (q.shape[1] * q.shape[2] * k.shape[2]))
     return zip(*(t.split(few) for t in (q, k, *more)))
 
