@@ -1,14 +1,15 @@
-"""How fast, and how close to what the machine can do: MFNet against the published order of computation.
+"""How fast, and how close to what the machine can do: MFNet against the published order of
+computation.
 
     python benchmark.py                                            ViT-B at 256 px: encoder, network, training step
     python benchmark.py --encoder vit_l --tasks step --batch 4 --precision bf16
     python benchmark.py --tasks tile --precision fp32 --repeats 1  a whole tile of 1000 x 1000 at stride 32
     python benchmark.py --plan vaihingen                           hours and memory of a run by the paper's recipe
 
-Both orders run in one process, in turns, on the same weights, and their outputs are compared, so that every figure is a
-ratio within one run. The ceiling is the time of the encoder's matrix products alone, measured in this process at
-their shapes. Rows are kept in a CSV, and shown in a Markdown file beside it; what failed stays in, with the reason.
-"""
+Both orders run in one process, in turns, on the same weights, and their outputs are compared, so
+that every figure is a ratio within one run. The ceiling is the time of the encoder's matrix
+products alone, measured in this process at their shapes. Rows are kept in a CSV, and shown in a
+Markdown file beside it; what failed stays in, with the reason."""
 
 from __future__ import annotations
 
@@ -28,23 +29,29 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoints import pick_device, replace_atomically
-from console import Parser, run_script
-from cost import Product, ceiling, encoder_products, operations, timed
-from crops import sliding_windows
-from data import DataError
+from engine.console import Parser, run_script
+from engine.cost import Product, ceiling, encoder_products, operations, timed
+from engine.device import autocast, peak_memory, pick_device, store_frozen_weights, version
+from engine.files import replace_atomically
+from engine.inference import predict_tile
+from engine.settings import RECIPES, Settings
+from engine.training import segmentation_loss
+from geodata.crops import sliding_windows
+from geodata.rasters import DataError
 from mfnet import MFNet, as_three_channels, build_mfnet
-from predict import autocast, predict_tile, store_frozen_weights
 from published_order import published_encode, published_forward, published_predict
 from sam_vit import SIZES
-from settings import RECIPES, Settings
-from train import version
-from training import peak_memory, segmentation_loss
 from tuners import TUNERS
 
 TASKS = ("encoder", "network", "step", "tile")
+
+
 PRECISIONS = ("fp32", "tf32", "bf16")  # tf32: GPUs alone
+
+
 VARIANTS = ("checkpointed", "compiled")
+
+
 CLASSES, TILE, STRIDE = 6, 1000, 32
 
 
@@ -70,7 +77,9 @@ class Result:
     slowest: float | None = None
     times_published_fp32: float | None = None
     times_published: float | None = None  # of the same precision
-    gflop: float | None = None  # operations of all products and convolutions, counted while it ran, recomputed ones too
+    gflop: float | None = (
+        None  # operations of all products and convolutions, counted while it ran, recomputed ones too
+    )
     of_ceiling: float | None = None
     peak_mb: float | None = None  # of a process of its own: interpreter, weights and all
     error: float | None = None  # see `difference`; against the published order in fp32
@@ -80,11 +89,13 @@ class Result:
     note: str = ""
 
 
-# ------------------------------------------------------------------------------------------------------ what is measured
+# --------------------------------------------------------------------------------- what is measured
 
 
 def random_network(case: Case, device: torch.device) -> MFNet:
-    """The network with random weights, also where training starts from zeros: every term takes part."""
+    """The network with random weights, also where training starts from zeros: every term takes
+    part.
+    """
     torch.manual_seed(0)
     model = build_mfnet(case.encoder, case.tuner, CLASSES)
     for p in model.parameters():
@@ -94,12 +105,16 @@ def random_network(case: Case, device: torch.device) -> MFNet:
 
 
 def networks(cases: list[Case], device: torch.device) -> dict[Case, MFNet]:
-    """The network of each case: the same weights for all, in bf16 with ours stored as a run stores them."""
+    """The network of each case: the same weights for all, in bf16 with ours stored as a run stores
+    them.
+    """
     plain, found = random_network(cases[0], device), {}
     for case in cases:
         stored = case.precision == "bf16" and case.order != "published"
         # Nothing is copied where one process measures one case: it is to hold what a run holds.
-        model = copy.deepcopy(plain) if len(cases) > 1 and (stored or case.order in VARIANTS) else plain
+        model = (
+            copy.deepcopy(plain) if len(cases) > 1 and (stored or case.order in VARIANTS) else plain
+        )
         if stored:
             store_frozen_weights(model, "bf16", device)
         model.image_encoder.activation_checkpointing = case.order == "checkpointed"
@@ -129,18 +144,25 @@ def prepare(case: Case, model: MFNet) -> Callable[[], Tensor]:
 
     def tile() -> Tensor:
         rng = np.random.default_rng(1)
-        rasters = rng.integers(0, 256, (TILE, TILE, 3), dtype=np.uint8), rng.random((TILE, TILE), dtype=np.float32)
+        rasters = (
+            rng.integers(0, 256, (TILE, TILE, 3), dtype=np.uint8),
+            rng.random((TILE, TILE), dtype=np.float32),
+        )
         sizes = case.crop, STRIDE, case.batch, (0.0, 1.0)
         if published:
             return torch.from_numpy(published_predict(model, *rasters, *sizes))
-        return torch.from_numpy(predict_tile(model, *rasters, *sizes, repeat_border=True, precision=precision))
+        return torch.from_numpy(
+            predict_tile(model, *rasters, *sizes, repeat_border=True, precision=precision)
+        )
 
     def forward() -> Tensor:
         with torch.inference_mode(), autocast(precision, device):
             return {"encoder": encoder, "network": network, "tile": tile}[case.task]()
 
     labels = torch.randint(CLASSES, dsm.shape, device=device)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0, momentum=0.9)
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], lr=0.0, momentum=0.9
+    )
 
     def step() -> Tensor:
         torch.manual_seed(2)  # the same dropout for all
@@ -154,14 +176,16 @@ def prepare(case: Case, model: MFNet) -> Callable[[], Tensor]:
     return step if case.task == "step" else forward
 
 
-# ------------------------------------------------------------------------------------------------------------ measuring
+# ---------------------------------------------------------------------------------------- measuring
 
 
 def measure(cases: list[Case], repeats: int, device: torch.device) -> dict[Case, Result]:
     """All cases of one task in turns, in one process; the first is the published order in fp32."""
     models = networks(cases, device)
     works = {case: prepare(case, models[case]) for case in cases}
-    results = {case: Result(repeats=repeats, machine=machine(device), version=version()) for case in cases}
+    results = {
+        case: Result(repeats=repeats, machine=machine(device), version=version()) for case in cases
+    }
     seconds: dict[Case, list[float]] = {case: [] for case in cases}
     outputs: dict[Case, Tensor] = {}
     warm_up = cases[0].task != "tile"  # a tile takes long enough without
@@ -189,19 +213,27 @@ def measure(cases: list[Case], repeats: int, device: torch.device) -> dict[Case,
             result.fastest, result.slowest = min(seconds[case]), max(seconds[case])
     compare(results)
     if warm_up:
-        add_ceiling(results, encoder_products(models[cases[0]], cases[0].batch, cases[0].crop), device)
+        add_ceiling(
+            results, encoder_products(models[cases[0]], cases[0].batch, cases[0].crop), device
+        )
     return results
 
 
-def add_ceiling(results: dict[Case, Result], products: Counter[Product], device: torch.device) -> None:
-    """Writes which share of the ceiling ours reaches: its operations at the rate of the encoder's products."""
+def add_ceiling(
+    results: dict[Case, Result], products: Counter[Product], device: torch.device
+) -> None:
+    """Writes which share of the ceiling ours reaches: its operations at the rate of the encoder's
+    products.
+    """
     rates: dict[str, float] = {}
     for case, result in results.items():
         if result.seconds and case.order != "published":
             if case.precision not in rates:
                 set_matrix_precision(case)
                 dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
-                rates[case.precision] = operations(products) / ceiling(products, dtype, device, result.repeats)
+                rates[case.precision] = operations(products) / ceiling(
+                    products, dtype, device, result.repeats
+                )
             counted = operations(products) if case.task == "encoder" else 1e9 * result.gflop
             result.of_ceiling = counted / rates[case.precision] / result.seconds
 
@@ -211,15 +243,21 @@ def set_matrix_precision(case: Case) -> None:
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """The largest difference relative to the largest value; of class maps (H, W), the share of pixels that differ."""
+    """The largest difference relative to the largest value; of class maps (H, W), the share of
+    pixels that differ.
+    """
     if expected.ndim == 2:
         return (found != expected).double().mean().item()
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 def compare(results: dict[Case, Result]) -> None:
-    """Writes how many times as fast as the published order each case is, in fp32 and in its own precision."""
-    published = {case.precision: r.seconds for case, r in results.items() if case.order == "published"}
+    """Writes how many times as fast as the published order each case is, in fp32 and in its own
+    precision.
+    """
+    published = {
+        case.precision: r.seconds for case, r in results.items() if case.order == "published"
+    }
     for case, result in results.items():
         if result.seconds and published.get("fp32"):
             result.times_published_fp32 = published["fp32"] / result.seconds
@@ -228,7 +266,9 @@ def compare(results: dict[Case, Result]) -> None:
 
 
 def peak_of(case: Case, device: torch.device) -> tuple[float, float]:
-    """(most memory in MB, seconds of a pass) of a case in a process of its own; raises RuntimeError if that fails."""
+    """(most memory in MB, seconds of a pass) of a case in a process of its own; raises RuntimeError
+    if that fails.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_tell_peak, args=(case, str(device), sender))
@@ -249,22 +289,33 @@ def _tell_peak(case: Case, device_name: str, sender) -> None:
     sender.send((peak_memory(device), seconds[-1]))
 
 
-# --------------------------------------------------------------------------------------------------------------- the plan
+# ----------------------------------------------------------------------------------------- the plan
 
-TEST_TILES = {"vaihingen": (4, 2500, 1900), "potsdam": (6, 6000, 6000), "hunan": (50, 256, 256)}  # how many, about H, W
+TEST_TILES = {
+    "vaihingen": (4, 2500, 1900),
+    "potsdam": (6, 6000, 6000),
+    "hunan": (50, 256, 256),
+}  # how many, about H, W
+
+
 UNPADDED = (224, 448, 672, 896)  # pixels: whole windows of 14 tokens
 
 
-def plan(data: str, encoder: str | None, tuner: str, precision: str | None, device: torch.device) -> str:
-    """A Markdown table of what a run by the recipe of `data` takes, from one step each of one and of two images.
+def plan(
+    data: str, encoder: str | None, tuner: str, precision: str | None, device: torch.device
+) -> str:
+    """A Markdown table of what a run by the recipe of `data` takes, from one step each of one and
+    of two images.
 
-    Time and memory are taken to be linear in the images of a batch; crops beside the recipe's are scaled by the
-    encoder's operations (time) and by their pixels (memory). The score is that of the last epoch, the recipe's.
-    """
+    Time and memory are taken to be linear in the images of a batch; crops beside the recipe's are
+    scaled by the encoder's operations (time) and by their pixels (memory). The score is that of the
+    last epoch, the recipe's."""
     s = Settings(**{**RECIPES[data], "tuner": tuner})
     s.encoder, s.precision = encoder or s.encoder, precision or s.precision
     tiles, H, W = TEST_TILES[data]
-    one, two = (Case("step", s.encoder, tuner, s.crop, batch, s.precision, "ours") for batch in (1, 2))
+    one, two = (
+        Case("step", s.encoder, tuner, s.crop, batch, s.precision, "ours") for batch in (1, 2)
+    )
     (memory_one, step_one), (memory_two, step_two) = peak_of(one, device), peak_of(two, device)
     window = peak_of(replace(two, task="network"), device)[1] / 2
     with torch.device("meta"):
@@ -289,7 +340,7 @@ def plan(data: str, encoder: str | None, tuner: str, precision: str | None, devi
     return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------------------------- keeping rows
+# ------------------------------------------------------------------------------------- keeping rows
 
 
 def machine(device: torch.device) -> str:
@@ -299,12 +350,16 @@ def machine(device: torch.device) -> str:
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+        name = next(
+            (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name
+        )
     return f"{name}, {torch.get_num_threads()} threads"
 
 
 def keep(results: dict[Case, Result], path: Path) -> None:
-    """Writes rows into a CSV, in place of those of the same cases, and the whole as Markdown beside it."""
+    """Writes rows into a CSV, in place of those of the same cases, and the whole as Markdown beside
+    it.
+    """
     case_names = [f.name for f in fields(Case)]
     rows: dict[tuple, dict[str, str]] = {}
     if path.exists():
@@ -328,7 +383,10 @@ def keep(results: dict[Case, Result], path: Path) -> None:
 def as_text(item: tuple[Case, Result]) -> dict[str, str]:
     """A row of the CSV; what was not measured is empty."""
     values = asdict(item[0]) | asdict(item[1])
-    return {k: "" if v is None else f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in values.items()}
+    return {
+        k: "" if v is None else f"{v:.6g}" if isinstance(v, float) else str(v)
+        for k, v in values.items()
+    }
 
 
 COLUMNS = {  # of the Markdown tables: their heads, and how their numbers are written
@@ -345,6 +403,8 @@ COLUMNS = {  # of the Markdown tables: their heads, and how their numbers are wr
     "error": ("difference", "{:.1e}"),
     "note": ("note", ""),
 }
+
+
 HEAD = ("task", "encoder", "tuner", "crop", "batch", "machine", "version", "repeats")
 
 
@@ -358,30 +418,56 @@ def markdown(rows: list[dict[str, str]]) -> str:
         lines += [f"## {task}: {encoder}, {tuner}, {crop} px, batch {batch}", ""]
         lines += [f"{where}; {what}; medians of {repeats}", ""]
         lines.append("| " + " | ".join(title for title, _ in COLUMNS.values()) + " |")
-        lines.append("|" + "|".join("---:" if form else "---" for _, form in COLUMNS.values()) + "|")
+        lines.append(
+            "|" + "|".join("---:" if form else "---" for _, form in COLUMNS.values()) + "|"
+        )
         for row in members:
             cells = ((row[name], form) for name, (_, form) in COLUMNS.items())
-            lines.append("| " + " | ".join(form.format(float(c)) if form and c else c for c, form in cells) + " |")
+            lines.append(
+                "| "
+                + " | ".join(form.format(float(c)) if form and c else c for c, form in cells)
+                + " |"
+            )
         lines.append("")
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------- script
+# ------------------------------------------------------------------------------------------- script
 
 
 def main() -> None:
-    parser = Parser(prog="benchmark.py", description="Measures MFNet against the published order of computation.")
+    parser = Parser(
+        prog="benchmark.py",
+        description="Measures MFNet against the published order of computation.",
+    )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["encoder", "network", "step"])
-    parser.add_argument("--encoder", choices=list(SIZES), help="vit_b by default; with --plan the recipe's")
+    parser.add_argument(
+        "--encoder", choices=list(SIZES), help="vit_b by default; with --plan the recipe's"
+    )
     parser.add_argument("--tuner", choices=list(TUNERS), default="adapter")
     parser.add_argument("--crop", type=int, default=256, help="pixels")
     parser.add_argument("--batch", type=int, default=2, help="images")
-    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, help="fp32 and bf16 by default")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[], help="measure these of ours too")
-    parser.add_argument("--memory", action="store_true", help="measure peak memory too, each case in its own process")
+    parser.add_argument(
+        "--precision", nargs="+", choices=PRECISIONS, help="fp32 and bf16 by default"
+    )
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=[], help="measure these of ours too"
+    )
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="measure peak memory too, each case in its own process",
+    )
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results.csv"), help="CSV to write the rows into")
-    parser.add_argument("--plan", choices=list(TEST_TILES), help="print what a run by this data set's recipe takes")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("benchmarks/results.csv"),
+        help="CSV to write the rows into",
+    )
+    parser.add_argument(
+        "--plan", choices=list(TEST_TILES), help="print what a run by this data set's recipe takes"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     args = parser.parse_args()
     device = pick_device(args.device)

@@ -1,11 +1,10 @@
-"""Data sets, tiles and labels. Knows no model.
+"""Data sets -> tiles -> crops. Knows no model.
 
     python data.py --data NAME --root DIR        checks a folder before anybody trains
 
-A data set is a table of `layouts.py`: classes, splits, and where the files of a tile lie. `open_dataset` finds the files
-of a split and complains in one line about those that are missing. Below it, each one idea: `rasters.py` reads files,
-`scaling.py` makes inputs of pixels and metres, `tiles.py` holds the rasters of a place, `crops.py` cuts them; what users
-need of them is importable from here.
+A data set is a table of `geodata/layouts.py`: classes, splits, and where the files of a tile lie.
+`open_dataset` finds the files of a split and complains in one line about those that are missing.
+Below it, each one idea, the modules of `geodata/`; what users need of them is importable from here.
 """
 
 from __future__ import annotations
@@ -14,19 +13,71 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import synthetic
-from crops import Crop, CropDataset, CropOrder, draw_crop, sliding_windows, window_places  # noqa: F401 (for users)
-from layouts import IGNORE, ISPRS_CLASSES, LAYOUTS, UNSCORED_COLOR, Classes, Layout  # noqa: F401
-from rasters import DataError, one_line, read_raster  # noqa: F401
-from scaling import Scaling, fill_missing_heights, height_range, image_input, scale_heights  # noqa: F401
-from tiles import LoadedTile, Tile, colors_to_labels, fingerprint, labels_to_colors, load_tiles, memory_line  # noqa: F401
+from engine.console import Parser, run_script
+from geodata import synthetic
+from geodata.crops import Crop, CropDataset, CropOrder, draw_crop, sliding_windows, window_places
+from geodata.doctor import check_dataset
+from geodata.layouts import (
+    DATASETS,
+    IGNORE,
+    ISPRS_CLASSES,
+    LABELS,
+    LAYOUTS,
+    MODALITIES,
+    UNSCORED_COLOR,
+    Classes,
+    Layout,
+)
+from geodata.rasters import DataError, one_line, read_raster
+from geodata.scaling import Scaling, fill_missing_heights, height_range, image_input, scale_heights
+from geodata.tiles import (
+    LoadedTile,
+    Tile,
+    colors_to_labels,
+    fingerprint,
+    labels_to_colors,
+    load_tiles,
+    memory_line,
+)
 
-MODALITIES = {"image": ("image",), "dsm": ("dsm",), "image+dsm": ("image", "dsm")}
-DATASETS = (*LAYOUTS, "tiles")
-LABELS = ("dataset", "published")  # how labels are decoded: with their defects repaired, or as the published code does
+# What users need of the rooms below, importable from here.
+__all__ = [
+    "Crop",
+    "CropDataset",
+    "CropOrder",
+    "draw_crop",
+    "sliding_windows",
+    "window_places",
+    "DATASETS",
+    "IGNORE",
+    "ISPRS_CLASSES",
+    "LABELS",
+    "LAYOUTS",
+    "MODALITIES",
+    "UNSCORED_COLOR",
+    "Classes",
+    "Layout",
+    "DataError",
+    "read_raster",
+    "Scaling",
+    "fill_missing_heights",
+    "height_range",
+    "image_input",
+    "scale_heights",
+    "LoadedTile",
+    "Tile",
+    "colors_to_labels",
+    "fingerprint",
+    "labels_to_colors",
+    "load_tiles",
+    "memory_line",
+    "Dataset",
+    "open_dataset",
+    "open_from_settings",
+]
 
 
-# ----------------------------------------------------------------------------------------------------------- data sets
+# ---------------------------------------------------------------------------------------- data sets
 
 
 @dataclass
@@ -66,8 +117,12 @@ class Dataset:
             )
         return tiles
 
-    def find_tiles(self, split: str, modalities: tuple[str, ...] = ("image", "dsm")) -> tuple[list[Tile], list[Path]]:
-        """The tiles of a split, and the files of theirs that are missing. Raises DataError where there is no tile."""
+    def find_tiles(
+        self, split: str, modalities: tuple[str, ...] = ("image", "dsm")
+    ) -> tuple[list[Tile], list[Path]]:
+        """The tiles of a split, and the files of theirs that are missing. Raises DataError where
+        there is no tile.
+        """
         find = _own_tiles if self.layout is None else _layout_tiles
         if not self.held_out or split not in ("train", "val"):
             return find(self, split, modalities, split != "train")
@@ -75,7 +130,9 @@ class Dataset:
         return [tile for tile in tiles if (tile.name in self.held_out) == (split == "val")], missing
 
     def with_other_labels(self) -> Dataset | None:
-        """The same, scored with full labels for eroded ones, or the reverse; None where there is one kind."""
+        """The same, scored with full labels for eroded ones, or the reverse; None where there is
+        one kind.
+        """
         if self.layout is None or self.layout.labels == self.layout.test_labels:
             return None
         note = labels_note(self.layout, not self.full_labels, self.labels, self.splits)
@@ -84,8 +141,8 @@ class Dataset:
     def hold_out(self, names: tuple[str, ...] | int | None = None) -> Dataset:
         """The data set with a split `val` that is taken out of `train`.
 
-        Named tiles, so many tiles spread evenly over the list, or None: the layout's own list. Raises DataError.
-        """
+        Named tiles, so many tiles spread evenly over the list, or None: the layout's own list.
+        Raises DataError."""
         whole = replace(self, held_out=())
         train = [tile.name for tile in whole.tiles("train", ())]
         if names is None and self.layout is not None and self.layout.listed:
@@ -93,7 +150,11 @@ class Dataset:
         if names is None:
             names = self.layout.validation if self.layout else max(1, len(train) // 6)
         if isinstance(names, int):
-            names = tuple(train[(2 * i + 1) * len(train) // (2 * names)] for i in range(names)) if names else ()
+            names = (
+                tuple(train[(2 * i + 1) * len(train) // (2 * names)] for i in range(names))
+                if names
+                else ()
+            )
         unknown = sorted(set(names) - set(train))
         if unknown or not 0 < len(set(names)) < len(train):
             raise DataError(
@@ -111,7 +172,9 @@ def open_dataset(
     splits: str = "paper",
     scaling: Scaling = Scaling(),
 ) -> Dataset:
-    """A data set by name: one of `LAYOUTS` (synthetic is made on first use), or tiles (own files). Raises DataError."""
+    """A data set by name: one of `LAYOUTS` (synthetic is made on first use), or tiles (own files).
+    Raises DataError.
+    """
     if name not in DATASETS:
         raise DataError(f"unknown data set {name!r}; there are {', '.join(DATASETS)}")
     root = Path(root if root is not None else Path("data") / name)
@@ -122,10 +185,14 @@ def open_dataset(
             synthetic.ensure_city(root)
         except ValueError as error:
             raise DataError(str(error)) from error
-    choices = dict(bands=bands, labels=labels, full_labels=full_labels, splits=splits, scaling=scaling)
+    choices = dict(
+        bands=bands, labels=labels, full_labels=full_labels, splits=splits, scaling=scaling
+    )
     layout = LAYOUTS.get(name)
     if splits not in (layout.splits if layout else ("paper",)):
-        raise DataError(f"--splits {splits}: {name} has {', '.join(layout.splits) if layout else 'the folders of its own'}")
+        raise DataError(
+            f"--splits {splits}: {name} has {', '.join(layout.splits) if layout else 'the folders of its own'}"
+        )
     image_bands(layout, bands, 99)
     if layout is None:
         return replace(_open_own_tiles(root), **choices)
@@ -135,18 +202,28 @@ def open_dataset(
 
 def labels_note(layout: Layout, full_labels: bool, labels: str, splits: str) -> str:
     """How the labels that are scored are to be called beside a score."""
-    note = "full labels" if full_labels and layout.labels != layout.test_labels else layout.labels_note
+    note = (
+        "full labels" if full_labels and layout.labels != layout.test_labels else layout.labels_note
+    )
     if labels == "published":
-        note += ", raw codes as published" if layout.codes else ", colours matched exactly and unknown ones class 0"
+        note += (
+            ", raw codes as published"
+            if layout.codes
+            else ", colours matched exactly and unknown ones class 0"
+        )
     return note + (" (official split)" if splits == "official" else "")
 
 
 def open_from_settings(settings: dict, root: str | Path | None = None) -> Dataset:
-    """The data set of a run, read as the run reads it; `root` where it lies elsewhere now. Raises DataError."""
+    """The data set of a run, read as the run reads it; `root` where it lies elsewhere now. Raises
+    DataError.
+    """
     check_bands(LAYOUTS.get(settings["data"]), settings.get("bands", ""))
     names = ("bands", "labels", "full_labels", "splits")
     choices = {name: settings[name] for name in names if name in settings}
-    return open_dataset(settings["data"], root or settings["root"], scaling=scaling_of(settings), **choices)
+    return open_dataset(
+        settings["data"], root or settings["root"], scaling=scaling_of(settings), **choices
+    )
 
 
 def scaling_of(settings: dict) -> Scaling:
@@ -169,7 +246,11 @@ def image_bands(layout: Layout | None, bands: str, count: int) -> tuple[int, ...
 
 
 def _band_choices(layout: Layout | None) -> str:
-    named = [name for name, ((_, bands), *_) in (layout.image.items() if layout else ()) if len(bands) == 3]
+    named = [
+        name
+        for name, ((_, bands), *_) in (layout.image.items() if layout else ())
+        if len(bands) == 3
+    ]
     return f"{', '.join(named)}{', or ' if named else ''}three bands counted from 1, as in 4,3,2"
 
 
@@ -177,19 +258,26 @@ def check_bands(layout: Layout | None, bands: str) -> None:
     """Raises DataError unless `bands` means three, which is what a network takes."""
     count = len(image_bands(layout, bands, 99))
     if count != 3:
-        raise DataError(f"--bands {bands}: a network takes three bands, not {count}; give {_band_choices(layout)}")
+        raise DataError(
+            f"--bands {bands}: a network takes three bands, not {count}; give {_band_choices(layout)}"
+        )
 
 
-def _layout_tiles(dataset: Dataset, split: str, modalities: tuple[str, ...], scored: bool) -> tuple[list[Tile], list[Path]]:
+def _layout_tiles(
+    dataset: Dataset, split: str, modalities: tuple[str, ...], scored: bool
+) -> tuple[list[Tile], list[Path]]:
     layout = dataset.layout
     root, names = _tile_names(dataset, split)
     labels = layout.test_labels if scored and not dataset.full_labels else layout.labels
     kinds = {"image": _image_patterns(dataset), "labels": labels}
     unit = 1.0
     if "dsm" in modalities:
-        # Normalised and absolute heights are not mixed: of several kinds, the first that is there for every tile.
+        # Normalised and absolute heights are not mixed: of several kinds, the first that is there
+        # for every tile.
         by_unit = {unit: tuple(p for p, u in layout.dsm if u == unit) for _, unit in layout.dsm}
-        complete = (u for u, patterns in by_unit.items() if all(_find(root, patterns, *n)[2] for n in names))
+        complete = (
+            u for u, patterns in by_unit.items() if all(_find(root, patterns, *n)[2] for n in names)
+        )
         unit = next(complete, layout.dsm[0][1])
         kinds["dsm"] = by_unit[unit]
     tiles, missing = [], []
@@ -206,7 +294,9 @@ def _layout_tiles(dataset: Dataset, split: str, modalities: tuple[str, ...], sco
                 dataset.classes,
                 layout.unscored_color,
                 ignore_index=-1 if layout.codes and not coded else IGNORE,
-                bands=image_bands(layout, dataset.bands, 99) if by_number else kinds["image"][pattern],
+                bands=image_bands(layout, dataset.bands, 99)
+                if by_number
+                else kinds["image"][pattern],
                 height_unit=unit,
                 codes=layout.codes[dataset.labels] if coded else None,
                 exact=dataset.labels == "published" and not layout.codes,
@@ -226,7 +316,9 @@ def _image_patterns(dataset: Dataset) -> dict[str, tuple[int, ...]]:
 
 
 def _find(root: Path, patterns, folder: str, name: str) -> tuple[str, Path, bool]:
-    """(pattern, path, True) of the first file that exists; (pattern, path, False) of the first pattern if none does."""
+    """(pattern, path, True) of the first file that exists; (pattern, path, False) of the first
+    pattern if none does.
+    """
     padded = "_".join(part.zfill(2) for part in name.split("_"))
     candidates = [(p, root / p.format(id=name, padded=padded, folder=folder)) for p in patterns]
     found = next(((*c, True) for c in candidates if c[1].is_file()), None)
@@ -237,17 +329,27 @@ def _tile_names(dataset: Dataset, split: str) -> tuple[Path, list[tuple[str, str
     """The folder that holds everything, and the (folder, number) of each tile of a split."""
     layout, root, table = dataset.layout, dataset.root, dataset.layout.splits[dataset.splits]
     if split not in (layout.listed or table):
-        raise DataError(f"{dataset.name} has no split {split!r}; there are {', '.join(layout.listed or table)}")
+        raise DataError(
+            f"{dataset.name} has no split {split!r}; there are {', '.join(layout.listed or table)}"
+        )
     if not layout.listed:
         return root, [("", name) for name in table[split]]
     for base in (root / nested for nested in layout.nested):
         folders = layout.listed[split]
-        listed = [(folder, _number(path.stem)) for folder in folders for path in sorted((base / folder / "lc").glob("*.tif"))]
+        listed = [
+            (folder, _number(path.stem))
+            for folder in folders
+            for path in sorted((base / folder / "lc").glob("*.tif"))
+        ]
         if listed:
             empty = [folder for folder in folders if not any(f == folder for f, _ in listed)]
             if empty:
-                raise DataError(f"{base / empty[0] / 'lc'}: no labels; the {split} split takes {', '.join(folders)}")
-            return base, sorted(listed, key=lambda item: (folders.index(item[0]), len(item[1]), item[1]))
+                raise DataError(
+                    f"{base / empty[0] / 'lc'}: no labels; the {split} split takes {', '.join(folders)}"
+                )
+            return base, sorted(
+                listed, key=lambda item: (folders.index(item[0]), len(item[1]), item[1])
+            )
         prepared = [path.stem for path in (base / "images_png").glob("*.png")]
         chosen = [name for name in prepared if (name in table["test"]) == (split == "test")]
         if chosen and split != "val":
@@ -263,9 +365,11 @@ def _number(stem: str) -> str:
     return stem.removeprefix("lc_")
 
 
-# ------------------------------------------------------------------------------------------------------------ own tiles
+# ---------------------------------------------------------------------------------------- own tiles
 
 IMAGE_ENDINGS = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
+
+
 OWN_TREE = "classes.json and {train,val,test}/{images,dsm,labels}/NAME.{tif,png,jpg}"
 
 
@@ -275,35 +379,60 @@ def _open_own_tiles(root: Path) -> Dataset:
         raise DataError(f"{path} is missing; own tiles are expected below --root as {OWN_TREE}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        classes = tuple((str(c["name"]), tuple(int(v) for v in c["color"])) for c in content["classes"])
+        classes = tuple(
+            (str(c["name"]), tuple(int(v) for v in c["color"])) for c in content["classes"]
+        )
         ignore = int(content.get("ignore", IGNORE))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f'{path}: not of the form {{"classes": [{{"name": ..., "color": [r, g, b]}}, ...]}} ({one_line(error)})'
         ) from error
     colors = [color for _, color in classes]
-    if not 2 <= len(classes) <= 64 or any(len(c) != 3 or not all(0 <= v <= 255 for v in c) for c in colors):
-        raise DataError(f"{path}: 2 to 64 classes are needed, each with a colour [r, g, b] of 0 to 255")
+    if not 2 <= len(classes) <= 64 or any(
+        len(c) != 3 or not all(0 <= v <= 255 for v in c) for c in colors
+    ):
+        raise DataError(
+            f"{path}: 2 to 64 classes are needed, each with a colour [r, g, b] of 0 to 255"
+        )
     if len(set(colors)) < len(colors):
         raise DataError(f"{path}: two classes have the same colour; give each its own")
-    return Dataset("tiles", root, classes, tuple(range(len(classes))), "all labels", ignore_index=ignore)
+    return Dataset(
+        "tiles", root, classes, tuple(range(len(classes))), "all labels", ignore_index=ignore
+    )
 
 
-def _own_tiles(dataset: Dataset, split: str, modalities: tuple[str, ...], scored: bool) -> tuple[list[Tile], list[Path]]:
+def _own_tiles(
+    dataset: Dataset, split: str, modalities: tuple[str, ...], scored: bool
+) -> tuple[list[Tile], list[Path]]:
     folder = dataset.root / split
     images = _files_by_stem(folder / "images")
     if not images:
-        raise DataError(f"{folder / 'images'}: no images; own tiles are expected below --root as {OWN_TREE}")
+        raise DataError(
+            f"{folder / 'images'}: no images; own tiles are expected below --root as {OWN_TREE}"
+        )
     dsm = _files_by_stem(folder / "dsm") if "dsm" in modalities else {}
     labels = _files_by_stem(folder / "labels")
     unlabelled = sorted(set(images) - set(labels))
     if unlabelled:
-        raise DataError(f"{folder / 'labels'}: no labels for {len(unlabelled)} images, first {unlabelled[0]}")
+        raise DataError(
+            f"{folder / 'labels'}: no labels for {len(unlabelled)} images, first {unlabelled[0]}"
+        )
     bands, tiles = image_bands(None, dataset.bands, 99), []
     for name, path in sorted(images.items()):
-        paths = {"image": path, "labels": labels[name]} | ({"dsm": dsm[name]} if name in dsm else {})
+        paths = {"image": path, "labels": labels[name]} | (
+            {"dsm": dsm[name]} if name in dsm else {}
+        )
         ignore = dataset.ignore_index
-        tiles.append(Tile(name, paths, dataset.classes, ignore_index=ignore, bands=bands, scaling=dataset.scaling))
+        tiles.append(
+            Tile(
+                name,
+                paths,
+                dataset.classes,
+                ignore_index=ignore,
+                bands=bands,
+                scaling=dataset.scaling,
+            )
+        )
     return tiles, []
 
 
@@ -313,8 +442,34 @@ def _files_by_stem(folder: Path) -> dict[str, Path]:
     return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in IMAGE_ENDINGS}
 
 
-if __name__ == "__main__":
-    from check import main
-    from console import run_script
+def main() -> None:
+    parser = Parser(prog="data.py", description=__doc__)
+    parser.add_argument("--data", required=True, choices=sorted(DATASETS), help="data set")
+    parser.add_argument("--root", type=Path, help="its folder; by default data/NAME")
+    parser.add_argument(
+        "--modalities", choices=tuple(MODALITIES), default="image+dsm", help="rasters to look at"
+    )
+    parser.add_argument("--bands", default="", help="as for train.py")
+    parser.add_argument("--labels", choices=LABELS, default="dataset", help="as for train.py")
+    parser.add_argument(
+        "--splits", choices=("paper", "official"), default="paper", help="as for train.py"
+    )
+    parser.add_argument("--full-labels", action="store_true", help="as for train.py")
+    parser.add_argument("--image-scaling", help="as for train.py")
+    args = parser.parse_args()
+    check_bands(LAYOUTS.get(args.data), args.bands)
+    hunan = args.data in ("hunan", "mmhunan")
+    scaling = Scaling(images=args.image_scaling or ("reflectance" if hunan else "unit"))
+    dataset = open_dataset(
+        args.data, args.root, args.bands, args.labels, args.full_labels, args.splits, scaling
+    )
+    print(f"{args.data} in {dataset.root}, scored by {dataset.labels_note}")
+    if not check_dataset(dataset, MODALITIES[args.modalities]):
+        raise DataError(
+            f"{dataset.root}: training cannot run; see above what is missing or unusable"
+        )
+    print("training can run")
 
+
+if __name__ == "__main__":
     run_script(main)

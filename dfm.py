@@ -1,7 +1,9 @@
-"""Deep Fusion Module (paper section III-C; PAPER.md 1): a pyramid of each modality, fused level by level.
+"""Deep Fusion Module (paper section III-C; PAPER.md 1): a pyramid of each modality, fused level by
+level.
 
-The encoder gives one map of one scale for each modality. From each a pyramid of four scales is made by transposed
-convolutions and pooling; on each level the modalities are reweighted channel by channel and added.
+The encoder gives one map of one scale for each modality. From each a pyramid of four scales is made
+by transposed convolutions and pooling; on each level the modalities are reweighted channel by
+channel and added.
 
 Shapes: `B` batch, `M` modalities, `C` 256 channels, `h, w` tokens (a sixteenth of the pixels).
 """
@@ -22,7 +24,9 @@ class Pyramid(nn.Module):
 
     def __init__(self, channels: int, norm: type[nn.Module]):
         super().__init__()
-        self.up4 = nn.Sequential(upsample2(channels), norm(channels), nn.GELU(), upsample2(channels))
+        self.up4 = nn.Sequential(
+            upsample2(channels), norm(channels), nn.GELU(), upsample2(channels)
+        )
         self.up2 = upsample2(channels)
         self.down2 = nn.MaxPool2d(2)
 
@@ -71,7 +75,8 @@ class DeepFusionModule(nn.Module):
     def __init__(self, channels: int = 256, modalities: int = 2):
         super().__init__()
         self.pyramids = nn.ModuleList(
-            Pyramid(channels, norm=LayerNorm2d if m == 0 else nn.BatchNorm2d) for m in range(modalities)
+            Pyramid(channels, norm=LayerNorm2d if m == 0 else nn.BatchNorm2d)
+            for m in range(modalities)
         )
         self.levels = nn.ModuleList(SEFusion(channels, modalities) for _ in range(4))
 
@@ -81,7 +86,9 @@ class DeepFusionModule(nn.Module):
 
 
 class SumFusion(nn.Module):
-    """ "Without DFM" of the paper's ablation: the maps are added, one scale, no skips for the decoder."""
+    """ "Without DFM" of the paper's ablation: the maps are added, one scale, no skips for the
+    decoder.
+    """
 
     def forward(self, maps: tuple[Tensor, ...]) -> list[Tensor]:
         first, *others = maps

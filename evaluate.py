@@ -5,240 +5,36 @@
     python evaluate.py --as-published        windows and border windows as the published code counts them
     python evaluate.py --table [DIR ...]     all runs in a table beside the paper's rows; see table.py
 
-Prints the scores with the convention they follow, and writes them to the run's `scores.json` (another split:
-`scores_SPLIT.json`). The same run on the same machine gives the same digits. ISPRS's test tiles have eroded and full
-labels: the score is that of the eroded ones (with --full-labels: of the full), and the other one is stored beside it.
+Prints the scores with the convention they follow, and writes them to the run's `scores.json`
+(another split: `scores_SPLIT.json`). The same run on the same machine gives the same digits.
+ISPRS's test tiles have eroded and full labels: the score is that of the eroded ones (with
+--full-labels: of the full), and the other one is stored beside it.
 
-Every number comes from one int64 confusion matrix, rows truth, columns prediction. OA and kappa count all classes;
-mF1 and mIoU are the plain means over the data set's scored classes (ISPRS: without clutter), without those that
-appear neither in the truth nor in the prediction.
-"""
+Every number comes from one int64 confusion matrix, rows truth, columns prediction. OA and kappa
+count all classes; mF1 and mIoU are the plain means over the data set's scored classes (ISPRS:
+without clutter), without those that appear neither in the truth nor in the prediction."""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import Callable
 
-import numpy as np
-import torch.nn as nn
+from data import open_from_settings
+from engine.checkpoints import load_model, newest_run
+from engine.console import Parser, Ticker, run_script
+from engine.device import pick_device, store_frozen_weights
+from engine.scoring import ConfusionMatrix, format_scores, score_run, score_split
+from engine.settings import PUBLISHED_STRIDES, held_out_tiles
+from geodata.rasters import DataError
+from reports.report import write_report
+from reports.table import markdown, read_runs
 
-from checkpoints import load_model, newest_run, pick_device, replace_atomically
-from console import Parser, Ticker, run_script
-from data import MODALITIES, DataError, Dataset, LoadedTile, Tile, open_from_settings, sliding_windows
-from distributed import Team
-from predict import percent, predict_strips, store_frozen_weights
-from report import save_panel, write_report
-from settings import PUBLISHED_STRIDES, held_out_tiles
-from table import markdown, read_runs
-
-
-class ConfusionMatrix:
-    """Counts pixels by (truth, prediction); `scored` are the classes that the means average, by default all."""
-
-    def __init__(self, num_classes: int, scored: tuple[int, ...] | None = None, ignore: int = 255):
-        self.counts = np.zeros((num_classes, num_classes), dtype=np.int64)
-        self.scored = tuple(range(num_classes)) if scored is None else tuple(scored)
-        self.ignore = ignore
-
-    def update(self, pred: np.ndarray, truth: np.ndarray) -> None:
-        """Adds two maps of one shape. Pixels whose truth is `ignore` do not count, whatever was predicted there.
-
-        Raises ValueError for maps of different shapes and for labels that are no class.
-        """
-        if pred.shape != truth.shape:
-            raise ValueError(f"prediction {pred.shape} and truth {truth.shape} differ in shape")
-        K = len(self.counts)
-        counted = truth != self.ignore
-        t, p = truth[counted].astype(np.int64), pred[counted].astype(np.int64)
-        if t.size and (min(t.min(), p.min()) < 0 or max(t.max(), p.max()) >= K):
-            raise ValueError(f"labels outside 0 to {K - 1}: truth up to {t.max()}, prediction up to {p.max()}")
-        self.counts += np.bincount(t * K + p, minlength=K * K).reshape(K, K)
-
-    def scores(self) -> dict:
-        """oa, mf1, miou (0 to 1), kappa (-1 to 1), per_class, confusion, pixels; None where nothing was counted.
-
-        per_class lists iou, f1, precision, recall, pixels (of the truth) of each class; a value whose denominator is
-        zero is None, and a class without iou and f1 is left out of the means. Where truth and prediction hold one and
-        the same class alone, there is no kappa either.
-        """
-        hits = np.diag(self.counts)
-        truth, pred, total = self.counts.sum(axis=1), self.counts.sum(axis=0), int(self.counts.sum())
-        per_class = [
-            {
-                "iou": ratio(hits[k], truth[k] + pred[k] - hits[k]),
-                "f1": ratio(2 * hits[k], truth[k] + pred[k]),
-                "precision": ratio(hits[k], pred[k]),
-                "recall": ratio(hits[k], truth[k]),
-                "pixels": int(truth[k]),
-            }
-            for k in range(len(hits))
-        ]
-        right = int(hits.sum())
-        chance = sum(int(t) * int(p) for t, p in zip(truth, pred))  # Python's integers: pixels squared overflow int64
-        return {
-            "oa": ratio(right, total),
-            "mf1": self._mean(per_class, "f1"),
-            "miou": self._mean(per_class, "iou"),
-            "kappa": ratio(total * right - chance, total * total - chance),
-            "per_class": per_class,
-            "confusion": self.counts.tolist(),
-            "pixels": total,
-        }
-
-    def _mean(self, per_class: list[dict], key: str) -> float | None:
-        values = [per_class[k][key] for k in self.scored if per_class[k][key] is not None]
-        return sum(values) / len(values) if values else None
-
-
-def ratio(part: int, whole: int) -> float | None:
-    return int(part) / int(whole) if whole else None
-
-
-def score_split(
-    model: nn.Module,
-    dataset: Dataset,
-    split: str,
-    settings: dict,
-    stride: int,
-    keep: Callable[[LoadedTile, np.ndarray, np.ndarray], None] | None = None,
-    team: Team = Team(),
-) -> dict:
-    """Predicts and scores every tile of a split -> scores of all, the same per tile, and the convention beside them.
-
-    Where there are eroded and full labels, each prediction is counted with both: the scores are those of the data set's
-    choice, and `full_labels` (or `eroded_labels`) holds those of the others, unless `notes` says why there are none.
-    `keep(tile, prediction, confidence in percent)` is called for each tile, for whoever wants to see it. The members of
-    a `team` take turns at the tiles and get the same scores.
-    """
-    modalities = MODALITIES[settings["modalities"]]
-    tiles = dataset.tiles(split, modalities)
-    window, K = settings["crop"], len(dataset.classes)
-    if not 1 <= stride <= window:
-        raise DataError(f"the stride lies between 1 and the window's {window} pixels, not {stride}")
-    counts, windows, second = {}, {}, {}
-    other = dataset.with_other_labels() if split != "train" else None  # the training tiles have their full labels alone
-    others = {} if other is None else {tile.name: tile for tile in other.find_tiles(split, modalities)[0]}
-    ticker = Ticker(f"scoring {split} tiles")
-    for i, tile in list(enumerate(tiles))[team.rank :: team.world]:
-        loaded = tile.load(modalities)
-        rasters = [loaded.image if "image" in modalities else None, loaded.dsm]
-        strips = predict_strips(
-            model,
-            *rasters,
-            window,
-            stride,
-            settings["batch_size"],
-            repeat_border=settings["repeat_border"],
-            precision=settings["precision"],
-            scale=loaded.scale,
-            probabilities=keep is not None,
-        )
-        maps = [(classes, percent(p.max(axis=0)) if keep else None) for classes, p in strips]
-        pred = np.concatenate([classes for classes, _ in maps])
-        own = ConfusionMatrix(K, dataset.scored)
-        own.update(pred, loaded.labels)
-        counts[tile.name] = own.counts
-        if other is not None:
-            second[tile.name] = count_other(pred, others[tile.name], K)
-        windows[tile.name] = len(sliding_windows(*loaded.size, window, stride))
-        if keep:
-            keep(loaded, pred, np.concatenate([confidence for _, confidence in maps]))
-        if team.leads:
-            ticker(i + 1, len(tiles))
-    counts, second, windows = (_merged(team, part) for part in (counts, second, windows))
-    names, protocol = [tile.name for tile in tiles], dict(split=split, window=window, stride=stride)
-    protocol |= {"repeat_border": settings["repeat_border"], "windows": sum(windows.values())}
-    result = {**_sum_up(counts, names, dataset, protocol), **protocol, "notes": []}
-    if other is not None:
-        kind = "full" if other.full_labels else "eroded"
-        unread = [second[name] for name in names if isinstance(second[name], str)]
-        if unread:  # a score of the other tiles alone would compare with nothing
-            result["notes"].append(f"not scored with {kind} labels, which {len(unread)} of the tiles lack: {unread[0]}")
-        else:
-            result[f"{kind}_labels"] = _sum_up(second, names, other, protocol)
-    return result
-
-
-def count_other(pred: np.ndarray, tile: Tile, num_classes: int) -> np.ndarray | str:
-    """The confusion (K, K) of a prediction with a tile's other labels, or, in a line, why they cannot be read."""
-    try:
-        truth = tile.read_labels()
-    except DataError as error:
-        return str(error)
-    matrix = ConfusionMatrix(num_classes)
-    H, W = (min(a, b) for a, b in zip(pred.shape, truth.shape))  # files may differ by a row: `Tile.size`
-    matrix.update(pred[:H, :W], truth[:H, :W])
-    return matrix.counts
-
-
-def _merged(team: Team, part: dict) -> dict:
-    return {name: value for own in team.gather(part) for name, value in own.items()}
-
-
-def _sum_up(counts: dict[str, np.ndarray], names: list[str], dataset: Dataset, protocol: dict) -> dict:
-    """The scores of all tiles together, in `per_tile` those of each, and in `convention` what they mean."""
-    K = len(dataset.classes)
-    total, per_tile = ConfusionMatrix(K, dataset.scored), {}
-    for name in names:
-        own = ConfusionMatrix(K, dataset.scored)
-        own.counts = counts[name]
-        total.counts += own.counts
-        per_tile[name] = {k: v for k, v in own.scores().items() if k in ("oa", "mf1", "miou", "kappa", "pixels")}
-    result = total.scores()
-    for name, row in zip(dataset.class_names, result["per_class"]):
-        row["name"] = name
-    averaged = "all classes" if len(dataset.scored) == K else ", ".join(dataset.class_names[k] for k in dataset.scored)
-    labels = dataset.labels_note if protocol["split"] != "train" else "full labels"
-    border = "border windows counted as published" if protocol["repeat_border"] else "each window once"
-    result["convention"] = (
-        f"{protocol['split']} split, {labels}; mF1 and mIoU average {averaged}; OA and kappa count all {K} classes; "
-        f"windows of {protocol['window']} at stride {protocol['stride']}, logits averaged, {border}"
-    )
-    return {**result, "labels": labels, "per_tile": per_tile}
-
-
-def format_scores(scores: dict) -> str:
-    """The scores as a table in percent, with the convention."""
-
-    def percent(value: float | None) -> str:
-        return "     -" if value is None else f"{100 * value:6.2f}"
-
-    lines = [f"{'class':<16}   IoU     F1   prec.  recall      pixels"]
-    for row in scores["per_class"]:
-        values = " ".join(percent(row[key]) for key in ("iou", "f1", "precision", "recall"))
-        lines.append(f"{row['name']:<16}{values} {row['pixels']:11,}")
-    for name, part in (("", scores), *((name, scores[name]) for name in OTHER_LABELS if name in scores)):
-        means = "  ".join(f"{label} {percent(part[key]).strip()}" for label, key in SUMMARY)
-        beside = f" with {name.replace('_', ' ')}" if name else ""
-        lines.append(f"{means}  ({part['pixels']:,} pixels{beside})")
-    return "\n".join([*lines, f"({scores['convention']})", *(f"note: {note}" for note in scores.get("notes", []))])
-
-
-OTHER_LABELS = ("full_labels", "eroded_labels")  # where a score with the labels that are not the convention's is kept
-SUMMARY = (("OA", "oa"), ("mF1", "mf1"), ("mIoU", "miou"), ("kappa", "kappa"))
-
-
-def score_run(
-    run: Path, model: nn.Module, dataset: Dataset, split: str, settings: dict, stride: int, team: Team = Team()
-) -> dict:
-    """Scores a split into the run's folder: scores.json (or scores_SPLIT.json), and pictures/ with a panel per tile."""
-    pictures = run / "pictures"
-    pictures.mkdir(exist_ok=True)
-
-    def keep(tile: LoadedTile, pred: np.ndarray, confidence: np.ndarray) -> None:
-        save_panel(pictures / f"{split}_{tile.name}.png", tile, pred, confidence, dataset.classes)
-
-    scores = score_split(model, dataset, split, settings, stride, keep, team)
-    path = run / ("scores.json" if split == "test" else f"scores_{split}.json")
-    if team.leads:
-        replace_atomically(path, lambda p: p.write_text(json.dumps(scores, indent=1), encoding="utf-8"))
-    return scores
+__all__ = ["ConfusionMatrix", "score_split"]  # from engine/scoring.py, for users
 
 
 def as_published(settings: dict) -> dict:
-    """The settings of a run, with the windows that the published code scores with (PAPER.md 2, 3.5).
+    """The settings of a run, with the windows that the published code scores with (PAPER.md 2,
+    3.5).
 
     A data set that was not published keeps the run's stride.
     """
@@ -255,24 +51,48 @@ def print_table(folders: list[Path]) -> None:
 
 def main() -> None:
     parser = Parser(prog="evaluate.py", description="Scores a run on a split.")
-    parser.add_argument("--run", type=Path, help="folder of a run; by default the newest below runs/")
-    parser.add_argument("--split", default="test", help="test (default), train, or another split of the data set")
+    parser.add_argument(
+        "--run", type=Path, help="folder of a run; by default the newest below runs/"
+    )
+    parser.add_argument(
+        "--split", default="test", help="test (default), train, or another split of the data set"
+    )
     parser.add_argument("--root", help="folder of the data set; by default where the run found it")
-    parser.add_argument("--stride", type=int, help="pixels between windows; by default as the run was scored")
-    parser.add_argument("--full-labels", action="store_true", help="score by the full labels first, not the eroded ones")
-    parser.add_argument("--as-published", action="store_true", help="the published code's stride and border windows")
-    parser.add_argument("--weights", help="where SAM's weights are now; by default as the run found them")
+    parser.add_argument(
+        "--stride", type=int, help="pixels between windows; by default as the run was scored"
+    )
+    parser.add_argument(
+        "--full-labels",
+        action="store_true",
+        help="score by the full labels first, not the eroded ones",
+    )
+    parser.add_argument(
+        "--as-published", action="store_true", help="the published code's stride and border windows"
+    )
+    parser.add_argument(
+        "--weights", help="where SAM's weights are now; by default as the run found them"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--table", nargs="*", type=Path, metavar="DIR", help="print the runs in these folders, or all")
+    parser.add_argument(
+        "--table",
+        nargs="*",
+        type=Path,
+        metavar="DIR",
+        help="print the runs in these folders, or all",
+    )
     args = parser.parse_args()
     if args.table is not None:
         for name, value in vars(args).items():
             if name not in ("run", "table") and value != parser.get_default(name):
-                parser.error(f"--table shows runs as they were scored; leave out --{name.replace('_', '-')}")
+                parser.error(
+                    f"--table shows runs as they were scored; leave out --{name.replace('_', '-')}"
+                )
         print_table([*args.table, *([args.run] if args.run else [])] or [Path("runs")])
         return
     run = args.run or newest_run()
-    model, settings, classes = load_model(run / "model.pt", args.weights, Ticker("fetching SAM's weights, bytes"))
+    model, settings, classes = load_model(
+        run / "model.pt", args.weights, Ticker("fetching SAM's weights, bytes")
+    )
     if args.full_labels:
         settings["full_labels"] = True
     dataset = open_from_settings(settings, args.root)
@@ -291,7 +111,9 @@ def main() -> None:
     scores = score_run(run, model, dataset, args.split, settings, stride)
     if args.split == "test":
         write_report(run)
-    print(f"{run}: {settings['encoder']}, {settings['tuner']}, {settings['modalities']}, fusion {settings['fusion']}")
+    print(
+        f"{run}: {settings['encoder']}, {settings['tuner']}, {settings['modalities']}, fusion {settings['fusion']}"
+    )
     print(format_scores(scores))
 
 

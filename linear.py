@@ -1,9 +1,10 @@
 """The linear layer of the encoder and its tuners: `nn.Linear`, at the speed of the processor.
 
-A linear layer over tokens is a convolution of 1 x 1 pixels, and on one kind of machine that matters: the x86 builds of
-PyTorch leave matrix products in fp32 to a library that keeps its widest instructions for one maker's processors, and
-convolutions to another that uses them on all. Measured on two cores of another maker at the shapes of ViT-B and ViT-L:
-190 to 210 GFLOP/s as a product, 360 to 450 as a convolution, forward and backward. In bf16 both are as fast.
+A linear layer over tokens is a convolution of 1 x 1 pixels, and on one kind of machine that
+matters: the x86 builds of PyTorch leave matrix products in fp32 to a library that keeps its widest
+instructions for one maker's processors, and convolutions to another that uses them on all. Measured
+on two cores of another maker at the shapes of ViT-B and ViT-L: 190 to 210 GFLOP/s as a product, 360
+to 450 as a convolution, forward and backward. In bf16 both are as fast.
 
 Shapes: `C` width in, `D` width out, `T` tokens.
 """
@@ -16,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
-OF_X86 = torch.backends.mkl.is_available()  # that library for products comes with these builds alone
+OF_X86 = (
+    torch.backends.mkl.is_available()
+)  # that library for products comes with these builds alone
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
@@ -36,13 +38,16 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x (..., C), weight (D, C), bias (D) -> (..., D): x weight^T + bias, under autocast in its precision.
+    """x (..., C), weight (D, C), bias (D) -> (..., D): x weight^T + bias, under autocast in its
+    precision.
 
-    The casts are made here, because those of autocast are kept until its end: a second copy of all trained weights.
-    """
+    The casts are made here, because those of autocast are kept until its end: a second copy of all
+    trained weights."""
     x, weight, bias = (t.to(autocast_dtype(x)) for t in (x, weight, bias))
     if x.device.type == "cpu" and x.dtype == torch.float32 and OF_X86:
-        tokens = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, C, 1, T), in memory token by token
+        tokens = x.reshape(1, 1, -1, x.shape[-1]).permute(
+            0, 3, 1, 2
+        )  # (1, C, 1, T), in memory token by token
         return Pointwise.apply(tokens, weight, bias).permute(0, 2, 3, 1).view(*x.shape[:-1], -1)
     return F.linear(x, weight, bias)
 
@@ -50,8 +55,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 class Pointwise(torch.autograd.Function):
     """x (1, C, 1, T), weight (D, C), bias (D) -> (1, D, 1, T).
 
-    The convolution of PyTorch would keep x for the way back; here it is kept only for a weight that is trained.
-    """
+    The convolution of PyTorch would keep x for the way back; here it is kept only for a weight that
+    is trained."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -1,14 +1,16 @@
-"""MFNet (Ma et al., TGRS 2025): one frozen SAM encoder for M modalities, deep fusion, a UNetFormer decoder.
+"""MFNet (Ma et al., TGRS 2025): one frozen SAM encoder for M modalities, deep fusion, a UNetFormer
+decoder.
 
     image ---+                       +-> map --+
              +-> SAM's encoder, with |         +-> DeepFusionModule -> 4 scales -> decoder -> logits
     height --+   a tuner's blocks    +-> map --+
 
-The modalities are stacked along the batch, modality-major, so the frozen layers see one batch of M*B rasters.
+The modalities are stacked along the batch, modality-major, so the frozen layers see one batch of
+M*B rasters.
 
-Shapes: `B` batch, `M` modalities, `H, W` pixels (of a raster, or of the map at hand inside the decoder), `h, w` tokens
-(H/16, W/16), `C` channels (256 from the encoder, 64 in the decoder), `K` classes.
-"""
+Shapes: `B` batch, `M` modalities, `H, W` pixels (of a raster, or of the map at hand inside the
+decoder), `h, w` tokens (H/16, W/16), `C` channels (256 from the encoder, 64 in the decoder), `K`
+classes."""
 
 from __future__ import annotations
 
@@ -23,15 +25,20 @@ from dfm import DeepFusionModule, SumFusion
 from sam_vit import ImageEncoderViT, LoadReport, WeightsError, build_image_encoder, check_total
 from tuners import apply_tuner, tuner_names
 
-MIN_SIZE = 64  # pixels: below it the coarsest level of the pyramid has less than two rows to reflect
+MIN_SIZE = (
+    64  # pixels: below it the coarsest level of the pyramid has less than two rows to reflect
+)
+
+
 SIZE_STEP = 32  # pixels: patches of 16, and a coarsest level of half that resolution
 
 
 def reflect_pad(x: Tensor, height: int, width: int) -> Tensor:
-    """(..., H, W) -> (..., height, width), continued below and on the right by reflection, as often as needed.
+    """(..., H, W) -> (..., height, width), continued below and on the right by reflection, as often
+    as needed.
 
-    differs: F.pad refuses to reflect more than the map is wide, which is where the published decoder crashes.
-    """
+    differs: F.pad refuses to reflect more than the map is wide, which is where the published
+    decoder crashes."""
     for dim, size in ((-2, height), (-1, width)):
         n = x.shape[dim]
         if size > n:
@@ -44,11 +51,13 @@ def round_up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
-# ------------------------------------------------------------------------------- decoder (UNetFormer, Wang et al. 2022)
+# ----------------------------------------------------------- decoder (UNetFormer, Wang et al. 2022)
 
 
 def conv_bn(c_in: int, c_out: int, kernel: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(c_out))
+    return nn.Sequential(
+        nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(c_out)
+    )
 
 
 def conv_bn_relu(c_in: int, c_out: int, kernel: int = 3) -> nn.Sequential:
@@ -56,9 +65,15 @@ def conv_bn_relu(c_in: int, c_out: int, kernel: int = 3) -> nn.Sequential:
 
 
 def separable_conv(channels: int, kernel: int) -> nn.Sequential:
-    """Depthwise convolution (an even kernel loses one row and column) - batch norm - 1x1 convolution."""
-    depthwise = nn.Conv2d(channels, channels, kernel, padding=(kernel - 1) // 2, groups=channels, bias=False)
-    return nn.Sequential(depthwise, nn.BatchNorm2d(channels), nn.Conv2d(channels, channels, 1, bias=False))
+    """Depthwise convolution (an even kernel loses one row and column) - batch norm - 1x1
+    convolution.
+    """
+    depthwise = nn.Conv2d(
+        channels, channels, kernel, padding=(kernel - 1) // 2, groups=channels, bias=False
+    )
+    return nn.Sequential(
+        depthwise, nn.BatchNorm2d(channels), nn.Conv2d(channels, channels, 1, bias=False)
+    )
 
 
 def relative_position_index(window: int) -> Tensor:
@@ -70,7 +85,9 @@ def relative_position_index(window: int) -> Tensor:
 
 
 class GlobalLocalAttention(nn.Module):
-    """Window attention, spread over window borders by averages along columns and rows, plus two local convolutions."""
+    """Window attention, spread over window borders by averages along columns and rows, plus two
+    local convolutions.
+    """
 
     def __init__(self, dim: int, num_heads: int, window: int):
         super().__init__()
@@ -95,20 +112,30 @@ class GlobalLocalAttention(nn.Module):
         qkv = reflect_pad(self.qkv(x), round_up(H, s), round_up(W, s))
         rows, cols = qkv.shape[-2] // s, qkv.shape[-1] // s
         qkv = qkv.view(B, 3, self.num_heads, -1, rows, s, cols, s)
-        q, k, v = qkv.permute(1, 0, 4, 6, 2, 5, 7, 3).reshape(3, B * rows * cols, self.num_heads, s * s, -1)
+        q, k, v = qkv.permute(1, 0, 4, 6, 2, 5, 7, 3).reshape(
+            3, B * rows * cols, self.num_heads, s * s, -1
+        )
         bias = self.relative_position_bias_table[self.index].permute(2, 0, 1)  # (heads, s*s, s*s)
-        # Written out: with 8 channels and 64 tokens a CPU takes half the time of the fused kernel with a mask.
-        out = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias.to(q.dtype)).softmax(dim=-1) @ v
+        # Written out: with 8 channels and 64 tokens a CPU takes half the time of the fused kernel
+        # with a mask.
+        out = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias.to(q.dtype)).softmax(
+            dim=-1
+        ) @ v
         out = out.view(B, rows, cols, self.num_heads, s, s, -1).permute(0, 3, 6, 1, 4, 2, 5)
         return average_rows_and_columns(out.reshape(B, C, rows * s, cols * s)[..., :H, :W], s)
 
 
 def average_rows_and_columns(x: Tensor, size: int) -> Tensor:
-    """The mean over `size` rows plus the mean over `size` columns: one reflected row or column at the end, zeros around,
-    counted as values."""
+    """The mean over `size` rows plus the mean over `size` columns: one reflected row or column at
+    the end, zeros around, counted as values.
+    """
     H, W = x.shape[-2:]
-    vertical = F.avg_pool2d(reflect_pad(x, H + 1, W), (size, 1), stride=1, padding=(size // 2 - 1, 0))
-    horizontal = F.avg_pool2d(reflect_pad(x, H, W + 1), (1, size), stride=1, padding=(0, size // 2 - 1))
+    vertical = F.avg_pool2d(
+        reflect_pad(x, H + 1, W), (size, 1), stride=1, padding=(size // 2 - 1, 0)
+    )
+    horizontal = F.avg_pool2d(
+        reflect_pad(x, H, W + 1), (1, size), stride=1, padding=(0, size // 2 - 1)
+    )
     return vertical + horizontal
 
 
@@ -136,8 +163,9 @@ class DecoderBlock(nn.Module):
 
 
 class Dropout2d(nn.Dropout2d):
-    """Drops whole channels. `share` = (rank, processes): each process draws the masks of the whole batch and takes its
-    own, so that N processes drop what one would."""
+    """Drops whole channels. `share` = (rank, processes): each process draws the masks of the whole
+    batch and takes its own, so that N processes drop what one would.
+    """
 
     share = (0, 1)
 
@@ -151,7 +179,8 @@ class Dropout2d(nn.Dropout2d):
 
 
 class WeightedFusion(nn.Module):
-    """x at twice its size plus a skip of the encoder, with two normalised positive weights; then a convolution.
+    """x at twice its size plus a skip of the encoder, with two normalised positive weights; then a
+    convolution.
 
     Built without a skip (the ablation without DFM), it only enlarges and convolves.
     """
@@ -179,7 +208,9 @@ class FeatureRefinementHead(WeightedFusion):
         super().__init__(skip_channels, dim)
         self.pa = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.ca = nn.Sequential(
-            nn.Conv2d(dim, dim // 16, 1, bias=False), nn.ReLU6(), nn.Conv2d(dim // 16, dim, 1, bias=False)
+            nn.Conv2d(dim, dim // 16, 1, bias=False),
+            nn.ReLU6(),
+            nn.Conv2d(dim // 16, dim, 1, bias=False),
         )
         self.shortcut = conv_bn(dim, dim, 1)
         self.proj = separable_conv(dim, 3)
@@ -192,12 +223,20 @@ class FeatureRefinementHead(WeightedFusion):
 
 
 class Decoder(nn.Module):
-    """Fused maps, finest first, at strides 4, 8, 16, 32 pixels (or one map alone) -> logits at `size`.
+    """Fused maps, finest first, at strides 4, 8, 16, 32 pixels (or one map alone) -> logits at
+    `size`.
 
     One map alone is decoded by the same layers without skips.
     """
 
-    def __init__(self, num_classes: int, in_channels: int = 256, dim: int = 64, skips: bool = True, dropout: float = 0.1):
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int = 256,
+        dim: int = 64,
+        skips: bool = True,
+        dropout: float = 0.1,
+    ):
         super().__init__()
         num_heads, window = 8, 8
         skip_channels = in_channels if skips else None
@@ -209,7 +248,9 @@ class Decoder(nn.Module):
         self.b2 = DecoderBlock(dim, num_heads, window)
         self.p1 = FeatureRefinementHead(skip_channels, dim)
         self.segmentation_head = nn.Sequential(
-            conv_bn_relu(dim, dim, 3), Dropout2d(dropout), nn.Conv2d(dim, num_classes, 1, bias=False)
+            conv_bn_relu(dim, dim, 3),
+            Dropout2d(dropout),
+            nn.Conv2d(dim, num_classes, 1, bias=False),
         )
 
     def forward(self, maps: list[Tensor], size: tuple[int, int]) -> Tensor:
@@ -222,13 +263,17 @@ class Decoder(nn.Module):
         return F.interpolate(x, size=size, mode="bilinear")
 
 
-# ----------------------------------------------------------------------------------------------------------- the network
+# -------------------------------------------------------------------------------------- the network
 
 
 class MFNet(nn.Module):
-    """The whole network. Input values: image in [0, 1], height scaled to [0, 1] over its tile (PAPER.md 1)."""
+    """The whole network. Input values: image in [0, 1], height scaled to [0, 1] over its tile
+    (PAPER.md 1).
+    """
 
-    def __init__(self, image_encoder: ImageEncoderViT, fusion: nn.Module, decoder: Decoder, modalities: int):
+    def __init__(
+        self, image_encoder: ImageEncoderViT, fusion: nn.Module, decoder: Decoder, modalities: int
+    ):
         super().__init__()
         self.image_encoder = image_encoder
         self.fusion = fusion
@@ -236,18 +281,21 @@ class MFNet(nn.Module):
         self.modalities = modalities
 
     def forward(self, image: Tensor | None, dsm: Tensor | None = None, *more: Tensor) -> Tensor:
-        """image (B, 3, H, W), dsm and any further raster (B, H, W), (B, 1, H, W) or (B, 3, H, W) -> (B, K, H, W).
+        """image (B, 3, H, W), dsm and any further raster (B, H, W), (B, 1, H, W) or (B, 3, H, W) ->
+        (B, K, H, W).
 
-        H and W are at least 64; what is no multiple of 32 is continued by reflection and cut off again. A network of
-        one modality takes either of the two. Raises ValueError for another number of rasters than the network has
-        modalities, for rasters of different sizes, and for a size below 64.
-        """
+        H and W are at least 64; what is no multiple of 32 is continued by reflection and cut off
+        again. A network of one modality takes either of the two. Raises ValueError for another
+        number of rasters than the network has modalities, for rasters of different sizes, and for a
+        size below 64."""
         maps = self.encode(image, dsm, *more)
         H, W = next(r for r in (image, dsm, *more) if r is not None).shape[-2:]
         padded = round_up(H, SIZE_STEP), round_up(W, SIZE_STEP)
         return self.decoder(self.fusion(maps), padded)[..., :H, :W]
 
-    def encode(self, image: Tensor | None, dsm: Tensor | None = None, *more: Tensor) -> tuple[Tensor, ...]:
+    def encode(
+        self, image: Tensor | None, dsm: Tensor | None = None, *more: Tensor
+    ) -> tuple[Tensor, ...]:
         """The rasters as in `forward` -> the encoder's map of each, M times (B, 256, h, w)."""
         rasters = [as_three_channels(r) for r in (image, dsm, *more) if r is not None]
         if len(rasters) != self.modalities:
@@ -257,7 +305,9 @@ class MFNet(nn.Module):
             raise ValueError(f"the rasters differ in batch or size: {shapes}")
         H, W = shapes[0][-2:]
         if min(H, W) < MIN_SIZE:
-            raise ValueError(f"rasters of {H} x {W} pixels are too small; the network takes {MIN_SIZE} and more")
+            raise ValueError(
+                f"rasters of {H} x {W} pixels are too small; the network takes {MIN_SIZE} and more"
+            )
         x = torch.cat(rasters)  # (M*B, 3, H, W)
         x = reflect_pad(x, round_up(H, SIZE_STEP), round_up(W, SIZE_STEP))
         return self.image_encoder(x).chunk(self.modalities)
@@ -278,8 +328,10 @@ def build_mfnet(
     fusion: str = "dfm",
     **options,
 ) -> MFNet:
-    """The network with random weights. `encoder`: a name in `sam_vit.SIZES` or a dict; `tuner`: a name in
-    `tuners.TUNERS`, with its `options`; `fusion`: "dfm", or "sum" for the ablation without it."""
+    """The network with random weights. `encoder`: a name in `sam_vit.SIZES` or a dict; `tuner`: a
+    name in `tuners.TUNERS`, with its `options`; `fusion`: "dfm", or "sum" for the ablation
+    without it.
+    """
     if fusion not in ("dfm", "sum"):
         raise ValueError(f"unknown fusion {fusion!r}; there are dfm, sum")
     image_encoder = apply_tuner(build_image_encoder(encoder), tuner, modalities, **options)
@@ -288,13 +340,19 @@ def build_mfnet(
 
 
 def trained_names(model: MFNet) -> list[str]:
-    """The names of all parameters that are meant to be trained: the tuner's own, fusion and decoder."""
+    """The names of all parameters that are meant to be trained: the tuner's own, fusion and
+    decoder.
+    """
     tuned = {"image_encoder." + n for n in tuner_names(model.image_encoder)}
-    return [n for n, _ in model.named_parameters() if n in tuned or not n.startswith("image_encoder.")]
+    return [
+        n for n, _ in model.named_parameters() if n in tuned or not n.startswith("image_encoder.")
+    ]
 
 
 def count_parameters(model: MFNet) -> dict[str, int]:
-    """Numbers of parameters: encoder (as SAM has it), tuner (what it added), fusion, decoder, total, trainable."""
+    """Numbers of parameters: encoder (as SAM has it), tuner (what it added), fusion, decoder,
+    total, trainable.
+    """
     added = {"image_encoder." + n for n in model.image_encoder.added_names}
     counts = dict.fromkeys(("encoder", "tuner", "fusion", "decoder", "total", "trainable"), 0)
     for name, p in model.named_parameters():
@@ -305,9 +363,10 @@ def count_parameters(model: MFNet) -> dict[str, int]:
     return counts
 
 
-# --------------------------------------------------------------------------------------- weights of the published code
+# -------------------------------------------------------------------- weights of the published code
 
-# (published, ours); x is the image's, y the height's. `lora_Ax` and its like are collected into one tensor of ours.
+# (published, ours); x is the image's, y the height's. `lora_Ax` and its like are collected into one
+# tensor of ours.
 PUBLISHED_NAMES = (
     (r"\.attn\.rel_([hw])$", r".attn.rel_pos_\1"),
     (r"\.Img_Adapter\.D_fc", r".attn_adapters.0.fc"),
@@ -335,15 +394,20 @@ PUBLISHED_NAMES = (
     (r"\.ca\.3\.0\.", r".ca.2."),
     (r"(segmentation_head\.2)\.0\.", r"\1."),
 )
-PUBLISHED_UNUSED = re.compile(r"^sam\.(prompt_encoder|mask_decoder)\.|^sam\.pixel_|\.relative_position_index$")
+
+
+PUBLISHED_UNUSED = re.compile(
+    r"^sam\.(prompt_encoder|mask_decoder)\.|^sam\.pixel_|\.relative_position_index$"
+)
 
 
 def load_published_weights(model: MFNet, state_dict: dict[str, Tensor]) -> LoadReport:
-    """Loads a state dict saved by the published code, of either tuner, into a network of two modalities.
+    """Loads a state dict saved by the published code, of either tuner, into a network of two
+    modalities.
 
-    The published network holds its encoder twice, as `image_encoder.*` and `sam.image_encoder.*`; `module.` of a
-    DataParallel is accepted. Raises WeightsError with both differences, and changes nothing, if it does not fit.
-    """
+    The published network holds its encoder twice, as `image_encoder.*` and `sam.image_encoder.*`;
+    `module.` of a DataParallel is accepted. Raises WeightsError with both differences, and changes
+    nothing, if it does not fit."""
     expected = model.state_dict()
     report = LoadReport()
     given: dict[str, Tensor] = {}
@@ -368,10 +432,11 @@ def load_published_weights(model: MFNet, state_dict: dict[str, Tensor]) -> LoadR
 
 
 def stack_modalities(given: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Puts the pairs `name:x`, `name:y` together as rows 0 and 1 of our `name`; the rest stays as it is.
+    """Puts the pairs `name:x`, `name:y` together as rows 0 and 1 of our `name`; the rest stays as
+    it is.
 
-    A published LoRA of qkv holds q and v in one matrix, ours as two parts; a published mixing weight has one element.
-    Other halves than those keep their names, for `check_total` to refuse.
+    A published LoRA of qkv holds q and v in one matrix, ours as two parts; a published mixing
+    weight has one element. Other halves than those keep their names, for `check_total` to refuse.
     """
     out = dict(given)
     for name, target in expected.items():
@@ -383,5 +448,7 @@ def stack_modalities(given: dict[str, Tensor], expected: dict[str, Tensor]) -> d
 
 
 def merge_parts(shape: torch.Size) -> tuple[int, ...]:
-    """The published shape of one modality's share: (parts, rows, columns) -> (parts * rows, columns), () -> (1,)."""
+    """The published shape of one modality's share: (parts, rows, columns) -> (parts * rows,
+    columns), () -> (1,).
+    """
     return (shape[0] * shape[1], shape[2]) if len(shape) == 3 else (1,)

@@ -1,13 +1,13 @@
-"""The published order of computation, plainly: what `benchmark.py` compares with, and what the tests check against.
+"""The published order of computation, plainly: what `benchmark.py` compares with, and what the
+tests check against.
 
-It is the same function of the same weights as `mfnet.MFNet`, computed as the published code does it: windows are cut
-first and padded with zeros, so that every layer of the attention runs on padded tokens; the modalities go through each
-block one after the other; every matrix of attention is written out, its bias added, and its softmax taken. Fusion and
-decoder are the network's own.
+It is the same function of the same weights as `mfnet.MFNet`, computed as the published code does
+it: windows are cut first and padded with zeros, so that every layer of the attention runs on padded
+tokens; the modalities go through each block one after the other; every matrix of attention is
+written out, its bias added, and its softmax taken. Fusion and decoder are the network's own.
 
-Shapes: `M` modalities, each a tensor of a list, not stacked; `B` batch, `h, w` tokens, `C` width, `N` windows, `s` side of
-a window, `K` classes.
-"""
+Shapes: `M` modalities, each a tensor of a list, not stacked; `B` batch, `h, w` tokens, `C` width,
+`N` windows, `s` side of a window, `K` classes."""
 
 from __future__ import annotations
 
@@ -80,17 +80,26 @@ def mix(us: Streams, weights: Tensor | None) -> Streams:
 
 
 def attend(attn: Attention, xs: Streams) -> Streams:
-    """M times (B, h, w, C) -> the same, with windows cut, and padded with zeros, before anything is computed."""
+    """M times (B, h, w, C) -> the same, with windows cut, and padded with zeros, before anything is
+    computed.
+    """
     B, h, w, C = xs[0].shape
     rows, cols = (attn.window, attn.window) if attn.window else (h, w)
     H, W = round_up(h, rows), round_up(w, cols)
     cut = [F.pad(x, (0, 0, 0, W - w, 0, H - h)) for x in xs]
-    cut = [x.view(B, H // rows, rows, W // cols, cols, C).transpose(2, 3).reshape(-1, rows * cols, C) for x in cut]
+    cut = [
+        x.view(B, H // rows, rows, W // cols, cols, C).transpose(2, 3).reshape(-1, rows * cols, C)
+        for x in cut
+    ]
     heads = attn.num_heads
     rel_h, rel_w = relative_table(attn.rel_pos_h, rows), relative_table(attn.rel_pos_w, cols)
     outs = []
     for qkv in linear(attn.qkv, cut):  # (N, s*s, 3C)
-        q, k, v = qkv.view(len(qkv), rows * cols, 3, heads, C // heads).permute(2, 0, 3, 1, 4).flatten(1, 2)
+        q, k, v = (
+            qkv.view(len(qkv), rows * cols, 3, heads, C // heads)
+            .permute(2, 0, 3, 1, 4)
+            .flatten(1, 2)
+        )
         weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (N*heads, s*s, s*s)
         q = q.view(-1, rows, cols, C // heads)
         bias_h = torch.einsum("nyxd,ykd->nyxk", q, rel_h.to(q.dtype))[..., :, None]
@@ -104,22 +113,34 @@ def attend(attn: Attention, xs: Streams) -> Streams:
 
 @torch.inference_mode()
 def published_predict(
-    model: MFNet, image: np.ndarray, dsm: np.ndarray, window: int, stride: int, batch_size: int, heights: tuple[float, float]
+    model: MFNet,
+    image: np.ndarray,
+    dsm: np.ndarray,
+    window: int,
+    stride: int,
+    batch_size: int,
+    heights: tuple[float, float],
 ) -> np.ndarray:
-    """The class map (H, W) of an image (H, W, 3) uint8 and heights (H, W), both at least a window large.
+    """The class map (H, W) of an image (H, W, 3) uint8 and heights (H, W), both at least a window
+    large.
 
-    The published loop: a window that would pass the edge is moved inwards, and so computed again and again; the logits
-    of the whole tile are summed at full size.
-    """
+    The published loop: a window that would pass the edge is moved inwards, and so computed again
+    and again; the logits of the whole tile are summed at full size."""
     H, W = dsm.shape
     x = torch.from_numpy(image).permute(2, 0, 1) / 255
     y = (torch.from_numpy(dsm) - heights[0]) / (heights[1] - heights[0])
-    places = [(min(top, H - window), min(left, W - window)) for top in range(0, H, stride) for left in range(0, W, stride)]
+    places = [
+        (min(top, H - window), min(left, W - window))
+        for top in range(0, H, stride)
+        for left in range(0, W, stride)
+    ]
     sums = None
     for i in range(0, len(places), batch_size):
         batch = places[i : i + batch_size]
         cuts = [np.s_[..., top : top + window, left : left + window] for top, left in batch]
-        out = published_forward(model, torch.stack([x[c] for c in cuts]), torch.stack([y[c] for c in cuts])).float()
+        out = published_forward(
+            model, torch.stack([x[c] for c in cuts]), torch.stack([y[c] for c in cuts])
+        ).float()
         sums = out.new_zeros(out.shape[1], H, W) if sums is None else sums
         for cut, logits in zip(cuts, out):
             sums[cut] += logits

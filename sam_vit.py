@@ -3,17 +3,19 @@
     pixels -> patch_embed -> + pos_embed -> blocks -> neck -> features
               16 x 16 conv                  ViT       1x1, 3x3 conv
 
-Every name below is the name of an official checkpoint's tensor once its prefix `image_encoder.` is gone, so the
-checkpoint is the specification: `load_sam_weights` accounts for every tensor of it, or raises.
+Every name below is the name of an official checkpoint's tensor once its prefix `image_encoder.` is
+gone, so the checkpoint is the specification: `load_sam_weights` accounts for every tensor of it, or
+raises.
 
 Two facts of SAM that are easy to miss, and that are kept:
-  * a grid that is no multiple of the window is padded with zeros after `norm1`, and the padded tokens take part in the
+  * a grid that is no multiple of the window is padded with zeros after `norm1`, and the padded
+  tokens take part in the
     attention unmasked: their key and value are the bias of `qkv`;
   * the relative-position terms multiply the query *before* it is scaled.
 
-Shapes: `B` batch, `H, W` pixels, `h, w` tokens (H/16, W/16), `C` width, `N` windows or images, `d` width of a head.
-The trunk is channels-last, (B, h, w, C); the neck and everything after it channels-first.
-"""
+Shapes: `B` batch, `H, W` pixels, `h, w` tokens (H/16, W/16), `C` width, `N` windows or images, `d`
+width of a head. The trunk is channels-last, (B, h, w, C); the neck and everything after it
+channels-first."""
 
 from __future__ import annotations
 
@@ -32,21 +34,27 @@ from attention import append_bias, attend_part, relative_table, split_grid
 from linear import Linear, autocast_dtype
 
 SIZES: dict[str, dict] = {
-    # Not one of SAM's: about 2 M parameters, for laptops, lessons and tests. No official weights exist for it.
-    "vit_t": dict(embed_dim=160, depth=4, num_heads=4, global_attn_indexes=(1, 3), window_size=8, img_size=256),
+    # Not one of SAM's: about 2 M parameters, for laptops, lessons and tests. No official weights
+    # exist for it.
+    "vit_t": dict(
+        embed_dim=160, depth=4, num_heads=4, global_attn_indexes=(1, 3), window_size=8, img_size=256
+    ),
     "vit_b": dict(embed_dim=768, depth=12, num_heads=12, global_attn_indexes=(2, 5, 8, 11)),
     "vit_l": dict(embed_dim=1024, depth=24, num_heads=16, global_attn_indexes=(5, 11, 17, 23)),
     "vit_h": dict(embed_dim=1280, depth=32, num_heads=16, global_attn_indexes=(7, 15, 23, 31)),
 }
 
+
 Outputs = TypeVar("Outputs")  # a tensor or several
 
 
 class WeightsError(ValueError):
-    """A checkpoint that is not what it should be; the message names the file, the tensors and what to do."""
+    """A checkpoint that is not what it should be; the message names the file, the tensors and what
+    to do.
+    """
 
 
-# ---------------------------------------------------------------------------------------------- leaf -> block -> model
+# --------------------------------------------------------------------------- leaf -> block -> model
 
 
 class LayerNorm2d(nn.Module):
@@ -69,17 +77,19 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, embed_dim, patch_size, patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).permute(0, 2, 3, 1).contiguous()  # (B, 3, H, W) -> (B, h, w, C), token by token in memory
+        return (
+            self.proj(x).permute(0, 2, 3, 1).contiguous()
+        )  # (B, 3, H, W) -> (B, h, w, C), token by token in memory
 
 
 class Attention(nn.Module):
-    """Multi-head attention with decomposed relative positions, in windows of `window` tokens, or global if it is 0.
+    """Multi-head attention with decomposed relative positions, in windows of `window` tokens, or
+    global if it is 0.
 
-    differs: SAM pads, projects to q, k, v and multiplies out on padded tokens. Here no padded token is ever computed:
-    the windows at the lower and right edge are smaller, and what SAM computes for its zero tokens there, the bias of
-    `qkv` as key and value, takes part as one key. Same function; at 256 px, where windows of 14 are laid over a grid of
-    16, a third of the tokens.
-    """
+    differs: SAM pads, projects to q, k, v and multiplies out on padded tokens. Here no padded token
+    is ever computed: the windows at the lower and right edge are smaller, and what SAM computes for
+    its zero tokens there, the bias of `qkv` as key and value, takes part as one key. Same function;
+    at 256 px, where windows of 14 are laid over a grid of 16, a third of the tokens."""
 
     def __init__(self, dim: int, num_heads: int, table_size: int, window: int):
         super().__init__()
@@ -96,10 +106,16 @@ class Attention(nn.Module):
         rows, cols = (self.window, self.window) if self.window else (h, w)
         q, k, v = qkv.unbind(3)  # each (B, h, w, heads, d)
         rel_h, rel_w = relative_table(self.rel_pos_h, rows), relative_table(self.rel_pos_w, cols)
-        rel_h, rel_w = (rel.repeat(-(-n // len(rel)), 1, 1)[:n].to(q.dtype) for rel, n in ((rel_h, h), (rel_w, w)))
+        rel_h, rel_w = (
+            rel.repeat(-(-n // len(rel)), 1, 1)[:n].to(q.dtype)
+            for rel, n in ((rel_h, h), (rel_w, w))
+        )
         _, *filling = self.qkv.bias.to(q.dtype).view(3, self.num_heads, -1)
         bands = zip(*(split_grid(t, rows, cols) for t in (append_bias(q, rel_h, rel_w), k, v)))
-        out = [torch.cat([attend_part(*part, rows, cols, filling) for part in zip(*band)], dim=2) for band in bands]
+        out = [
+            torch.cat([attend_part(*part, rows, cols, filling) for part in zip(*band)], dim=2)
+            for band in bands
+        ]
         return self.proj(torch.cat(out, dim=1))
 
 
@@ -121,7 +137,9 @@ class LayerNorm(nn.LayerNorm):
 
 
 def recomputed(function: Callable[[Tensor], Outputs], x: Tensor) -> Outputs:
-    """function(x); what it takes to go backward is not kept but computed again. For functions without randomness."""
+    """function(x); what it takes to go backward is not kept but computed again. For functions
+    without randomness.
+    """
     if not torch.is_grad_enabled():
         return function(x)
     return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
@@ -143,8 +161,10 @@ class Block(nn.Module):
 
 
 class ImageEncoderViT(nn.Module):
-    """SAM's ViT with its neck. `global_attn_indexes` lists the blocks without windows; `img_size` fixes only how large
-    the stored tables of positions are: any input size is accepted, and the tables are resized to it."""
+    """SAM's ViT with its neck. `global_attn_indexes` lists the blocks without windows; `img_size`
+    fixes only how large the stored tables of positions are: any input size is accepted, and the
+    tables are resized to it.
+    """
 
     def __init__(
         self,
@@ -162,7 +182,9 @@ class ImageEncoderViT(nn.Module):
         self.patch_size = patch_size
         grid = img_size // patch_size
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
-        self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, grid, grid, embed_dim), std=0.02))
+        self.pos_embed = nn.Parameter(
+            nn.init.trunc_normal_(torch.empty(1, grid, grid, embed_dim), std=0.02)
+        )
         self.blocks = nn.ModuleList()
         for i in range(depth):
             is_global = i in global_attn_indexes
@@ -174,16 +196,22 @@ class ImageEncoderViT(nn.Module):
             nn.Conv2d(out_chans, out_chans, 3, padding=1, bias=False),
             LayerNorm2d(out_chans),
         )
-        # Compute each block's activations again going backward instead of keeping them: less memory, more time.
+        # Compute each block's activations again going backward instead of keeping them: less
+        # memory, more time.
         self.activation_checkpointing = False
-        # Written by tuners.apply_tuner: which tuner the blocks carry, and the names it added to SAM's.
+        # Written by tuners.apply_tuner: which tuner the blocks carry, and the names it added to
+        # SAM's.
         self.tuner: str | None = None
         self.added_names: list[str] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W), H and W multiples of the patch size -> (B, out_chans, H / patch, W / patch)."""
+        """(B, 3, H, W), H and W multiples of the patch size -> (B, out_chans, H / patch, W /
+        patch).
+        """
         if x.shape[-2] % self.patch_size or x.shape[-1] % self.patch_size:
-            raise ValueError(f"the encoder takes multiples of {self.patch_size} pixels, not {tuple(x.shape[-2:])}")
+            raise ValueError(
+                f"the encoder takes multiples of {self.patch_size} pixels, not {tuple(x.shape[-2:])}"
+            )
         x = self.patch_embed(x)
         x = x + resize_positions(self.pos_embed, x.shape[1:3])
         for block in self.blocks:
@@ -192,7 +220,9 @@ class ImageEncoderViT(nn.Module):
 
 
 def resize_positions(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(1, h0, w0, C) -> (1, h, w, C), bicubic without aligned corners; unchanged when the grid is the stored one."""
+    """(1, h0, w0, C) -> (1, h, w, C), bicubic without aligned corners; unchanged when the grid is
+    the stored one.
+    """
     if tuple(pos_embed.shape[1:3]) == tuple(grid):
         return pos_embed
     resized = F.interpolate(pos_embed.permute(0, 3, 1, 2).float(), size=tuple(grid), mode="bicubic")
@@ -208,7 +238,7 @@ def build_image_encoder(size: str | dict, **overrides) -> ImageEncoderViT:
     return ImageEncoderViT(**{**size, **overrides})
 
 
-# ------------------------------------------------------------------------------------------------------------- loading
+# ------------------------------------------------------------------------------------------ loading
 
 
 @dataclass
@@ -216,7 +246,9 @@ class LoadReport:
     """What became of every tensor of a checkpoint. As text, one line."""
 
     loaded: list[str] = field(default_factory=list)
-    resized: list[str] = field(default_factory=list)  # "name: old shape -> new shape", counted in `loaded` too
+    resized: list[str] = field(
+        default_factory=list
+    )  # "name: old shape -> new shape", counted in `loaded` too
     zeroed: list[str] = field(default_factory=list)  # relative positions set to zero on request
     ignored: list[str] = field(default_factory=list)
 
@@ -228,7 +260,9 @@ class LoadReport:
 
 
 def check_total(expected: dict[str, Tensor], given: dict[str, Tensor], what: str) -> None:
-    """Raises WeightsError with every difference unless both hold the same names with the same shapes."""
+    """Raises WeightsError with every difference unless both hold the same names with the same
+    shapes.
+    """
     missing = [n for n in expected if n not in given]
     unexpected = [n for n in given if n not in expected]
     misshapen = [
@@ -238,41 +272,63 @@ def check_total(expected: dict[str, Tensor], given: dict[str, Tensor], what: str
     ]
     if missing or unexpected or misshapen:
         lists = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
-        listing = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in lists if names)
+        listing = "; ".join(
+            f"{len(names)} {kind}: {', '.join(names)}" for kind, names in lists if names
+        )
         raise WeightsError(f"{what} does not fit: {listing}")
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .pth, .pt, .bin or .safetensors file, and nothing but tensors. Raises WeightsError."""
+    """The tensors of a .pth, .pt, .bin or .safetensors file, and nothing but tensors. Raises
+    WeightsError.
+    """
     path = Path(path)
     if not path.is_file():
-        raise WeightsError(f"{path}: no such file; give the path of a checkpoint, or --weights none")
+        raise WeightsError(
+            f"{path}: no such file; give the path of a checkpoint, or --weights none"
+        )
     if path.suffix == ".safetensors":
         try:
             from safetensors import SafetensorError
             from safetensors.torch import load_file
         except ImportError as error:
-            raise WeightsError(f"{path}: reading it needs the package safetensors (pip install safetensors)") from error
+            raise WeightsError(
+                f"{path}: reading it needs the package safetensors (pip install safetensors)"
+            ) from error
         try:
             return load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
-            raise WeightsError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
+            raise WeightsError(
+                f"{path}: not a readable safetensors file ({first_line(error)})"
+            ) from error
     state = read_tensors(path)
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):  # as training scripts like to save it
+    if isinstance(state, dict) and isinstance(
+        state.get("model"), dict
+    ):  # as training scripts like to save it
         state = state["model"]
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    ):
         raise WeightsError(f"{path}: not a state dict (a dict from names to tensors)")
     return state
 
 
 def read_tensors(path: Path) -> object:
-    """What torch.save wrote, provided it is tensors and built-ins. Raises WeightsError for anything else."""
+    """What torch.save wrote, provided it is tensors and built-ins. Raises WeightsError for anything
+    else.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise WeightsError(f"{path}: refused, it is damaged or holds more than tensors ({first_line(error)})") from error
-    except Exception as error:  # zipfile, struct, pickle and torch raise a dozen kinds for a damaged file
-        raise WeightsError(f"{path}: truncated or not a torch checkpoint ({first_line(error)})") from error
+        raise WeightsError(
+            f"{path}: refused, it is damaged or holds more than tensors ({first_line(error)})"
+        ) from error
+    except (
+        Exception
+    ) as error:  # zipfile, struct, pickle and torch raise a dozen kinds for a damaged file
+        raise WeightsError(
+            f"{path}: truncated or not a torch checkpoint ({first_line(error)})"
+        ) from error
 
 
 def first_line(error: BaseException) -> str:
@@ -280,7 +336,14 @@ def first_line(error: BaseException) -> str:
 
 
 # What stands beside the image encoder in a whole SAM: expected in the file, not needed here.
-OTHER_PARTS = ("prompt_encoder.", "mask_decoder.", "shared_image_embedding.", "pixel_mean", "pixel_std")
+OTHER_PARTS = (
+    "prompt_encoder.",
+    "mask_decoder.",
+    "shared_image_embedding.",
+    "pixel_mean",
+    "pixel_std",
+)
+
 
 # Hugging Face's spelling of the same names, as (theirs, Meta's), applied in this order.
 HUGGING_FACE_NAMES = (
@@ -296,7 +359,9 @@ HUGGING_FACE_NAMES = (
 
 
 def sam_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Any of the known spellings -> (tensors by Meta's names without a prefix, names that belong to other parts)."""
+    """Any of the known spellings -> (tensors by Meta's names without a prefix, names that belong to
+    other parts).
+    """
     encoder, ignored = {}, []
     for name, tensor in state.items():
         short = name.removeprefix("module.")
@@ -313,16 +378,18 @@ def sam_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def load_sam_weights(
-    encoder: ImageEncoderViT, source: str | Path | dict[str, Tensor], relative_positions: str = "sam"
+    encoder: ImageEncoderViT,
+    source: str | Path | dict[str, Tensor],
+    relative_positions: str = "sam",
 ) -> LoadReport:
-    """Copies SAM's image encoder into `encoder`, which may carry a tuner already (its own tensors stay).
+    """Copies SAM's image encoder into `encoder`, which may carry a tuner already (its own tensors
+    stay).
 
-    `source`: a path or a state dict in Meta's or Hugging Face's names; the prompt encoder and the mask decoder of a
-    whole SAM are ignored. `relative_positions`: "sam", or "zero" for what the published MFNet code computes (its
-    loader drops the tables in silence; PAPER.md 3.1). Positions of another grid and tables of another length are
-    resized and reported; anything else missing, unexpected or of another shape raises WeightsError with the lists,
-    and nothing is changed.
-    """
+    `source`: a path or a state dict in Meta's or Hugging Face's names; the prompt encoder and the
+    mask decoder of a whole SAM are ignored. `relative_positions`: "sam", or "zero" for what the
+    published MFNet code computes (its loader drops the tables in silence; PAPER.md 3.1). Positions
+    of another grid and tables of another length are resized and reported; anything else missing,
+    unexpected or of another shape raises WeightsError with the lists, and nothing is changed."""
     if relative_positions not in ("sam", "zero"):
         raise ValueError(f"relative_positions is 'sam' or 'zero', not {relative_positions!r}")
     what = str(source) if isinstance(source, (str, Path)) else "the state dict"
@@ -340,7 +407,8 @@ def load_sam_weights(
     check_total(expected, given, what)
     with torch.no_grad():
         for name, target in expected.items():
-            # differs: the published loader leaves these tables at zero without a word; here only when asked to.
+            # differs: the published loader leaves these tables at zero without a word; here only
+            # when asked to.
             if relative_positions == "zero" and ".rel_pos_" in name:
                 target.zero_()
                 report.zeroed.append(name)
@@ -351,7 +419,9 @@ def load_sam_weights(
 
 
 def resize_table(name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
-    """Positions of another grid or relative tables of another length, resized; None when that cannot help."""
+    """Positions of another grid or relative tables of another length, resized; None when that
+    cannot help.
+    """
     if tensor.ndim != len(shape) or tensor.shape[-1] != shape[-1]:
         return None
     if name == "pos_embed":

@@ -7,21 +7,19 @@
     python train.py --resume --out runs/NAME                     go on with an interrupted run
     torchrun --nproc_per_node=4 train.py --data vaihingen ...    the same run on four GPUs
 
-A run's folder holds config.json, log.jsonl (a line per epoch), last.pt (everything to go on), and at the end model.pt
-(what was trained), scores.json, pictures/ and report.html. Every random choice is a function of --seed and the step: the same
-command on the same machine gives the same weights, a resumed run those of one that was never stopped, and N processes
-the weights of one, up to rounding.
+A run's folder holds config.json, log.jsonl (a line per epoch), last.pt (everything to go on), and
+at the end model.pt (what was trained), scores.json, pictures/ and report.html. Every random choice
+is a function of --seed and the step: the same command on the same machine gives the same weights, a
+resumed run those of one that was never stopped, and N processes the weights of one, up to rounding.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -31,66 +29,94 @@ from typing import Iterator
 
 import torch
 
-from checkpoints import (
-    build_model,
-    load_trained_state,
-    newest_run,
-    pick_device,
-    read_content,
-    replace_atomically,
-    save_model,
+from data import Dataset, open_from_settings
+from engine.checkpoints import build_model, load_trained_state, newest_run, read_content, save_model
+from engine.console import Ticker, clock, run_script
+from engine.device import peak_memory, pick_device, store_frozen_weights, version
+from engine.distributed import Team, join_team, leave_team
+from engine.files import replace_atomically
+from engine.scoring import SUMMARY, format_scores, score_run, score_split
+from engine.settings import (
+    AS_PUBLISHED,
+    AS_PUBLISHED_WITH,
+    Settings,
+    held_out_tiles,
+    learning_rate,
+    parse_settings,
+    resumed_settings,
 )
-from console import Ticker, clock, run_script
-from data import MODALITIES, CropDataset, CropOrder, DataError, Dataset, load_tiles, memory_line
-from data import fingerprint, open_from_settings
-from distributed import Team, join_team, leave_team
-from evaluate import SUMMARY, format_scores, score_run, score_split
+from engine.training import Trainer, TrainingStopped
+from geodata.crops import CropDataset, CropOrder
+from geodata.layouts import MODALITIES
+from geodata.rasters import DataError
+from geodata.tiles import fingerprint, load_tiles, memory_line
 from mfnet import MFNet, count_parameters, trained_names
-from predict import store_frozen_weights
-from report import write_report
-from settings import AS_PUBLISHED, AS_PUBLISHED_WITH, Settings, held_out_tiles, learning_rate, parse_settings
-from settings import resumed_settings
-from training import Trainer, TrainingStopped, peak_memory
+from reports.report import write_report
 
-
-# ------------------------------------------------------------------------------------------------------------------- run
+# ---------------------------------------------------------------------------------------------- run
 
 
 class Run:
-    """One run in its folder: trains, saves, chooses, scores. Only the leader of the team prints and writes."""
+    """One run in its folder: trains, saves, chooses, scores. Only the leader of the team prints and
+    writes.
+    """
 
-    def __init__(self, s: Settings, dataset: Dataset, team: Team, device: torch.device, last: dict | None):
+    def __init__(
+        self, s: Settings, dataset: Dataset, team: Team, device: torch.device, last: dict | None
+    ):
         if s.val:
             dataset = dataset.hold_out(held_out_tiles(s.val))
         self.s, self.dataset, self.team = s, dataset, team
         modalities = MODALITIES[s.modalities]
         tiles = dataset.tiles("train", modalities)
-        dataset.tiles("test", modalities)  # a missing test tile is to be found now, not after the training
+        dataset.tiles(
+            "test", modalities
+        )  # a missing test tile is to be found now, not after the training
         self.tiles = load_tiles(tiles, modalities, s.memory_gb)
         self.data = fingerprint(self.tiles)
         self.classes = [[name, list(color)] for name, color in dataset.classes]
-        model, self.base, report = build_model(asdict(s), len(dataset.classes), Ticker("fetching SAM's weights, bytes"))
+        model, self.base, report = build_model(
+            asdict(s), len(dataset.classes), Ticker("fetching SAM's weights, bytes")
+        )
         if last is not None and last["base"]["sha256"] != self.base["sha256"]:
-            theirs, ours = (f"{b['weights']} (sha256 {b['sha256']})" for b in (last["base"], self.base))
-            raise DataError(f"{s.out} was begun on {theirs}, not on {ours}; give the base it was begun on by --weights")
+            theirs, ours = (
+                f"{b['weights']} (sha256 {b['sha256']})" for b in (last["base"], self.base)
+            )
+            raise DataError(
+                f"{s.out} was begun on {theirs}, not on {ours}; give the base it was begun on by --weights"
+            )
         if last is not None and last["data"] != self.data:
-            raise DataError(f"{s.root}: not the training tiles that {s.out} began with; give them back, or begin anew")
+            raise DataError(
+                f"{s.root}: not the training tiles that {s.out} began with; give them back, or begin anew"
+            )
         store_frozen_weights(model, s.precision, device)
         self.trainer = Trainer(model.to(device), s, team, len(dataset.classes))
         if last is not None:
             self.trainer.restore(last, f"last.pt of {s.out}")
-        # Everything that can be wrong with data or weights has been found by now: from here on there is a folder.
+        # Everything that can be wrong with data or weights has been found by now: from here on
+        # there is a folder.
         self.folder = Path(s.out) if last is not None else new_folder(s, team)
         s.out = str(self.folder)
-        self.say(f"MFNet, {version()}, device {device}" + (f", {team.world} processes" if team.world > 1 else ""))
+        self.say(
+            f"MFNet, {version()}, device {device}"
+            + (f", {team.world} processes" if team.world > 1 else "")
+        )
         self.say(", ".join(f"{k} {v}" for k, v in asdict(s).items()))
         self.say(f"training: {memory_line(self.tiles)}, from {s.root}")
         for note in (note for tile in tiles for note in tile.notes):
             self.say(f"note: {note}")
-        self.say(f"weights: {report or 'NONE, the encoder is random; scores will be far below the paper'}")
+        self.say(
+            f"weights: {report or 'NONE, the encoder is random; scores will be far below the paper'}"
+        )
         self.say(describe_model(model))
         self.say(f"{s.epochs} epochs x {s.steps} steps x {s.batch_size} crops of {s.crop}")
-        config = {**asdict(s), "base": self.base, "classes": self.classes, "version": version(), "processes": team.world}
+        config = {
+            **asdict(s),
+            "base": self.base,
+            "classes": self.classes,
+            "version": version(),
+            "processes": team.world,
+        }
         config["parameters"] = count_parameters(model)
         if team.leads:
             write_json(self.folder / "config.json", config)
@@ -106,8 +132,12 @@ class Run:
         first, total = trainer.progress.step, s.epochs * s.steps
         workers = s.workers if s.workers >= 0 else (0 if trainer.device.type == "cpu" else 4)
         loader = torch.utils.data.DataLoader(
-            CropDataset(self.tiles, s.crop, s.seed, MODALITIES[s.modalities], s.crop_range == "full"),
-            batch_sampler=CropOrder(s.epochs, s.steps, s.batch_size, first, s.accumulate, team.rank, team.world),
+            CropDataset(
+                self.tiles, s.crop, s.seed, MODALITIES[s.modalities], s.crop_range == "full"
+            ),
+            batch_sampler=CropOrder(
+                s.epochs, s.steps, s.batch_size, first, s.accumulate, team.rank, team.world
+            ),
             num_workers=workers,
             pin_memory=trainer.device.type == "cuda",
             worker_init_fn=leave_signals_to_the_parent,
@@ -159,10 +189,14 @@ class Run:
         self.save_last()
 
     def choose(self, epoch: int) -> float | None:
-        """Scores the tiles that --select looks at; keeps the epoch as model.pt if it is the best so far."""
+        """Scores the tiles that --select looks at; keeps the epoch as model.pt if it is the best so
+        far.
+        """
         s, progress, model = self.s, self.trainer.progress, self.trainer.model
         split = "val" if s.val and s.select != "test" else "test"
-        scores = score_split(model.eval(), self.dataset, split, asdict(s), s.eval_stride, team=self.team)
+        scores = score_split(
+            model.eval(), self.dataset, split, asdict(s), s.eval_stride, team=self.team
+        )
         if s.select != "last" and (progress.best is None or (scores["miou"] or 0) > progress.best):
             progress.best, progress.best_epoch = scores["miou"] or 0, epoch
             self.save_model()
@@ -178,22 +212,39 @@ class Run:
     def save_model(self) -> None:
         if self.team.leads:
             with self.writing():
-                save_model(self.folder / "model.pt", self.trainer.model, asdict(self.s), self.base, self.classes)
+                save_model(
+                    self.folder / "model.pt",
+                    self.trainer.model,
+                    asdict(self.s),
+                    self.base,
+                    self.classes,
+                )
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """A full disk or a folder that is gone ends the run with a line; files that were written before stay whole."""
+        """A full disk or a folder that is gone ends the run with a line; files that were written
+        before stay whole.
+        """
         try:
             yield
-        except (OSError, RuntimeError) as error:  # torch tells of a full disk by RuntimeError, in riddles
-            free = f", {shutil.disk_usage(self.folder).free / 1e6:,.0f} MB are free" if self.folder.exists() else ""
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # torch tells of a full disk by RuntimeError, in riddles
+            free = (
+                f", {shutil.disk_usage(self.folder).free / 1e6:,.0f} MB are free"
+                if self.folder.exists()
+                else ""
+            )
             raise TrainingStopped(
                 f"{self.folder} cannot be written ({str(error).splitlines()[0]}{free}); what was saved before is intact: "
                 f"make room, then python train.py --resume --out {self.folder}"
             ) from error
 
     def finish(self) -> dict:
-        """Writes model.pt, scores.json and pictures/ of the epoch that was chosen; returns the scores."""
+        """Writes model.pt, scores.json and pictures/ of the epoch that was chosen; returns the
+        scores.
+        """
         s, progress, model = self.s, self.trainer.progress, self.trainer.model
         chosen = "the last epoch is scored"
         if s.select == "last":
@@ -202,9 +253,15 @@ class Run:
             self.team.wait()
             best = read_content(self.folder / "model.pt", ("state",))
             load_trained_state(model, best["state"], str(self.folder / "model.pt"))
-            where = "TEST tiles, as published: an optimistic choice" if s.select == "test" else "held-out tiles"
+            where = (
+                "TEST tiles, as published: an optimistic choice"
+                if s.select == "test"
+                else "held-out tiles"
+            )
             chosen = f"epoch {progress.best_epoch} is scored, the best on the {where}"
-        scores = score_run(self.folder, model.eval(), self.dataset, "test", asdict(s), s.eval_stride, self.team)
+        scores = score_run(
+            self.folder, model.eval(), self.dataset, "test", asdict(s), s.eval_stride, self.team
+        )
         self.say(format_scores(scores))
         self.say(f"({chosen})")
         if self.team.leads:
@@ -215,7 +272,9 @@ class Run:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are noted in a list, for the loop to look at after each step; a second one ends the program."""
+    """SIGINT and SIGTERM are noted in a list, for the loop to look at after each step; a second one
+    ends the program.
+    """
     noted: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -248,15 +307,21 @@ def open_tensorboard(folder: Path):
 
 
 def append_log(folder: Path, entry: dict) -> None:
-    """Adds a line to log.jsonl, in place of what a run that was stopped had logged from this step on."""
+    """Adds a line to log.jsonl, in place of what a run that was stopped had logged from this step
+    on.
+    """
     path = folder / "log.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if json.loads(line)["step"] < entry["step"]]
-    replace_atomically(path, lambda p: p.write_text("\n".join([*kept, json.dumps(entry)]) + "\n", encoding="utf-8"))
+    replace_atomically(
+        path, lambda p: p.write_text("\n".join([*kept, json.dumps(entry)]) + "\n", encoding="utf-8")
+    )
 
 
 def describe_model(model: MFNet) -> str:
-    """The numbers of parameters by group; raises AssertionError unless exactly what the tuner lists is trained."""
+    """The numbers of parameters by group; raises AssertionError unless exactly what the tuner lists
+    is trained.
+    """
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert trained == trained_names(model), "what requires a gradient is not what the tuner trains"
     counts = count_parameters(model)
@@ -264,28 +329,22 @@ def describe_model(model: MFNet) -> str:
     return "parameters: " + ", ".join(f"{group} {n:,}" for group, n in counts.items())
 
 
-def version() -> str:
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        commit = ""
-    return f"commit {commit or 'unknown'}, torch {torch.__version__}, python {platform.python_version()}"
-
-
-# ---------------------------------------------------------------------------------------------------------------- script
+# ------------------------------------------------------------------------------------------- script
 
 
 def new_folder(s: Settings, team: Team) -> Path:
-    """The folder of a new run, made by the leader. Raises DataError if it holds a run already or cannot be made."""
+    """The folder of a new run, made by the leader. Raises DataError if it holds a run already or
+    cannot be made.
+    """
     name = f"{time.strftime('%Y%m%d-%H%M%S')}_{s.data}_{s.tuner}"
     folder, serial = Path(s.out or Path("runs") / name), 2
     while not s.out and folder.exists():
         folder, serial = Path("runs") / f"{name}-{serial}", serial + 1
     folder = Path(team.share(str(folder)))
     if (folder / "config.json").exists():
-        raise DataError(f"{folder} holds a run already; go on with it by --resume, or give another --out")
+        raise DataError(
+            f"{folder} holds a run already; go on with it by --resume, or give another --out"
+        )
     team.wait()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -295,7 +354,9 @@ def new_folder(s: Settings, team: Team) -> Path:
 
 
 def write_json(path: Path, content: dict) -> None:
-    replace_atomically(path, lambda p: p.write_text(json.dumps(content, indent=1), encoding="utf-8"))
+    replace_atomically(
+        path, lambda p: p.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    )
 
 
 def run(s: Settings, given: dict, resume: bool, team: Team, device: torch.device) -> dict:
@@ -303,10 +364,14 @@ def run(s: Settings, given: dict, resume: bool, team: Team, device: torch.device
     last = None
     if resume:
         folder = Path(s.out) if s.out else newest_run(holding="last.pt")
-        last = read_content(folder / "last.pt", ("settings", "base", "data", "state", "optimizer", "progress"))
+        last = read_content(
+            folder / "last.pt", ("settings", "base", "data", "state", "optimizer", "progress")
+        )
         s = resumed_settings(last["settings"], given, folder)
     if s.batch_size % (team.world * s.accumulate):
-        raise DataError(f"--batch-size {s.batch_size} is no multiple of {team.world} processes x {s.accumulate} parts")
+        raise DataError(
+            f"--batch-size {s.batch_size} is no multiple of {team.world} processes x {s.accumulate} parts"
+        )
     if team.leads:
         if s.data == "synthetic" and not Path(s.root).exists():
             print(f"making a synthetic city in {s.root}", flush=True)
@@ -323,7 +388,8 @@ def run(s: Settings, given: dict, resume: bool, team: Team, device: torch.device
 
 
 def run_seeds(s: Settings, given: dict, seeds: list[int], team: Team, device: torch.device) -> None:
-    """One run after the other, in folders of their own below --out; a finished one is kept, an interrupted one resumed.
+    """One run after the other, in folders of their own below --out; a finished one is kept, an
+    interrupted one resumed.
 
     Writes seeds.json: the scores of each seed, their mean and standard deviation.
     """
@@ -336,13 +402,23 @@ def run_seeds(s: Settings, given: dict, seeds: list[int], team: Team, device: to
             scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
         else:
             own = {k: v for k, v in given.items() if k not in ("seed", "out")}
-            scores = run(replace(s, seed=seed, out=str(folder)), own, (folder / "last.pt").exists(), team, device)
+            scores = run(
+                replace(s, seed=seed, out=str(folder)),
+                own,
+                (folder / "last.pt").exists(),
+                team,
+                device,
+            )
         rows[seed] = {key: scores[key] for _, key in SUMMARY}
-    values = {key: [row[key] for row in rows.values() if row[key] is not None] for _, key in SUMMARY}
+    values = {
+        key: [row[key] for row in rows.values() if row[key] is not None] for _, key in SUMMARY
+    }
     mean = {key: statistics.fmean(v) if v else None for key, v in values.items()}
     deviation = {key: statistics.stdev(v) if len(v) > 1 else None for key, v in values.items()}
     if team.leads:
-        write_json(Path(s.out) / "seeds.json", {"seeds": rows, "mean": mean, "deviation": deviation})
+        write_json(
+            Path(s.out) / "seeds.json", {"seeds": rows, "mean": mean, "deviation": deviation}
+        )
         for label, key in SUMMARY:
             spread = "" if deviation[key] is None else f" +- {100 * deviation[key]:.2f}"
             print(f"{label} {100 * (mean[key] or 0):.2f}{spread} over {len(rows)} seeds")
@@ -369,7 +445,9 @@ def main() -> None:
         print(f"stopped: {stopped}", file=sys.stderr)
         sys.exit(stopped.status)
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(
+            error
+        ):
             raise
         print(f"stopped: {out_of_memory(s, device)}", file=sys.stderr)
         sys.exit(1)
@@ -382,7 +460,10 @@ def out_of_memory(s: Settings, device: torch.device) -> str:
     ways += [] if s.checkpointing else ["--checkpointing"]
     ways += [] if s.precision == "bf16" else ["--precision bf16"]
     used = peak_memory(device)
-    return f"out of memory after {used:,.0f} MB with --batch-size {s.batch_size}; try " + " or ".join(ways)
+    return (
+        f"out of memory after {used:,.0f} MB with --batch-size {s.batch_size}; try "
+        + " or ".join(ways)
+    )
 
 
 if __name__ == "__main__":

@@ -10,11 +10,15 @@ settings.register_profile("house", deadline=None, max_examples=20)
 settings.load_profile("house")
 
 # A windowed and a global block; a grid of 4 is no multiple of the window of 3.
-TINY = dict(embed_dim=32, depth=2, num_heads=2, global_attn_indexes=(1,), window_size=3, img_size=64)
+TINY = dict(
+    embed_dim=32, depth=2, num_heads=2, global_attn_indexes=(1,), window_size=3, img_size=64
+)
 
 
 def randomise(module, seed=0):
-    """Moves every parameter away from its start, so that no table, bias or LoRA is left at zero. In place."""
+    """Moves every parameter away from its start, so that no table, bias or LoRA is left at zero. In
+    place.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():

@@ -1,4 +1,6 @@
-"""The published order as an oracle of the whole network; what the benchmark counts, compares and keeps."""
+"""The published order as an oracle of the whole network; what the benchmark counts, compares and
+keeps.
+"""
 
 import csv
 
@@ -13,22 +15,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
 from benchmark import Case, Result
-from cost import encoder_products, operations
+from engine.cost import encoder_products, operations
+from engine.inference import predict_tile
+from engine.training import segmentation_loss
 from mfnet import build_mfnet
-from predict import predict_tile
 from published_order import published_encode, published_forward, published_predict
 from sam_vit import SIZES, build_image_encoder
-from training import segmentation_loss
 from tuners import apply_tuner
 
-SMALL = dict(embed_dim=32, depth=2, num_heads=2, global_attn_indexes=(1,), window_size=3, img_size=64)
+SMALL = dict(
+    embed_dim=32, depth=2, num_heads=2, global_attn_indexes=(1,), window_size=3, img_size=64
+)
 
 
 def network(tuner, encoder=SMALL, **options):
     return randomise(build_mfnet(encoder, tuner, num_classes=3, **options), seed=1)
 
 
-# -------------------------------------------------------------------------------------------------- the published order
+# ------------------------------------------------------------------------------ the published order
 
 
 @settings(max_examples=15)
@@ -42,7 +46,10 @@ def network(tuner, encoder=SMALL, **options):
 def test_any_size_in_the_published_order_gives_the_same_logits(tuner, H, W, window, mixing):
     options = {} if tuner == "frozen" else {"mixing": mixing}
     model = network(tuner, SMALL | {"window_size": window}, **options).double().eval()
-    image, dsm = torch.rand(2, 3, H, W, dtype=torch.float64), torch.rand(2, H, W, dtype=torch.float64)
+    image, dsm = (
+        torch.rand(2, 3, H, W, dtype=torch.float64),
+        torch.rand(2, H, W, dtype=torch.float64),
+    )
     with torch.no_grad():
         assert_close(model(image, dsm), published_forward(model, image, dsm))
 
@@ -50,20 +57,27 @@ def test_any_size_in_the_published_order_gives_the_same_logits(tuner, H, W, wind
 @pytest.mark.parametrize("tuner", ["adapter", "lora", "full"])
 def test_a_training_step_in_the_published_order_has_the_same_gradients(tuner):
     model = network(tuner).double().train()
-    image, dsm = torch.rand(2, 3, 96, 128, dtype=torch.float64), torch.rand(2, 96, 128, dtype=torch.float64)
+    image, dsm = (
+        torch.rand(2, 3, 96, 128, dtype=torch.float64),
+        torch.rand(2, 96, 128, dtype=torch.float64),
+    )
     labels, found = torch.randint(3, dsm.shape), []
     for forward in (model, lambda *rasters: published_forward(model, *rasters)):
         torch.manual_seed(0)
         model.zero_grad()
         segmentation_loss(forward(image, dsm), labels).backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-    assert found[0].keys() == found[1].keys() and all(g is not None and g.any() for g in found[1].values())
+    assert found[0].keys() == found[1].keys() and all(
+        g is not None and g.any() for g in found[1].values()
+    )
     for name, gradient in found[0].items():
         assert_close(gradient, found[1][name], rtol=1e-5, atol=1e-9, msg=name)
 
 
 def test_the_modalities_of_three_streams_are_mixed_alike():
-    encoder = randomise(apply_tuner(build_image_encoder(SMALL), "adapter", 3), seed=1).double().eval()
+    encoder = (
+        randomise(apply_tuner(build_image_encoder(SMALL), "adapter", 3), seed=1).double().eval()
+    )
     model = network("adapter", modalities=3).double().eval()
     model.image_encoder = encoder
     rasters = [torch.rand(1, 3, 64, 96, dtype=torch.float64) for _ in range(3)]
@@ -74,7 +88,10 @@ def test_the_modalities_of_three_streams_are_mixed_alike():
 @pytest.mark.parametrize("H, W, stride", [(80, 100, 16), (64, 130, 32)])
 def test_a_tile_in_the_published_loop_gives_the_same_map_by_more_windows(H, W, stride):
     model, rng, windows = network("adapter").eval(), np.random.default_rng(0), []
-    image, dsm = rng.integers(0, 256, (H, W, 3), dtype=np.uint8), rng.random((H, W), dtype=np.float32)
+    image, dsm = (
+        rng.integers(0, 256, (H, W, 3), dtype=np.uint8),
+        rng.random((H, W), dtype=np.float32),
+    )
     with model.decoder.register_forward_hook(lambda _, __, logits: windows.append(len(logits))):
         expected = published_predict(model, image, dsm, 64, stride, 4, (0.0, 1.0))
         published = sum(windows)
@@ -83,7 +100,7 @@ def test_a_tile_in_the_published_loop_gives_the_same_map_by_more_windows(H, W, s
     assert published == -(-H // stride) * -(-W // stride) > sum(windows) - published
 
 
-# -------------------------------------------------------------------------------------------------------------- the cost
+# ----------------------------------------------------------------------------------------- the cost
 
 
 @pytest.mark.parametrize("tuner", ["frozen", "adapter", "lora"])
@@ -94,12 +111,15 @@ def test_the_counted_products_are_those_that_run(tuner, crop):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.encode(*rasters)
     counted = operations(encoder_products(model, 2, crop))
-    # What runs has the codes of rows and columns behind the keys, and products with all rows of a window beside that.
+    # What runs has the codes of rows and columns behind the keys, and products with all rows of a
+    # window beside that.
     assert 0.8 * counter.get_total_flops() < counted <= counter.get_total_flops()
 
 
 @pytest.mark.parametrize("crop, times", [(224, 1.0), (448, 4.0), (672, 9.0)])
-def test_crops_of_whole_windows_need_products_in_proportion_to_their_pixels_but_for_the_global_blocks(crop, times):
+def test_crops_of_whole_windows_need_products_in_proportion_to_their_pixels_but_for_the_global_blocks(
+    crop, times
+):
     with torch.device("meta"):
         model = build_mfnet(SIZES["vit_b"] | {"global_attn_indexes": ()}, "adapter")
     one, many = (operations(encoder_products(model, 1, size)) for size in (224, crop))
@@ -109,18 +129,38 @@ def test_crops_of_whole_windows_need_products_in_proportion_to_their_pixels_but_
 @given(st.integers(1, 3), st.integers(1, 4))
 def test_products_grow_with_the_batch(batch, crops):
     model = network("adapter")
-    assert operations(encoder_products(model, batch, 32 * crops)) == batch * operations(encoder_products(model, 1, 32 * crops))
+    assert operations(encoder_products(model, batch, 32 * crops)) == batch * operations(
+        encoder_products(model, 1, 32 * crops)
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ the figures
+# -------------------------------------------------------------------------------------- the figures
 
 
 def case(**own):
-    return Case(**(dict(task="network", encoder="vit_t", tuner="adapter", crop=64, batch=1, precision="fp32", order="ours") | own))
+    return Case(
+        **(
+            dict(
+                task="network",
+                encoder="vit_t",
+                tuner="adapter",
+                crop=64,
+                batch=1,
+                precision="fp32",
+                order="ours",
+            )
+            | own
+        )
+    )
 
 
 def test_ratios_are_to_the_published_order_in_fp32_and_in_the_same_precision():
-    seconds = {("fp32", "published"): 8.0, ("fp32", "ours"): 4.0, ("bf16", "published"): 2.0, ("bf16", "ours"): 1.0}
+    seconds = {
+        ("fp32", "published"): 8.0,
+        ("fp32", "ours"): 4.0,
+        ("bf16", "published"): 2.0,
+        ("bf16", "ours"): 1.0,
+    }
     results = {case(precision=p, order=o): Result(seconds=s) for (p, o), s in seconds.items()}
     results[case(order="checkpointed")] = Result(note="failed")
     benchmark.compare(results)
@@ -129,16 +169,37 @@ def test_ratios_are_to_the_published_order_in_fp32_and_in_the_same_precision():
 
 
 def test_a_difference_is_relative_to_the_largest_value_and_of_maps_the_share_of_pixels():
-    assert benchmark.difference(torch.tensor([1.0, -4.0, 2.5]), torch.tensor([1.0, -4.0, 2.0])) == 0.125
-    assert benchmark.difference(torch.tensor([[0, 1], [2, 2]]), torch.tensor([[0, 1], [2, 1]])) == 0.25
+    assert (
+        benchmark.difference(torch.tensor([1.0, -4.0, 2.5]), torch.tensor([1.0, -4.0, 2.0]))
+        == 0.125
+    )
+    assert (
+        benchmark.difference(torch.tensor([[0, 1], [2, 2]]), torch.tensor([[0, 1], [2, 1]])) == 0.25
+    )
 
 
 def test_rows_are_kept_in_place_of_those_of_the_same_case_and_failures_stay_in(tmp_path):
     path = tmp_path / "deep" / "rows.csv"
-    benchmark.keep({case(): Result(seconds=2.0, fastest=1, slowest=3), case(order="checkpointed"): Result(note="no compiler")}, path)
-    benchmark.keep({case(): Result(seconds=1.0, fastest=1, slowest=1), case(batch=2): Result(seconds=5.0, fastest=5, slowest=5)}, path)
+    benchmark.keep(
+        {
+            case(): Result(seconds=2.0, fastest=1, slowest=3),
+            case(order="checkpointed"): Result(note="no compiler"),
+        },
+        path,
+    )
+    benchmark.keep(
+        {
+            case(): Result(seconds=1.0, fastest=1, slowest=1),
+            case(batch=2): Result(seconds=5.0, fastest=5, slowest=5),
+        },
+        path,
+    )
     rows = list(csv.DictReader(path.open(newline="")))
-    assert [(row["order"], row["batch"], row["seconds"]) for row in rows] == [("ours", "1", "1"), ("checkpointed", "1", ""), ("ours", "2", "5")]
+    assert [(row["order"], row["batch"], row["seconds"]) for row in rows] == [
+        ("ours", "1", "1"),
+        ("checkpointed", "1", ""),
+        ("ours", "2", "5"),
+    ]
     text = path.with_suffix(".md").read_text()
     assert "no compiler" in text and "batch 2" in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
@@ -155,10 +216,16 @@ def test_a_case_that_fails_keeps_its_reason_and_the_others_their_figures(monkeyp
         return out_of_memory if case.precision == "bf16" else plain(case, model)
 
     monkeypatch.setattr(benchmark, "prepare", fail)
-    cases = [case(order=order, precision=p) for p in ("fp32", "bf16") for order in ("published", "ours")]
+    cases = [
+        case(order=order, precision=p) for p in ("fp32", "bf16") for order in ("published", "ours")
+    ]
     results = benchmark.measure(cases, 1, torch.device("cpu"))
     assert [r.note for r in results.values()] == ["", "", "no room", "no room"]
-    assert results[cases[1]].seconds > 0 and results[cases[1]].error < 1e-4 and 0 < results[cases[1]].of_ceiling < 2
+    assert (
+        results[cases[1]].seconds > 0
+        and results[cases[1]].error < 1e-4
+        and 0 < results[cases[1]].of_ceiling < 2
+    )
 
 
 @pytest.mark.parametrize("task", ["encoder", "network", "step"])
@@ -168,4 +235,6 @@ def test_both_orders_compute_the_same_in_the_benchmark_itself(task, tuner):
     models = benchmark.networks([one, other], torch.device("cpu"))
     first, second = (benchmark.prepare(c, models[c])() for c in (one, other))
     assert benchmark.difference(second, first) < (1e-3 if task == "step" else 1e-5)
-    assert torch.equal(benchmark.prepare(other, models[other])(), second)  # a step leaves the weights as they are
+    assert torch.equal(
+        benchmark.prepare(other, models[other])(), second
+    )  # a step leaves the weights as they are

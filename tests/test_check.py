@@ -11,8 +11,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-import synthetic
-from layouts import VAIHINGEN_TEST_PIXELS
+from geodata import synthetic
+from geodata.layouts import VAIHINGEN_TEST_PIXELS
 
 HOME = Path(__file__).parents[1]
 SHARED = HOME.parent / "shared" / "data"
@@ -53,14 +53,27 @@ def write_tiles(root, splits=("train", "test"), **changes):
         } | changes
         for kind, array in rasters.items():
             (root / split / kind).mkdir(parents=True, exist_ok=True)
-            tifffile.imwrite(root / split / kind / "a.tif", array, photometric="rgb" if array.ndim == 3 else "minisblack")
+            tifffile.imwrite(
+                root / split / kind / "a.tif",
+                array,
+                photometric="rgb" if array.ndim == 3 else "minisblack",
+            )
     return root
 
 
 def test_a_sound_folder_can_be_trained_on(check, tmp_path):
     status, out, err = check("--data", "tiles", "--root", write_tiles(tmp_path))
-    assert status == 0 and not err and out.rstrip().endswith("training can run") and "SUSPICIOUS" not in out
-    assert "train: 1 of 1 tiles are complete" in out and "20 x 20, image uint8" in out and "house" in out
+    assert (
+        status == 0
+        and not err
+        and out.rstrip().endswith("training can run")
+        and "SUSPICIOUS" not in out
+    )
+    assert (
+        "train: 1 of 1 tiles are complete" in out
+        and "20 x 20, image uint8" in out
+        and "house" in out
+    )
 
 
 def holes():
@@ -112,12 +125,22 @@ def test_a_tile_that_cannot_be_used_is_named_and_the_status_is_2(check, tmp_path
 
 def test_missing_files_are_listed_and_the_rest_is_looked_at(check, city, tmp_path):
     tmp_path = Path(shutil.copytree(city, tmp_path / "copy"))
-    gone = [tmp_path / "top/top_mosaic_09cm_area5.tif", tmp_path / "dsm/dsm_09cm_matching_area15.tif"]
+    gone = [
+        tmp_path / "top/top_mosaic_09cm_area5.tif",
+        tmp_path / "dsm/dsm_09cm_matching_area15.tif",
+    ]
     for path in gone:
         path.unlink()
     status, out, err = check("--data", "vaihingen", "--root", tmp_path)
-    assert status == 2 and "training cannot run" in err and all(f"missing {path}" in out for path in gone)
-    assert "train: 12 of 12 tiles are complete" in out and "test: 2 of 4 tiles are complete, 2 files missing" in out
+    assert (
+        status == 2
+        and "training cannot run" in err
+        and all(f"missing {path}" in out for path in gone)
+    )
+    assert (
+        "train: 12 of 12 tiles are complete" in out
+        and "test: 2 of 4 tiles are complete, 2 files missing" in out
+    )
 
 
 def test_the_paper_s_pixel_counts_stand_beside_those_of_vaihingen_s_test_tiles(check, city):
@@ -159,12 +182,16 @@ def test_tiles_without_heights_are_looked_at_as_images(check, tmp_path):
 
 
 def test_bands_that_no_network_takes_are_refused_before_anything_is_looked_at(check, tmp_path):
-    status, out, err = check("--data", "potsdam", "--root", tmp_path / "nowhere", "--bands", "rgbir")
+    status, out, err = check(
+        "--data", "potsdam", "--root", tmp_path / "nowhere", "--bands", "rgbir"
+    )
     assert status == 2 and not out and len(err.splitlines()) == 1 and "--bands rgbir" in err
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs shared/data")
-@pytest.mark.parametrize("name, folder", [("tiles", "ign_tile"), ("hunan", "sentinel_hunan_layout")])
+@pytest.mark.parametrize(
+    "name, folder", [("tiles", "ign_tile"), ("hunan", "sentinel_hunan_layout")]
+)
 def test_the_real_folders_are_sound(check, name, folder):
     status, out, _ = check("--data", name, "--root", SHARED / folder)
     assert status == 0 and "SUSPICIOUS" not in out and "UNUSABLE" not in out

@@ -1,4 +1,6 @@
-"""Files of weights: fetched whole or not at all, saved small, loaded on the base they were trained on and no other."""
+"""Files of weights: fetched whole or not at all, saved small, loaded on the base they were trained
+on and no other.
+"""
 
 import hashlib
 import http.server
@@ -13,8 +15,9 @@ import pytest
 import torch
 from conftest import TINY, randomise, same_state, small_encoder, snapshot
 
-import checkpoints
-from checkpoints import base_digest, build_model, export_whole, fetch, find_weights, load_model, save_model
+from engine import checkpoints, pretrained
+from engine.checkpoints import base_digest, build_model, export_whole, load_model, save_model
+from engine.pretrained import fetch, find_weights
 from mfnet import build_mfnet, count_parameters
 from sam_vit import WeightsError, build_image_encoder, load_sam_weights
 from tuners import TUNERS, apply_tuner
@@ -24,7 +27,7 @@ MD5 = hashlib.md5(CONTENT).hexdigest()
 CLASSES = [["roof", [255, 0, 0]], ["tree", [0, 255, 0]], ["road", [0, 0, 255]]]
 
 
-# ------------------------------------------------------------------------------------------------------------ downloads
+# ---------------------------------------------------------------------------------------- downloads
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -36,15 +39,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server.everyone.wait(timeout=10)
         if not server.speaks_http:
             return self.wfile.write(b"welcome to the hotel's network\r\n")
-        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and server.ranges else 0
+        start = (
+            int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and server.ranges else 0
+        )
         if not self.path.endswith("/sam.pth") or start >= len(server.content):
             return self.send_error(416 if start else 404)
         body = server.content[start:]
         self.send_response(206 if start else 200)
         if server.announced:
-            self.send_header("Content-Length", str(len(body) + server.announced - len(server.content)))
+            self.send_header(
+                "Content-Length", str(len(body) + server.announced - len(server.content))
+            )
         if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(server.content) - 1}/{len(server.content)}")
+            self.send_header(
+                "Content-Range", f"bytes {start}-{len(server.content) - 1}/{len(server.content)}"
+            )
         self.end_headers()
         self.wfile.write(body[: server.sent])
 
@@ -56,7 +65,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.content, server.announced, server.sent, server.ranges = CONTENT, len(CONTENT), None, True
+        server.content, server.announced, server.sent, server.ranges = (
+            CONTENT,
+            len(CONTENT),
+            None,
+            True,
+        )
         server.asked, server.everyone, server.speaks_http = [], threading.Barrier(1), True
         server.url = f"http://127.0.0.1:{server.server_port}/sam.pth"
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -67,6 +81,9 @@ def server(monkeypatch):
 @pytest.fixture
 def target(tmp_path):
     return tmp_path / "hub" / "sam.pth"
+
+
+ROOT = Path(checkpoints.__file__).resolve().parent.parent
 
 
 def part_of(target):
@@ -88,7 +105,9 @@ def leave_part(target, content):
 
 
 def arrived(target):
-    return target.read_bytes() == CONTENT and [p.name for p in target.parent.iterdir()] == [target.name]
+    return target.read_bytes() == CONTENT and [p.name for p in target.parent.iterdir()] == [
+        target.name
+    ]
 
 
 def test_a_download_arrives_whole_and_tells_how_far_it_is(server, target):
@@ -104,7 +123,9 @@ def test_a_download_of_unknown_length_arrives(server, target):
     assert arrived(target)
 
 
-@pytest.mark.parametrize("ranges", [True, False], ids=["resumed", "begun again where the server knows no ranges"])
+@pytest.mark.parametrize(
+    "ranges", [True, False], ids=["resumed", "begun again where the server knows no ranges"]
+)
 def test_an_interrupted_download_goes_on(server, target, ranges):
     server.sent = 3_000_000
     refused(server.url, target, "broke after 3000000 of 5120000 bytes")
@@ -143,7 +164,9 @@ def test_a_download_with_another_md5_is_thrown_away(server, target):
     assert list(target.parent.iterdir()) == []
 
 
-@pytest.mark.parametrize("by, said", [(1000, "broke after 5120000 of 5121000"), (-1000, "thrown away")])
+@pytest.mark.parametrize(
+    "by, said", [(1000, "broke after 5120000 of 5121000"), (-1000, "thrown away")]
+)
 def test_a_download_of_another_length_than_announced_is_refused(server, target, by, said):
     server.announced = len(CONTENT) + by
     refused(server.url, target, said)
@@ -173,7 +196,9 @@ def test_a_folder_that_cannot_be_made_is_named(server, target):
     assert target.parent.read_text() == "a file"
 
 
-@pytest.mark.parametrize("content, fits", [(CONTENT, True), (CONTENT[:-1], False)], ids=["right", "damaged"])
+@pytest.mark.parametrize(
+    "content, fits", [(CONTENT, True), (CONTENT[:-1], False)], ids=["right", "damaged"]
+)
 def test_a_file_that_is_there_is_used_or_refused_and_never_touched(server, target, content, fits):
     target.parent.mkdir()
     target.write_bytes(content)
@@ -184,7 +209,10 @@ def test_a_file_that_is_there_is_used_or_refused_and_never_touched(server, targe
         with pytest.raises(WeightsError, match=f"{target} has md5 .*remove it.*{MD5}"):
             fetch(server.url, target, MD5)
     after = target.stat()
-    assert not server.asked and (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    assert not server.asked and (before.st_ino, before.st_mtime_ns) == (
+        after.st_ino,
+        after.st_mtime_ns,
+    )
 
 
 @pytest.mark.parametrize("have", [0, 1_000_000], ids=["from the beginning", "resumed"])
@@ -211,15 +239,15 @@ def test_two_downloads_at_once_leave_no_damaged_file(server, target, have):
 def test_auto_fetches_the_official_file_into_torch_hubs_folder_once(server, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.setattr(checkpoints, "ADDRESS", server.url.removesuffix("sam.pth"))
-    monkeypatch.setitem(checkpoints.OFFICIAL, "vit_b", ("sam.pth", MD5))
+    monkeypatch.setattr(pretrained, "ADDRESS", server.url.removesuffix("sam.pth"))
+    monkeypatch.setitem(pretrained.OFFICIAL, "vit_b", ("sam.pth", MD5))
     for _ in range(2):
         assert find_weights("auto", "vit_b") == tmp_path / "hub" / "checkpoints" / "sam.pth"
     assert len(server.asked) == 1
 
 
 def test_official_files_carry_the_beginning_of_their_md5_in_their_names():
-    for size, (name, md5) in checkpoints.OFFICIAL.items():
+    for size, (name, md5) in pretrained.OFFICIAL.items():
         assert name == f"sam_{size}_{md5[:6]}.pth"
 
 
@@ -231,15 +259,22 @@ def test_weights_that_cannot_be_found_are_named(tmp_path):
         find_weights("auto", "vit_t")
 
 
-# ---------------------------------------------------------------------------------------------------------------- a run
+# -------------------------------------------------------------------------------------------- a run
 
 
 def make_run(folder, tuner="lora", modalities="image+dsm", weights=None, **changes):
-    """A finished run as train.py leaves it, on sam.pth: parameters and batch-norm statistics have moved."""
+    """A finished run as train.py leaves it, on sam.pth: parameters and batch-norm statistics have
+    moved.
+    """
     if weights is None:
         weights = str(folder / "sam.pth")
-        torch.save({"image_encoder." + n: t for n, t in small_encoder(seed=1).state_dict().items()}, weights)
-    settings = dict(encoder=TINY, weights=weights, tuner=tuner, modalities=modalities, fusion="dfm", seed=3)
+        torch.save(
+            {"image_encoder." + n: t for n, t in small_encoder(seed=1).state_dict().items()},
+            weights,
+        )
+    settings = dict(
+        encoder=TINY, weights=weights, tuner=tuner, modalities=modalities, fusion="dfm", seed=3
+    )
     settings = {**settings, "mixing": True, "rank": 2, "relative_positions": "sam", **changes}
     model, base, _ = build_model(settings, len(CLASSES))
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
@@ -249,7 +284,9 @@ def make_run(folder, tuner="lora", modalities="image+dsm", weights=None, **chang
             p.copy_(frozen.get(name, p))
         model.train()(*inputs(model, batch=2))
     save_model(folder / "model.pt", model, settings, base, CLASSES)
-    return SimpleNamespace(path=folder / "model.pt", model=model.eval(), settings=settings, base=base)
+    return SimpleNamespace(
+        path=folder / "model.pt", model=model.eval(), settings=settings, base=base
+    )
 
 
 def inputs(model, batch=1):
@@ -304,7 +341,11 @@ def test_a_run_on_random_weights_finds_them_again_by_its_seed(tmp_path):
 def test_a_model_file_holds_what_was_trained_and_the_statistics_and_no_more(tuner, tmp_path):
     run = make_run(tmp_path, tuner)
     parameters = dict(run.model.named_parameters())
-    wanted = {n: t for n, t in run.model.state_dict().items() if n not in parameters or parameters[n].requires_grad}
+    wanted = {
+        n: t
+        for n, t in run.model.state_dict().items()
+        if n not in parameters or parameters[n].requires_grad
+    }
     state = read(run.path)["state"]
     assert state.keys() == wanted.keys() and all(torch.equal(state[n], wanted[n]) for n in wanted)
     assert any(n.endswith("running_mean") for n in state)
@@ -312,7 +353,13 @@ def test_a_model_file_holds_what_was_trained_and_the_statistics_and_no_more(tune
 
 
 def kinds(value):
-    inside = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else []
+    inside = (
+        [*value, *value.values()]
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, (list, tuple))
+        else []
+    )
     return {type(value)}.union(*(kinds(v) for v in inside))
 
 
@@ -320,7 +367,16 @@ def test_files_hold_tensors_and_built_ins_only(tmp_path):
     run = make_run(tmp_path)
     export_whole(run.path, tmp_path / "whole.pt")
     for name in ("model.pt", "whole.pt"):
-        assert kinds(read(tmp_path / name)) <= {dict, list, tuple, str, int, float, bool, torch.Tensor}
+        assert kinds(read(tmp_path / name)) <= {
+            dict,
+            list,
+            tuple,
+            str,
+            int,
+            float,
+            bool,
+            torch.Tensor,
+        }
 
 
 @pytest.mark.parametrize("tuner, limit", [("lora", 25e6), ("adapter", 215e6)])
@@ -333,7 +389,7 @@ def test_a_run_of_vit_l_is_small(tuner, limit):
     assert 4 * (counts["total"] - counts["encoder"]) < size < limit
 
 
-# ------------------------------------------------------------------------------------------------------------- the base
+# ----------------------------------------------------------------------------------------- the base
 
 
 @pytest.mark.parametrize("how", ["replaced under its name", "given from another place"])
@@ -346,7 +402,14 @@ def test_another_base_is_refused_with_both_hashes(how, tmp_path):
     torch.save(other.state_dict(), place)
     with pytest.raises(WeightsError) as raised:
         load_model(run.path, weights=None if how.startswith("replaced") else str(place))
-    for said in (str(run.path), "sam.pth", place.name, run.base["sha256"], base_digest(other), "--weights"):
+    for said in (
+        str(run.path),
+        "sam.pth",
+        place.name,
+        run.base["sha256"],
+        base_digest(other),
+        "--weights",
+    ):
         assert said in str(raised.value)
 
 
@@ -359,7 +422,9 @@ def test_random_weights_are_another_base_than_sams(tmp_path):
 def test_a_base_that_moved_is_named_and_can_be_given(tmp_path):
     run = make_run(tmp_path)
     (tmp_path / "sam.pth").rename(tmp_path / "moved.pth")
-    with pytest.raises(WeightsError, match=f"{run.path} stands on {tmp_path / 'sam.pth'}.*--weights"):
+    with pytest.raises(
+        WeightsError, match=f"{run.path} stands on {tmp_path / 'sam.pth'}.*--weights"
+    ):
         load_model(run.path)
     assert_loads(run, run.path, weights=str(tmp_path / "moved.pth"))
     with pytest.raises(WeightsError, match="nowhere.pth"):
@@ -384,11 +449,13 @@ def test_the_hash_is_that_of_the_sorted_tensors_so_that_old_runs_stay_valid():
     encoder, digest = small_encoder(), hashlib.sha256()
     for name in sorted(encoder.state_dict()):
         tensor = encoder.state_dict()[name]
-        digest.update(f"{name} {tuple(tensor.shape)};".encode() + tensor.numpy().astype("<f4").tobytes())
+        digest.update(
+            f"{name} {tuple(tensor.shape)};".encode() + tensor.numpy().astype("<f4").tobytes()
+        )
     assert base_digest(encoder) == digest.hexdigest()
 
 
-# ----------------------------------------------------------------------------------------------------------- handing on
+# --------------------------------------------------------------------------------------- handing on
 
 
 @pytest.mark.parametrize("tuner", TUNERS)
@@ -434,23 +501,31 @@ def test_the_command_writes_both_files_and_finds_a_moved_base(tmp_path, capsys):
 
 
 def run_command(*args):
-    script = Path(checkpoints.__file__)
-    return subprocess.run([sys.executable, script, *map(str, args)], capture_output=True, text=True, cwd=script.parent)
+    command = [sys.executable, "-m", "engine.checkpoints", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
 def test_the_command_overwrites_nothing(tmp_path):
     run = make_run(tmp_path)
     (tmp_path / "there.pt").write_text("mine")
-    done = run_command("--run", tmp_path, "--whole", tmp_path / "new.pt", "--sam", tmp_path / "there.pt")
+    done = run_command(
+        "--run", tmp_path, "--whole", tmp_path / "new.pt", "--sam", tmp_path / "there.pt"
+    )
     assert done.returncode == 2 and not done.stdout
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "there.pt" in done.stderr
+    assert (
+        done.stderr.startswith("error: ")
+        and done.stderr.count("\n") == 1
+        and "there.pt" in done.stderr
+    )
     assert (tmp_path / "there.pt").read_text() == "mine" and not (tmp_path / "new.pt").exists()
     with pytest.raises(WeightsError, match="model.pt exists"):
         export_whole(run.path, run.path)
     assert_loads(run, run.path)
 
 
-@pytest.mark.parametrize("args", [[], ["--whole", "a.pt", "--sam", "./a.pt"]], ids=["nothing to write", "one name"])
+@pytest.mark.parametrize(
+    "args", [[], ["--whole", "a.pt", "--sam", "./a.pt"]], ids=["nothing to write", "one name"]
+)
 def test_the_command_wants_a_name_for_each_file(args, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
@@ -464,7 +539,7 @@ def test_a_folder_that_is_not_there_is_named_before_anything_is_read(tmp_path):
         export_whole(tmp_path / "model.pt", tmp_path / "nowhere" / "whole.pt")
 
 
-# --------------------------------------------------------------------------------------------------------------- damage
+# ------------------------------------------------------------------------------------------- damage
 
 
 def fill_the_disk(content, path):
@@ -499,7 +574,10 @@ FOREIGN = [
     lambda content: {k: v for k, v in content.items() if k != "classes"},
     lambda content: {**content, "classes": CLASSES[:2]},
     lambda content: {**content, "settings": {**content["settings"], "tuner": "prompt"}},
-    lambda content: {**content, "settings": {k: v for k, v in content["settings"].items() if k != "rank"}},
+    lambda content: {
+        **content,
+        "settings": {k: v for k, v in content["settings"].items() if k != "rank"},
+    },
     lambda content: {**content, "settings": {**content["settings"], "encoder": "vit_x"}},
     lambda content: {**content, "settings": {**content["settings"], "tuner": "adapter"}},
 ]

@@ -13,24 +13,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from data import (
-    ISPRS_CLASSES,
-    CropDataset,
-    CropOrder,
-    DataError,
-    LoadedTile,
-    Tile,
-    colors_to_labels,
-    draw_crop,
-    fill_missing_heights,
-    height_range,
-    image_input,
-    labels_to_colors,
-    open_dataset,
-    read_raster,
-    scale_heights,
-    sliding_windows,
-)
+from data import open_dataset
+from geodata.crops import CropDataset, CropOrder, draw_crop, sliding_windows
+from geodata.layouts import ISPRS_CLASSES
+from geodata.rasters import DataError, read_raster
+from geodata.scaling import fill_missing_heights, height_range, image_input, scale_heights
+from geodata.tiles import LoadedTile, Tile, colors_to_labels, labels_to_colors
 
 GOLDENS = Path(__file__).parent / "goldens"
 PALETTE = [color for _, color in ISPRS_CLASSES]
@@ -40,7 +28,9 @@ TWO_CLASSES = (("ground", (10, 20, 30)), ("house", (200, 100, 0)))
 byte = st.integers(0, 255)
 palettes = st.lists(st.tuples(byte, byte, byte), min_size=1, max_size=64, unique=True)
 pixels = hnp.arrays(np.uint8, st.tuples(st.integers(1, 6), st.integers(1, 6), st.just(3)))
-one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # examples overwrite their files
+one_folder = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture]
+)  # examples overwrite their files
 
 
 def numbers(*shape, dtype=np.uint8, seed=0):
@@ -58,7 +48,7 @@ def write(path, array, **options):
     return path
 
 
-# -------------------------------------------------------------------------------------------------------------- colours
+# ------------------------------------------------------------------------------------------ colours
 
 
 @given(palettes, st.data())
@@ -68,12 +58,17 @@ def test_labels_survive_the_way_to_colours_and_back(palette, data):
 
 
 @given(palettes.filter(lambda p: len(p) > 1), pixels, st.data())
-def test_a_pixel_gets_the_colour_that_no_channel_leaves_by_more_than_the_tolerance(palette, rgb, data):
+def test_a_pixel_gets_the_colour_that_no_channel_leaves_by_more_than_the_tolerance(
+    palette, rgb, data
+):
     distance = lambda a, b: max(abs(int(x) - int(y)) for x, y in zip(a, b))
     closest = min(distance(a, b) for i, a in enumerate(palette) for b in palette[:i])
     tolerance = data.draw(st.integers(0, (closest - 1) // 2))
     rgb[0, 0] = palette[-1]
-    expected = [[[k for k, c in enumerate(palette) if distance(p, c) <= tolerance] or [99] for p in row] for row in rgb]
+    expected = [
+        [[k for k, c in enumerate(palette) if distance(p, c) <= tolerance] or [99] for p in row]
+        for row in rgb
+    ]
     found = colors_to_labels(rgb, palette, tolerance, unknown=99)
     assert np.array_equal(found, np.array(expected)[..., 0])
 
@@ -93,19 +88,26 @@ def test_the_cars_of_potsdam_6_7_are_cars_unless_colours_are_to_be_exact():
     assert colors_to_labels(rgb, PALETTE, tolerance=0, unknown=0).tolist() == [[0, 4]]
 
 
-@pytest.mark.parametrize("palette, tolerance", [([(0, 0, 0), (7, 9, 0)], 5), (PALETTE, 128), ([(1, 2, 3)] * 2, None)])
+@pytest.mark.parametrize(
+    "palette, tolerance", [([(0, 0, 0), (7, 9, 0)], 5), (PALETTE, 128), ([(1, 2, 3)] * 2, None)]
+)
 def test_an_ambiguous_palette_is_refused(palette, tolerance):
     with pytest.raises(ValueError, match="ambiguous"):
         colors_to_labels(np.zeros((2, 2, 3), np.uint8), palette, tolerance)
 
 
-# -------------------------------------------------------------------------------------------------------------- heights
+# ------------------------------------------------------------------------------------------ heights
 
-holes = st.sampled_from([np.nan, np.inf, -np.inf, -9999, 3.4e38, -3.4028235e38, 12345.0, 77.0])  # 77 by the file's tag
+holes = st.sampled_from(
+    [np.nan, np.inf, -np.inf, -9999, 3.4e38, -3.4028235e38, 12345.0, 77.0]
+)  # 77 by the file's tag
 metres = st.floats(240, 300, width=32)
 
 
-@given(hnp.arrays(np.float32, (4, 5), elements=metres), st.lists(st.tuples(st.integers(0, 18), holes), max_size=12))
+@given(
+    hnp.arrays(np.float32, (4, 5), elements=metres),
+    st.lists(st.tuples(st.integers(0, 18), holes), max_size=12),
+)
 def test_missing_heights_read_as_the_lowest_and_enter_neither_end_of_the_range(dsm, missing):
     damaged, valid = dsm.copy(), np.ones(dsm.shape, bool)
     for place, value in missing:
@@ -123,7 +125,9 @@ def test_heights_are_scaled_to_0_and_1_over_the_tile(dsm):
     assert found.dtype == np.float32 and np.allclose(found, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("value, tag", [(np.nan, None), (-9999, None), (3.4e38, None), (5, "5"), (5, "5\x00")])
+@pytest.mark.parametrize(
+    "value, tag", [(np.nan, None), (-9999, None), (3.4e38, None), (5, "5"), (5, "5\x00")]
+)
 def test_a_height_file_s_missing_pixels_are_filled_and_noted(tmp_path, value, tag):
     dsm = np.full((6, 7), 250, np.float32)
     dsm[2, 3], dsm[0, 0] = value, 241
@@ -147,7 +151,7 @@ def test_heights_without_any_valid_pixel_are_an_error_that_names_the_file(tmp_pa
         Tile("a", {"dsm": path}, TWO_CLASSES).read_dsm()
 
 
-# -------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 RGB = numbers(24, 20, 3)
 FILES = {  # name -> (what is written, how)
@@ -184,7 +188,9 @@ def test_compressed_tiffs_of_other_programs_are_read(tmp_path, compression):
 
 
 def test_a_jpeg_is_read(tmp_path):
-    found = read_raster(write(tmp_path / "a.jpg", np.full((16, 16, 3), (200, 100, 50), np.uint8), quality=100))
+    found = read_raster(
+        write(tmp_path / "a.jpg", np.full((16, 16, 3), (200, 100, 50), np.uint8), quality=100)
+    )
     assert found.shape == (16, 16, 3) and np.abs(found - np.array((200.0, 100, 50))).max() <= 3
 
 
@@ -198,8 +204,14 @@ def test_an_unreadable_compression_is_named_with_the_package_that_reads_it(tmp_p
 
 
 @one_folder
-@given(st.sampled_from(["plain.tif", "deflate.tif", "lzw.tif", "rgb.png", "rgb.jpg"]), st.floats(0, 1), st.booleans())
-def test_a_damaged_file_is_read_whole_or_is_an_error_of_one_line_that_names_it(tmp_path, name, where, cut_off):
+@given(
+    st.sampled_from(["plain.tif", "deflate.tif", "lzw.tif", "rgb.png", "rgb.jpg"]),
+    st.floats(0, 1),
+    st.booleans(),
+)
+def test_a_damaged_file_is_read_whole_or_is_an_error_of_one_line_that_names_it(
+    tmp_path, name, where, cut_off
+):
     path = tmp_path / name
     if name == "lzw.tif":
         Image.fromarray(RGB).save(path, compression="tiff_lzw")
@@ -234,20 +246,26 @@ def test_a_file_that_is_no_picture_is_an_error_that_names_it(tmp_path, name, con
         read_raster(tmp_path / name)
 
 
-# ---------------------------------------------------------------------------------------------------------------- tiles
+# -------------------------------------------------------------------------------------------- tiles
 
 
-@pytest.mark.parametrize("bands, dtype", [(3, np.uint8), (4, np.uint8), (5, np.uint16), (3, np.float32)])
+@pytest.mark.parametrize(
+    "bands, dtype", [(3, np.uint8), (4, np.uint8), (5, np.uint16), (3, np.float32)]
+)
 def test_the_image_of_a_tile_is_its_first_three_bands_in_0_to_1(tmp_path, bands, dtype):
     image = numbers(6, 5, bands, dtype=dtype) / (dtype(200) if dtype == np.float32 else 1)
     image = image.astype(dtype)
     found = Tile("a", {"image": write(tmp_path / "a.tif", image)}, TWO_CLASSES).read_image()
     assert found.dtype == dtype and np.array_equal(found, image[..., :3])
     top = {np.uint8: 255, np.uint16: 65535, np.float32: 1}[dtype]
-    assert np.allclose(image_input(found), np.moveaxis(image[..., :3], -1, 0) / top, rtol=0, atol=1e-7)
+    assert np.allclose(
+        image_input(found), np.moveaxis(image[..., :3], -1, 0) / top, rtol=0, atol=1e-7
+    )
 
 
-@pytest.mark.parametrize("image", [np.zeros((6, 5), np.uint8), np.full((6, 5, 3), 7.0), np.full((6, 5, 3), np.nan)])
+@pytest.mark.parametrize(
+    "image", [np.zeros((6, 5), np.uint8), np.full((6, 5, 3), 7.0), np.full((6, 5, 3), np.nan)]
+)
 def test_an_image_of_one_band_or_beyond_1_or_with_holes_is_an_error_that_names_it(tmp_path, image):
     with pytest.raises(DataError, match="a.tif"):
         Tile("a", {"image": write(tmp_path / "a.tif", image)}, TWO_CLASSES).read_image()
@@ -256,9 +274,15 @@ def test_an_image_of_one_band_or_beyond_1_or_with_holes_is_an_error_that_names_i
 @one_folder
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=3, max_size=3))
 def test_files_that_differ_by_two_pixels_are_cut_to_their_common_size_with_a_note(tmp_path, extra):
-    arrays = {"image": RGB, "dsm": numbers(24, 20, dtype=np.float32, seed=1), "labels": RGB[..., 0] % 2}
+    arrays = {
+        "image": RGB,
+        "dsm": numbers(24, 20, dtype=np.float32, seed=1),
+        "labels": RGB[..., 0] % 2,
+    }
     arrays = {kind: a[: 20 + i, : 15 + j] for (kind, a), (i, j) in zip(arrays.items(), extra)}
-    tile = Tile("a", {kind: write(tmp_path / f"{kind}.tif", a) for kind, a in arrays.items()}, TWO_CLASSES)
+    tile = Tile(
+        "a", {kind: write(tmp_path / f"{kind}.tif", a) for kind, a in arrays.items()}, TWO_CLASSES
+    )
     H, W = tile.size
     assert (H, W) == (20 + min(i for i, _ in extra), 15 + min(j for _, j in extra))
     loaded = tile.load()
@@ -270,7 +294,10 @@ def test_files_that_differ_by_two_pixels_are_cut_to_their_common_size_with_a_not
 
 @pytest.mark.parametrize("size", [(27, 20), (24, 23)])
 def test_files_that_differ_by_three_pixels_are_an_error_that_names_them(tmp_path, size):
-    paths = {"image": write(tmp_path / "image.tif", RGB), "dsm": write(tmp_path / "dsm.tif", numbers(*size))}
+    paths = {
+        "image": write(tmp_path / "image.tif", RGB),
+        "dsm": write(tmp_path / "dsm.tif", numbers(*size)),
+    }
     with pytest.raises(DataError, match=r"image\.tif 24 x 20.*dsm\.tif %d x %d" % size):
         Tile("a", paths, TWO_CLASSES).read_image()
 
@@ -283,31 +310,45 @@ def test_a_single_band_holds_class_indices_and_the_rest_is_not_scored(tmp_path, 
     expected = [[v if v in (0, 1) and v != ignore else 255 for v in row] for row in raw.tolist()]
     assert tile.read_labels().tolist() == expected
     unknown = int((((raw < 0) | (raw > 1)) & (raw != ignore)).sum())
-    assert len(tile.notes) == (unknown > 0) and all(f" {unknown} label pixels" in note for note in tile.notes)
+    assert len(tile.notes) == (unknown > 0) and all(
+        f" {unknown} label pixels" in note for note in tile.notes
+    )
 
 
 def test_a_png_with_a_colour_table_holds_class_indices(tmp_path):
     picture = Image.fromarray(np.array([[0, 1], [1, 255]], np.uint8))
     picture.putpalette(numbers(256, 3).tobytes())
     picture.save(tmp_path / "a.png")
-    assert Tile("a", {"labels": tmp_path / "a.png"}, TWO_CLASSES).read_labels().tolist() == [[0, 1], [1, 255]]
+    assert Tile("a", {"labels": tmp_path / "a.png"}, TWO_CLASSES).read_labels().tolist() == [
+        [0, 1],
+        [1, 255],
+    ]
 
 
 def test_labels_in_colours_are_decoded_by_the_classes(tmp_path):
-    rgb = np.array([[(10, 20, 30), (200, 100, 0), (199, 104, 3), (0, 0, 0), (255, 255, 255)]], np.uint8)
+    rgb = np.array(
+        [[(10, 20, 30), (200, 100, 0), (199, 104, 3), (0, 0, 0), (255, 255, 255)]], np.uint8
+    )
     tile = Tile("a", {"labels": write(tmp_path / "a.png", rgb)}, TWO_CLASSES, unscored_color=None)
     assert tile.read_labels().tolist() == [[0, 1, 1, 0, 255]]
     assert len(tile.notes) == 1 and "1 label pixels fit no class" in tile.notes[0]
 
 
-@pytest.mark.parametrize("labels", [np.full((4, 4, 3), (255, 0, 255), np.uint8), np.full((4, 4), 9, np.uint8)])
+@pytest.mark.parametrize(
+    "labels", [np.full((4, 4, 3), (255, 0, 255), np.uint8), np.full((4, 4), 9, np.uint8)]
+)
 def test_labels_with_no_known_class_are_an_error_that_names_the_file(tmp_path, labels):
-    tile = Tile("a", {"labels": write(tmp_path / "wrong.tif", labels)}, ISPRS_CLASSES, unscored_color=(0, 0, 0))
+    tile = Tile(
+        "a",
+        {"labels": write(tmp_path / "wrong.tif", labels)},
+        ISPRS_CLASSES,
+        unscored_color=(0, 0, 0),
+    )
     with pytest.raises(DataError, match="wrong.tif.*no pixel has the colour"):
         tile.read_labels()
 
 
-# ----------------------------------------------------------------------------------------------------------- data sets
+# ---------------------------------------------------------------------------------------- data sets
 
 TRAIN, TEST = "1 3 23 26 7 11 13 28 17 32 34 37".split(), "5 21 15 30".split()
 FULL, ERODED = "gts_for_participants", "gts_eroded_for_participants"
@@ -316,13 +357,17 @@ ERODED_COMPLETE = "ISPRS_semantic_labeling_Vaihingen_ground_truth_eroded_COMPLET
 
 
 def write_vaihingen(root, full=FULL, eroded=ERODED):
-    """Buildings everywhere; black corners in the eroded labels; the tile's number in the image and the heights."""
+    """Buildings everywhere; black corners in the eroded labels; the tile's number in the image and
+    the heights.
+    """
     buildings = np.full((8, 9, 3), PALETTE[1], np.uint8)
     borders = buildings.copy()
     borders[:2] = 0
     for n in TRAIN + TEST:
         write(root / f"top/top_mosaic_09cm_area{n}.tif", np.full((8, 9, 3), int(n), np.uint8))
-        write(root / f"dsm/dsm_09cm_matching_area{n}.tif", np.full((8, 9), 250 + int(n), np.float32))
+        write(
+            root / f"dsm/dsm_09cm_matching_area{n}.tif", np.full((8, 9), 250 + int(n), np.float32)
+        )
         write(root / full / f"top_mosaic_09cm_area{n}.tif", buildings)
         write(root / eroded / f"top_mosaic_09cm_area{n}_noBoundary.tif", borders)
 
@@ -337,12 +382,18 @@ def test_vaihingen_trains_on_full_labels_and_is_scored_on_eroded_ones(tmp_path, 
         assert [tile.name for tile in tiles] == names
         for tile in tiles:
             loaded = tile.load()
-            assert (loaded.image == int(tile.name)).all() and (loaded.dsm == 250 + int(tile.name)).all()
-            assert (loaded.labels == 255).sum() == unscored and (loaded.labels == 1).sum() == 72 - unscored
+            assert (loaded.image == int(tile.name)).all() and (
+                loaded.dsm == 250 + int(tile.name)
+            ).all()
+            assert (loaded.labels == 255).sum() == unscored and (
+                loaded.labels == 1
+            ).sum() == 72 - unscored
             assert not tile.notes
 
 
-def test_vaihingen_s_missing_files_are_one_line_with_the_first_the_expected_tree_and_the_source(tmp_path):
+def test_vaihingen_s_missing_files_are_one_line_with_the_first_the_expected_tree_and_the_source(
+    tmp_path,
+):
     write_vaihingen(tmp_path)
     missing = [tmp_path / f"dsm/dsm_09cm_matching_area{n}.tif" for n in ("3", "37")]
     for path in missing:
@@ -351,8 +402,14 @@ def test_vaihingen_s_missing_files_are_one_line_with_the_first_the_expected_tree
     with pytest.raises(DataError) as caught:
         dataset.tiles("train")
     message = str(caught.value)
-    assert "\n" not in message and f"2 files of the train split are missing, first {missing[0]}" in message
-    assert all(part in message for part in ("top/top_mosaic_09cm_area{id}.tif", "dsm/dsm_09cm", FULL, "ISPRS"))
+    assert (
+        "\n" not in message
+        and f"2 files of the train split are missing, first {missing[0]}" in message
+    )
+    assert all(
+        part in message
+        for part in ("top/top_mosaic_09cm_area{id}.tif", "dsm/dsm_09cm", FULL, "ISPRS")
+    )
     assert len(dataset.tiles("test")) == 4 and len(dataset.tiles("train", ("image",))) == 12
 
 
@@ -394,7 +451,9 @@ def test_own_tiles_are_found_by_name_and_hold_what_is_in_their_files(tmp_path):
     for tile in tiles:
         loaded = tile.load()
         assert np.array_equal(loaded.image, RGB) and loaded.dsm.shape == (24, 20)
-        assert np.array_equal(loaded.labels, np.where(RGB[..., 0] % 2 == 1, 1, 255))  # classes.json ignores 0
+        assert np.array_equal(
+            loaded.labels, np.where(RGB[..., 0] % 2 == 1, 1, 255)
+        )  # classes.json ignores 0
 
 
 def test_own_tiles_without_heights_serve_a_network_of_the_image_alone(tmp_path):
@@ -431,13 +490,15 @@ BAD_CLASSES = [
 @pytest.mark.parametrize("content", BAD_CLASSES)
 def test_a_missing_or_bad_classes_json_is_an_error_that_names_it(tmp_path, content):
     if content is not None:
-        (tmp_path / "classes.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+        (tmp_path / "classes.json").write_bytes(
+            content if isinstance(content, bytes) else content.encode()
+        )
     with pytest.raises(DataError, match="classes.json") as caught:
         open_dataset("tiles", tmp_path)
     assert "\n" not in str(caught.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------- crops
+# -------------------------------------------------------------------------------------------- crops
 
 sides = st.integers(1, 6)
 sizes = st.lists(st.tuples(sides, sides), min_size=1, max_size=3)
@@ -447,7 +508,9 @@ keys = st.tuples(st.integers(0, 1000), st.integers(0, 50), st.integers(0, 10_000
 def numbered_tile(h, w, name="a"):
     """Every raster tells the pixel's place; no label is 255."""
     places = np.arange(h * w, dtype=np.uint8).reshape(h, w)
-    return LoadedTile(name, np.stack([places] * 3, -1), places.astype(np.float32), places, (0, h * w - 1))
+    return LoadedTile(
+        name, np.stack([places] * 3, -1), places.astype(np.float32), places, (0, h * w - 1)
+    )
 
 
 @given(sizes, sides, st.integers(0, 1000))
@@ -455,7 +518,10 @@ def test_crops_lie_inside_and_every_tile_place_and_flip_is_drawn(tile_sizes, cro
     crops = [draw_crop(seed, 0, i, tile_sizes, crop) for i in range(1200)]
     for t, size in enumerate(tile_sizes):
         places = [set(range(max(n - crop, 0) + 1)) for n in size]
-        assert [{c.top for c in crops if c.tile == t}, {c.left for c in crops if c.tile == t}] == places
+        assert [
+            {c.top for c in crops if c.tile == t},
+            {c.left for c in crops if c.tile == t},
+        ] == places
     assert len({(c.flip_rows, c.flip_columns) for c in crops}) == 4
 
 
@@ -469,10 +535,16 @@ def test_a_crop_is_a_function_of_seed_epoch_and_index_alone(key, other):
 
 
 @given(sizes, sides, keys)
-def test_a_sample_is_the_crop_flipped_alike_in_all_rasters_and_what_pads_it_is_not_scored(tile_sizes, crop, key):
+def test_a_sample_is_the_crop_flipped_alike_in_all_rasters_and_what_pads_it_is_not_scored(
+    tile_sizes, crop, key
+):
     tiles = [numbered_tile(*size) for size in tile_sizes]
     (image, dsm), labels = CropDataset(tiles, crop, key[0], ("image", "dsm"))[key[1:]]
-    assert image.shape == (3, crop, crop) and dsm.shape == labels.shape == (crop, crop) and labels.dtype == torch.int64
+    assert (
+        image.shape == (3, crop, crop)
+        and dsm.shape == labels.shape == (crop, crop)
+        and labels.dtype == torch.int64
+    )
     c = draw_crop(*key, tile_sizes, crop)
     tile = tiles[c.tile]
     cut = tile.labels[c.top : c.top + crop, c.left : c.left + crop]
@@ -495,7 +567,8 @@ def test_a_sample_holds_the_rasters_that_are_asked_for(modalities, shapes):
 def test_any_number_of_workers_gives_the_same_samples_in_the_same_order():
     dataset = CropDataset([numbered_tile(15, 16), numbered_tile(6, 9)], 8, 3, ("image", "dsm"))
     batches = [
-        list(torch.utils.data.DataLoader(dataset, batch_sampler=CropOrder(2, 3, 4), num_workers=n)) for n in (0, 2)
+        list(torch.utils.data.DataLoader(dataset, batch_sampler=CropOrder(2, 3, 4), num_workers=n))
+        for n in (0, 2)
     ]
     assert len(batches[0]) == 6
     for (rasters, labels), (others, other_labels) in zip(*batches, strict=True):
@@ -512,13 +585,15 @@ def test_an_order_from_a_later_epoch_on_is_the_tail_of_the_whole_one(epochs, ste
     assert len(set(drawn)) == len(drawn) == epochs * steps * batch
 
 
-# -------------------------------------------------------------------------------------------------------------- windows
+# ------------------------------------------------------------------------------------------ windows
 
 
 def published_windows(height, width, window, stride):
     """The published loop: a window that passes the edge is moved inwards, and so repeated."""
     tops, lefts = (range(0, n, stride) for n in (height, width))
-    return [(min(top, height - window), min(left, width - window)) for top in tops for left in lefts]
+    return [
+        (min(top, height - window), min(left, width - window)) for top in tops for left in lefts
+    ]
 
 
 def repeated(windows):
@@ -526,7 +601,9 @@ def repeated(windows):
 
 
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 30), st.data())
-def test_windows_cover_every_pixel_from_inside_each_once_weighted_like_the_published_loop(height, width, window, data):
+def test_windows_cover_every_pixel_from_inside_each_once_weighted_like_the_published_loop(
+    height, width, window, data
+):
     stride = data.draw(st.integers(1, window))
     windows = sliding_windows(height, width, window, stride)
     assert len({(top, left) for top, left, _ in windows}) == len(windows)

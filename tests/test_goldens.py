@@ -1,8 +1,9 @@
-"""The numbers of the published implementations, from goldens/: the same weights and inputs give the same results.
+"""The numbers of the published implementations, from goldens/: the same weights and inputs give the
+same results.
 
-Weights and inputs are made by `goldens/detfill.py` from names and a seed. All tolerances are relative to the largest
-absolute value of the published array, except that every gradient norm is held to its own size.
-"""
+Weights and inputs are made by `goldens/detfill.py` from names and a seed. All tolerances are
+relative to the largest absolute value of the published array, except that every gradient norm is
+held to its own size."""
 
 import json
 from pathlib import Path
@@ -45,11 +46,13 @@ def test_the_encoder_equals_metas():
         assert error(encoder(x)[:, ::8], published["out"]) < 2e-5
 
 
-# ---------------------------------------------------------------------------------------------------------- the network
+# -------------------------------------------------------------------------------------- the network
 
 
 def parameters_by_modality(model):
-    """(name, parameter, index): one entry for each modality that a parameter stacks, one entry for any other."""
+    """(name, parameter, index): one entry for each modality that a parameter stacks, one entry for
+    any other.
+    """
     for name, p in model.named_parameters():
         if name.endswith(("lora_A", "lora_B", "mixing")):
             yield from ((f"{name}[{m}]", p, m) for m in range(len(p)))
@@ -63,9 +66,16 @@ def value(tensor):
 
 @pytest.fixture(scope="module", params=["adapter", "lora"])
 def run(request):
-    """One network with the published weights: its outputs and gradients in eval mode, then three steps of training."""
+    """One network with the published weights: its outputs and gradients in eval mode, then three
+    steps of training.
+    """
     settings, published, weights = read_golden(f"mfnet_{request.param}")
-    seed, (H, W), B, K = settings["seed"], settings["hw"], settings["batch"], settings["num_classes"]
+    seed, (H, W), B, K = (
+        settings["seed"],
+        settings["hw"],
+        settings["batch"],
+        settings["num_classes"],
+    )
     image = torch.tensor(det_input((B, 3, H, W), seed, "image"))
     dsm = torch.tensor(det_input((B, H, W), seed, "dsm"))
     labels = torch.tensor(det_input((B, H, W), seed, "label") * K).long()
@@ -82,7 +92,9 @@ def run(request):
     logits = model(image, dsm)
     loss = F.cross_entropy(logits, labels)
     loss.backward()
-    gradients = {n: p.grad[m].clone() for n, p, m in parameters_by_modality(model) if p.grad is not None}
+    gradients = {
+        n: p.grad[m].clone() for n, p, m in parameters_by_modality(model) if p.grad is not None
+    }
 
     model.train()
     for module in model.modules():

@@ -17,18 +17,29 @@ def double_gradients(x, weight, bias, grad):
     return torch.autograd.grad(F.linear(x, weight, bias), (x, weight, bias), grad.double())
 
 
-@given(lead=st.lists(st.integers(1, 4), max_size=3), C=size, D=size, dtype=st.sampled_from([torch.float32, torch.float64]))
+@given(
+    lead=st.lists(st.integers(1, 4), max_size=3),
+    C=size,
+    D=size,
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
 def test_it_is_the_linear_layer_for_tokens_in_any_arrangement(lead, C, D, dtype):
     x, weight, bias = (torch.randn(*s, dtype=dtype) for s in ((*lead, C), (D, C), (D,)))
     out = linear(x, weight, bias)
     assert out.is_contiguous()
-    assert_close(out, F.linear(x.double(), weight.double(), bias.double()).to(dtype), atol=1e-5, rtol=1e-5)
+    assert_close(
+        out, F.linear(x.double(), weight.double(), bias.double()).to(dtype), atol=1e-5, rtol=1e-5
+    )
 
 
 @given(B=st.integers(1, 3), h=st.integers(1, 4), C=size, D=size)
 def test_its_gradients_are_those_of_the_linear_layer_also_from_strided_tokens(B, h, C, D):
     x = torch.randn(B, C, h, h).permute(0, 2, 3, 1).requires_grad_()
-    weight, bias, grad = torch.randn(D, C, requires_grad=True), torch.randn(D, requires_grad=True), torch.randn(B, h, h, D)
+    weight, bias, grad = (
+        torch.randn(D, C, requires_grad=True),
+        torch.randn(D, requires_grad=True),
+        torch.randn(B, h, h, D),
+    )
     found = torch.autograd.grad(linear(x, weight, bias), (x, weight, bias), grad)
     for mine, exact in zip(found, double_gradients(x, weight, bias, grad)):
         assert_close(mine, exact.float(), atol=1e-4, rtol=1e-4)
@@ -37,14 +48,18 @@ def test_its_gradients_are_those_of_the_linear_layer_also_from_strided_tokens(B,
 @given(T=size, C=size, D=size)
 def test_the_convolution_has_the_derivative_that_it_says(T, C, D):
     shapes = (1, C, 1, T), (D, C), (D,)
-    assert torch.autograd.gradcheck(Pointwise.apply, [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes])
+    assert torch.autograd.gradcheck(
+        Pointwise.apply, [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    )
 
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_tokens_are_kept_for_a_trained_weight_alone(trained):
     layer, x = Linear(8, 5).requires_grad_(trained), torch.randn(2, 3, 3, 8, requires_grad=True)
     kept = set()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.add(t.untyped_storage().data_ptr()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.add(t.untyped_storage().data_ptr()) or t, lambda t: t
+    ):
         out = layer(x)
     assert (x.untyped_storage().data_ptr() in kept) == trained
     out.sum().backward()

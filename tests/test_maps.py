@@ -1,4 +1,6 @@
-"""The maps that are written: class indices, percent, colours, names, no-data, and where on earth they lie."""
+"""The maps that are written: class indices, percent, colours, names, no-data, and where on earth
+they lie.
+"""
 
 import os
 from contextlib import nullcontext
@@ -11,14 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import maps
-from data import labels_to_colors, read_raster
-from maps import NO_DATA, Output, cut_out, write_maps
-from maps import without_data as find_missing
-from rasters import DataError, alpha_band, nodata_value, read_grid
-from slices import open_raster
+from geodata import maps
+from geodata.maps import NO_DATA, Output, cut_out, write_maps
+from geodata.maps import without_data as find_missing
+from geodata.rasters import DataError, alpha_band, nodata_value, read_grid, read_raster
+from geodata.slices import open_raster
+from geodata.tiles import labels_to_colors
 
-CLASSES = tuple((f"class <{k}>", color) for k, color in enumerate([(1, 2, 3), (255, 255, 255), (0, 9, 99), (200, 0, 0)]))
+CLASSES = tuple(
+    (f"class <{k}>", color)
+    for k, color in enumerate([(1, 2, 3), (255, 255, 255), (0, 9, 99), (200, 0, 0)])
+)
 TAGS = [
     (33550, "d", 3, (0.2, 0.25, 0.0), True),
     (33922, "d", 6, (0.0, 0.0, 0.0, 770549.8, 6277600.2, 0.0), True),
@@ -37,7 +42,11 @@ def all_three(folder, classes=CLASSES, ending=".tif"):
     """A class map, its confidence, and a band for each class."""
     names = tuple(name for name, _ in classes)
     confidence = Output(folder / f"sure{ending}", ("confidence",))
-    return [Output(folder / f"map{ending}", ("class",), classes), confidence, Output(folder / "all.tif", names)]
+    return [
+        Output(folder / f"map{ending}", ("class",), classes),
+        confidence,
+        Output(folder / "all.tif", names),
+    ]
 
 
 def random_bands(C, H, W, seed=0):
@@ -80,7 +89,12 @@ def test_a_map_holds_the_class_indices_and_a_table_of_their_colours(tmp_path, na
     assert files_in(tmp_path) == sorted([name, name + ".aux.xml"])
 
 
-@given(st.integers(1, 600), st.integers(1, 300), st.lists(st.integers(1, 300), max_size=6), st.sampled_from(["png", "tif"]))
+@given(
+    st.integers(1, 600),
+    st.integers(1, 300),
+    st.lists(st.integers(1, 300), max_size=6),
+    st.sampled_from(["png", "tif"]),
+)
 def test_any_strips_make_up_the_map(tmp_path_factory, H, W, heights, ending):
     path, classes = tmp_path_factory.mktemp("maps") / f"map.{ending}", random_map(H, W)
     write_map(path, iter(cut(classes, heights)), (H, W), CLASSES)
@@ -95,7 +109,12 @@ def test_a_tiff_lies_where_the_image_lies_and_names_its_no_data(tmp_path, image)
             tag, other = found.pages[0].tags[code], wanted.pages[0].tags[code]
             assert (tag.dtype, tag.count, tag.value) == (other.dtype, other.count, other.value)
         page = found.pages[0]
-        assert page.is_tiled and page.compression in (8, 32946) and page.photometric == 3 and page.dtype == np.uint8
+        assert (
+            page.is_tiled
+            and page.compression in (8, 32946)
+            and page.photometric == 3
+            and page.dtype == np.uint8
+        )
     assert read_grid(path) == read_grid(image) and nodata_value(path) == NO_DATA
 
 
@@ -114,14 +133,23 @@ def test_without_georeferencing_there_is_neither_a_tag_nor_a_world_file(tmp_path
 
 
 def test_the_sidecar_names_the_classes_for_gdal(tmp_path):
-    write_map(tmp_path / "map.tif", [random_map(5, 6)], (5, 6), (("Straße & Weg", (1, 2, 3)), ("<b>", (4, 5, 6))))
-    found = ElementTree.parse(tmp_path / "map.tif.aux.xml").findall("PAMRasterBand[@band='1']/CategoryNames/Category")
+    write_map(
+        tmp_path / "map.tif",
+        [random_map(5, 6)],
+        (5, 6),
+        (("Straße & Weg", (1, 2, 3)), ("<b>", (4, 5, 6))),
+    )
+    found = ElementTree.parse(tmp_path / "map.tif.aux.xml").findall(
+        "PAMRasterBand[@band='1']/CategoryNames/Category"
+    )
     assert [name.text for name in found] == ["Straße & Weg", "<b>"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk full")], ids=str)
 @pytest.mark.parametrize("name", ["map.png", "map.tif"])
-def test_a_map_that_breaks_off_leaves_the_earlier_one_and_nothing_else(tmp_path, image, name, error):
+def test_a_map_that_breaks_off_leaves_the_earlier_one_and_nothing_else(
+    tmp_path, image, name, error
+):
     def strips():
         yield random_map(400, 6)
         raise error
@@ -149,12 +177,20 @@ def test_strips_are_written_as_they_come_and_not_gathered(tmp_path, name):
     assert waiting[25] > 100_000 and waiting[-1] > 1.8 * waiting[25]
 
 
-# ------------------------------------------------------------------------------------------------ several from one pass
+# ---------------------------------------------------------------------------- several from one pass
 
 
-@given(st.integers(1, 600), st.integers(1, 600), st.integers(1, 4), st.lists(st.integers(1, 300), max_size=6))
+@given(
+    st.integers(1, 600),
+    st.integers(1, 600),
+    st.integers(1, 4),
+    st.lists(st.integers(1, 300), max_size=6),
+)
 def test_any_strips_make_up_all_files_of_one_pass(tmp_path_factory, H, W, K, heights):
-    outputs, bands = all_three(tmp_path_factory.mktemp("maps"), CLASSES[:K]), random_bands(K + 2, H, W)
+    outputs, bands = (
+        all_three(tmp_path_factory.mktemp("maps"), CLASSES[:K]),
+        random_bands(K + 2, H, W),
+    )
     ends = [n for n in np.cumsum(heights) if n < H]
     write_maps(outputs, iter(np.split(bands, ends, axis=1)), (H, W))
     for output, wanted in zip(outputs, (bands[:1], bands[1:2], bands[2:])):
@@ -168,11 +204,15 @@ def test_every_file_lies_where_the_image_lies_and_names_its_bands_and_its_no_dat
     for output in outputs:
         with tifffile.TiffFile(output.path) as found, tifffile.TiffFile(image) as source:
             page, wanted = found.pages[0], names[output.path.name]
-            assert all(page.tags[code].value == source.pages[0].tags[code].value for code, *_ in TAGS)
+            assert all(
+                page.tags[code].value == source.pages[0].tags[code].value for code, *_ in TAGS
+            )
             assert page.shape[-2:] == (5, 6) and page.is_tiled and page.compression in (8, 32946)
             items = ElementTree.fromstring(page.tags[42112].value).findall("Item")
         found = {(item.get("role"), item.get("sample")): item.text for item in items}
-        units = {} if output.classes else {("unittype", str(i)): "percent" for i in range(len(wanted))}
+        units = (
+            {} if output.classes else {("unittype", str(i)): "percent" for i in range(len(wanted))}
+        )
         assert found == units | {("description", str(i)): name for i, name in enumerate(wanted)}
         assert nodata_value(output.path) == NO_DATA and read_grid(output.path) == read_grid(image)
     assert files_in(tmp_path) == ["all.tif", "image.tif", "map.tif", "map.tif.aux.xml", "sure.tif"]
@@ -199,11 +239,13 @@ def test_only_a_file_that_could_outgrow_32_bit_offsets_has_64_bit_ones(tmp_path,
     assert np.array_equal(tifffile.imread(tmp_path / "all.tif"), bands[2:])
 
 
-# ----------------------------------------------------------------------------------------------------- all, or no file
+# ---------------------------------------------------------------------------------- all, or no file
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk full")], ids=str)
-def test_files_of_one_pass_that_breaks_off_leave_the_earlier_ones_and_nothing_else(tmp_path, image, error):
+def test_files_of_one_pass_that_breaks_off_leave_the_earlier_ones_and_nothing_else(
+    tmp_path, image, error
+):
     def strips():
         yield random_bands(6, 400, 6)
         raise error
@@ -219,7 +261,9 @@ def test_files_of_one_pass_that_breaks_off_leave_the_earlier_ones_and_nothing_el
 
 
 @pytest.mark.parametrize("ending", [".png", ".tif"])
-def test_a_map_without_a_place_leaves_no_sidecar_of_an_earlier_one_that_had_one(tmp_path, image, ending):
+def test_a_map_without_a_place_leaves_no_sidecar_of_an_earlier_one_that_had_one(
+    tmp_path, image, ending
+):
     outputs = all_three(tmp_path, ending=ending)
     write_maps(outputs, [random_bands(6, 5, 6)], (5, 6), image)
     for output in outputs[1:]:  # as GDAL writes them for statistics
@@ -227,13 +271,17 @@ def test_a_map_without_a_place_leaves_no_sidecar_of_an_earlier_one_that_had_one(
     image.unlink()
     write_maps(outputs, [random_bands(6, 5, 6)], (5, 6))
     left = set(files_in(tmp_path)) - {output.path.name for output in outputs}
-    assert left == {"map.tif.aux.xml"} if ending == ".tif" else {"map.png.aux.xml", "sure.png.aux.xml"}
+    assert (
+        left == {"map.tif.aux.xml"} if ending == ".tif" else {"map.png.aux.xml", "sure.png.aux.xml"}
+    )
     assert not any(path.read_bytes() == b"stale" for path in tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("placed", [True, False])
 @pytest.mark.parametrize("renamed", range(8))
-def test_an_interruption_between_two_files_leaves_files_of_one_pass_only(tmp_path, image, monkeypatch, renamed, placed):
+def test_an_interruption_between_two_files_leaves_files_of_one_pass_only(
+    tmp_path, image, monkeypatch, renamed, placed
+):
     def write(folder, source, seed):
         folder.mkdir(exist_ok=True)
         write_maps(all_three(folder, ending=".png"), [random_bands(6, 5, 6, seed)], (5, 6), source)
@@ -257,10 +305,14 @@ def test_an_interruption_between_two_files_leaves_files_of_one_pass_only(tmp_pat
         assert state_of(tmp_path / "maps") == {"map.png": earlier["map.png"]}
     else:
         found = state_of(tmp_path / "maps")
-        assert len(found) == min(renamed, len(wanted)) and found.items() <= wanted.items() and "map.png" in found
+        assert (
+            len(found) == min(renamed, len(wanted))
+            and found.items() <= wanted.items()
+            and "map.png" in found
+        )
 
 
-# --------------------------------------------------------------------------------------------------------------- no data
+# ------------------------------------------------------------------------------------------ no data
 
 
 def write_image(path, array, nodata=None, alpha=False):
@@ -281,7 +333,11 @@ def map_of(path, classes):
 @pytest.mark.parametrize("kind", ["nodata", "alpha", "both", "neither"])
 def test_there_is_no_class_where_the_image_has_no_data(tmp_path, kind):
     array = np.random.default_rng(0).integers(1, 250, (20, 9, 4), dtype=np.uint8)
-    array[:2, :, :3], array[5, 5, :2], array[:, -1, 3] = 255, 255, 0  # a white place, one white in two bands, a clear one
+    array[:2, :, :3], array[5, 5, :2], array[:, -1, 3] = (
+        255,
+        255,
+        0,
+    )  # a white place, one white in two bands, a clear one
     wanted = random_map(20, 9)
     path = write_image(
         tmp_path / "a.tif",
@@ -298,7 +354,12 @@ def test_there_is_no_class_where_the_image_has_no_data(tmp_path, kind):
 
 
 def test_a_fourth_band_that_is_near_infrared_is_no_alpha(tmp_path):
-    tifffile.imwrite(tmp_path / "a.tif", np.zeros((4, 4, 4), np.uint8), photometric="rgb", extrasamples=["unspecified"])
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        np.zeros((4, 4, 4), np.uint8),
+        photometric="rgb",
+        extrasamples=["unspecified"],
+    )
     Image.new("RGBA", (4, 4)).save(tmp_path / "a.png")
     assert alpha_band(tmp_path / "a.tif") is None and alpha_band(tmp_path / "a.png") == 3
 
@@ -314,7 +375,9 @@ def test_a_fourth_band_that_is_near_infrared_is_no_alpha(tmp_path):
     ],
 )
 @pytest.mark.parametrize("flag", ["--out", "--confidence", "--probabilities"])
-def test_a_place_where_no_map_can_be_is_refused_before_anything_is_computed(tmp_path, image, flag, out, part):
+def test_a_place_where_no_map_can_be_is_refused_before_anything_is_computed(
+    tmp_path, image, flag, out, part
+):
     (tmp_path / "dir.tif").mkdir()
     paths = {"--out": tmp_path / "a.tif"} | {flag: tmp_path / out.replace(".png", ".tif")}
     with pytest.raises(DataError, match=f"{flag} .*{part}"):

@@ -1,4 +1,6 @@
-"""The network on any size and any rasters, its parts against oracles, its parameter counts, the published weights."""
+"""The network on any size and any rasters, its parts against oracles, its parameter counts, the
+published weights.
+"""
 
 import json
 from functools import cache
@@ -32,7 +34,7 @@ def small_model(modalities=2, tuner="adapter", fusion="dfm"):
     return randomise(model).eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------------------------------------------------- the network
+# -------------------------------------------------------------------------------------- the network
 
 
 @settings(max_examples=15)
@@ -120,7 +122,7 @@ def test_an_unknown_fusion_is_refused_with_the_known_ones():
         build_mfnet(TINY, fusion="cat")
 
 
-# ------------------------------------------------------------------------------------------------------------ its parts
+# ---------------------------------------------------------------------------------------- its parts
 
 
 def bounce(n, size):
@@ -133,7 +135,9 @@ def bounce(n, size):
     return walk[:size]
 
 
-@given(H=st.integers(1, 9), W=st.integers(1, 9), more_h=st.integers(0, 30), more_w=st.integers(0, 30))
+@given(
+    H=st.integers(1, 9), W=st.integers(1, 9), more_h=st.integers(0, 30), more_w=st.integers(0, 30)
+)
 def test_reflection_goes_to_and_fro_as_often_as_needed(H, W, more_h, more_w):
     x = torch.randn(2, H, W)
     found = mfnet.reflect_pad(x, H + more_h, W + more_w)
@@ -142,13 +146,25 @@ def test_reflection_goes_to_and_fro_as_often_as_needed(H, W, more_h, more_w):
         assert torch.equal(found, F.pad(x, (0, more_w, 0, more_h), mode="reflect"))
 
 
-@given(h=st.integers(1, 5).map(lambda n: 2 * n), w=st.integers(1, 5).map(lambda n: 2 * n), modalities=st.integers(1, 3))
+@given(
+    h=st.integers(1, 5).map(lambda n: 2 * n),
+    w=st.integers(1, 5).map(lambda n: 2 * n),
+    modalities=st.integers(1, 3),
+)
 def test_deep_fusion_reweights_and_adds_pyramids_at_four_strides(h, w, modalities):
     fusion = randomise(DeepFusionModule(16, modalities).eval().requires_grad_(False))
     maps = torch.randn(modalities, 2, 16, h, w)
     found = fusion(tuple(maps))
-    assert [tuple(f.shape[-2:]) for f in found] == [(4 * h, 4 * w), (2 * h, 2 * w), (h, w), (h // 2, w // 2)]
-    for level, scaled in ((2, maps), (3, maps.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).amax((-3, -1)))):
+    assert [tuple(f.shape[-2:]) for f in found] == [
+        (4 * h, 4 * w),
+        (2 * h, 2 * w),
+        (h, w),
+        (h // 2, w // 2),
+    ]
+    for level, scaled in (
+        (2, maps),
+        (3, maps.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).amax((-3, -1))),
+    ):
         wanted = 0
         for m, x in enumerate(scaled):
             squeeze, _, excite, _ = fusion.levels[level].se[m].fc
@@ -185,7 +201,9 @@ def test_the_decoders_attention_equals_window_by_window_on_reflected_pixels(H, W
     padded = x[0][:, bounce(H, H + -H % window)][..., bounce(W, W + -W % window)]
     out = torch.empty_like(padded)
     at = [(i, j) for i in range(window) for j in range(window)]
-    offsets = [[(a - c + window - 1) * (2 * window - 1) + b - e + window - 1 for c, e in at] for a, b in at]
+    offsets = [
+        [(a - c + window - 1) * (2 * window - 1) + b - e + window - 1 for c, e in at] for a, b in at
+    ]
     bias = attn.relative_position_bias_table[torch.tensor(offsets)]  # (tokens, tokens, heads)
     for top in range(0, padded.shape[1], window):
         for left in range(0, padded.shape[2], window):
@@ -199,7 +217,7 @@ def test_the_decoders_attention_equals_window_by_window_on_reflected_pixels(H, W
     assert_close(attn.window_attention(x), wanted)
 
 
-# ------------------------------------------------------------------------------------------------------- the parameters
+# ----------------------------------------------------------------------------------- the parameters
 
 PUBLISHED_COUNTS = {  # encoder, tuner, trainable (PAPER.md, section 1)
     ("vit_b", "adapter"): (89_670_912, 14_201_880, 16_360_118),
@@ -231,8 +249,12 @@ def test_exactly_the_tuner_fusion_and_decoder_are_trained(tuner, fusion, modalit
     counts = count_parameters(model)
     assert counts["trainable"] == sum(p.numel() for p in named.values() if p.requires_grad)
     assert counts["total"] == sum(p.numel() for p in named.values())
-    assert counts["total"] == sum(counts[part] for part in ("encoder", "tuner", "fusion", "decoder"))
-    assert bool(counts["tuner"]) == (tuner in ("adapter", "lora")) and bool(counts["fusion"]) == (fusion == "dfm")
+    assert counts["total"] == sum(
+        counts[part] for part in ("encoder", "tuner", "fusion", "decoder")
+    )
+    assert bool(counts["tuner"]) == (tuner in ("adapter", "lora")) and bool(counts["fusion"]) == (
+        fusion == "dfm"
+    )
 
 
 @every_tuner
@@ -248,7 +270,12 @@ def test_gradients_reach_exactly_what_is_trained(tuner, fusion):
 def test_shapes_alone_pass_through_the_network_on_the_meta_device(tuner):
     with torch.device("meta"):
         model = build_mfnet("vit_l", tuner)
-        assert model(torch.empty(2, 3, 256, 320), torch.empty(2, 256, 320)).shape == (2, 6, 256, 320)
+        assert model(torch.empty(2, 3, 256, 320), torch.empty(2, 256, 320)).shape == (
+            2,
+            6,
+            256,
+            320,
+        )
 
 
 def test_under_autocast_a_norm_s_output_is_cast_once_for_all_that_take_it():
@@ -264,7 +291,7 @@ def test_under_autocast_a_norm_s_output_is_cast_once_for_all_that_take_it():
     assert taken[3:] == [torch.float32] * 3
 
 
-# ------------------------------------------------------------------------------------------------ the published weights
+# ---------------------------------------------------------------------------- the published weights
 
 
 @cache
@@ -274,7 +301,11 @@ def golden(tuner):
 
 def published_model(tuner, modalities=2):
     torch.manual_seed(0)
-    return build_mfnet(golden(tuner)["encoder"], tuner, modalities=modalities).eval().requires_grad_(False)
+    return (
+        build_mfnet(golden(tuner)["encoder"], tuner, modalities=modalities)
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def published_state(tuner):
@@ -287,12 +318,17 @@ def second_copy(state):
     return {"sam." + n: t for n, t in state.items() if n.startswith("image_encoder.")}
 
 
-UNUSED = {"sam.prompt_encoder.no_mask_embed.weight": torch.ones(1, 256), "sam.pixel_mean": torch.ones(3, 1, 1)}
+UNUSED = {
+    "sam.prompt_encoder.no_mask_embed.weight": torch.ones(1, 256),
+    "sam.pixel_mean": torch.ones(3, 1, 1),
+}
 VARIANTS = {
     "data parallel": lambda state: {"module." + n: t for n, t in state.items()},
     "second copy": lambda state: state | second_copy(state),
     "whole SAM": lambda state: state | second_copy(state) | UNUSED,
-    "second copy alone": lambda state: {"sam." * n.startswith("image_encoder.") + n: t for n, t in state.items()},
+    "second copy alone": lambda state: {
+        "sam." * n.startswith("image_encoder.") + n: t for n, t in state.items()
+    },
 }
 
 
@@ -310,7 +346,9 @@ def test_published_weights_in_any_wrapping_give_the_same_logits(tuner, variant):
 def test_every_published_tensor_is_loaded_or_reported(tuner):
     state = published_state(tuner)
     report = load_published_weights(published_model(tuner), state | second_copy(state) | UNUSED)
-    assert len(report.loaded) + len(report.ignored) == len(state) + len(second_copy(state)) + len(UNUSED)
+    assert len(report.loaded) + len(report.ignored) == len(state) + len(second_copy(state)) + len(
+        UNUSED
+    )
     assert set(UNUSED) <= set(report.ignored)
 
 
@@ -356,7 +394,9 @@ DAMAGES = [
 ]
 
 
-@pytest.mark.parametrize("tuner, damage, name, said", DAMAGES, ids=[f"{d.__name__}-{n}" for _, d, n, _ in DAMAGES])
+@pytest.mark.parametrize(
+    "tuner, damage, name, said", DAMAGES, ids=[f"{d.__name__}-{n}" for _, d, n, _ in DAMAGES]
+)
 def test_a_damaged_published_state_is_named_and_changes_nothing(tuner, damage, name, said):
     model, state = published_model(tuner), published_state(tuner)
     before = snapshot(model)
@@ -368,7 +408,12 @@ def test_a_damaged_published_state_is_named_and_changes_nothing(tuner, damage, n
 
 @pytest.mark.parametrize(
     "tuner, other, modalities",
-    [("adapter", "lora", 2), ("lora", "adapter", 2), ("adapter", "adapter", 3), ("lora", "lora", 1)],
+    [
+        ("adapter", "lora", 2),
+        ("lora", "adapter", 2),
+        ("adapter", "adapter", 3),
+        ("lora", "lora", 1),
+    ],
 )
 def test_published_weights_fit_only_their_own_network(tuner, other, modalities):
     model = published_model(tuner, modalities)

@@ -1,4 +1,6 @@
-"""Raster files that are damaged or declare the wrong thing, GeoTIFF grids, and rasters that stay in their files."""
+"""Raster files that are damaged or declare the wrong thing, GeoTIFF grids, and rasters that stay in
+their files.
+"""
 
 from pathlib import Path
 
@@ -10,17 +12,29 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from rasters import DataError, Grid, bilinear, raster_bands, raster_bytes, raster_size, read_grid, read_raster
-from rasters import resample, same_grid
-from slices import raster_in_file
-from tiles import Tile
+from geodata.rasters import (
+    DataError,
+    Grid,
+    bilinear,
+    raster_bands,
+    raster_bytes,
+    raster_size,
+    read_grid,
+    read_raster,
+    resample,
+    same_grid,
+)
+from geodata.slices import raster_in_file
+from geodata.tiles import Tile
 
 TWO_CLASSES = (("ground", (10, 20, 30)), ("house", (200, 100, 0)))
 REAL = Path(__file__).parents[2] / "shared" / "data" / "ign_tile" / "raw"
 
 
 def geo_tags(left, top, step=(1.0, 1.0), epsg=2154, model=1, raster=1, text=None, nodata=None):
-    """The tags of a GeoTIFF; `model` 1 is projected, 2 geographic; an `epsg` of 32767 is user-defined."""
+    """The tags of a GeoTIFF; `model` 1 is projected, 2 geographic; an `epsg` of 32767 is
+    user-defined.
+    """
     code = {1: 3072, 2: 2048}[model]
     keys = [1, 1, 0, 3, 1024, 0, 1, model, 1025, 0, 1, raster, code, 0, 1, epsg]
     tags = [
@@ -43,18 +57,23 @@ def image(rows, columns):
 
 
 def tile_of(tmp_path, array, image_tags, dsm, dsm_tags):
-    paths = {"image": write(tmp_path / "i.tif", array, image_tags), "dsm": write(tmp_path / "d.tif", dsm, dsm_tags)}
+    paths = {
+        "image": write(tmp_path / "i.tif", array, image_tags),
+        "dsm": write(tmp_path / "d.tif", dsm, dsm_tags),
+    }
     return Tile("a", paths, TWO_CLASSES)
 
 
-# ----------------------------------------------------------------------------------------------------------- resampling
+# --------------------------------------------------------------------------------------- resampling
 
 shapes = st.tuples(st.integers(1, 6), st.integers(1, 6))
 steps = st.sampled_from([0.2, 0.5, 1.0, 1.7])
 
 
 def height_at(array, row, column):
-    """The oracle: the mean of the valid ones of the four neighbours, weighted by nearness; NaN outside."""
+    """The oracle: the mean of the valid ones of the four neighbours, weighted by nearness; NaN
+    outside.
+    """
     h, w = array.shape
     if not (-0.5 <= row <= h - 0.5 and -0.5 <= column <= w - 0.5):
         return np.nan
@@ -68,29 +87,45 @@ def height_at(array, row, column):
     return total / weights if weights > 1e-6 else np.nan
 
 
-@given(hnp.arrays(np.float32, shapes, elements=st.sampled_from([1.0, 4.0, 9.5, np.nan])), shapes, steps, steps, st.data())
-def test_heights_on_another_grid_are_the_mean_of_their_valid_neighbours(array, size, source_step, target_step, data):
+@given(
+    hnp.arrays(np.float32, shapes, elements=st.sampled_from([1.0, 4.0, 9.5, np.nan])),
+    shapes,
+    steps,
+    steps,
+    st.data(),
+)
+def test_heights_on_another_grid_are_the_mean_of_their_valid_neighbours(
+    array, size, source_step, target_step, data
+):
     shift = st.floats(-2, 2)
-    source = Grid(100 + data.draw(shift), 500 + data.draw(shift), source_step, source_step, 2154, True)
+    source = Grid(
+        100 + data.draw(shift), 500 + data.draw(shift), source_step, source_step, 2154, True
+    )
     target = Grid(100.0, 500.0, target_step, target_step, 2154, True)
     wanted = np.empty(size)
     for i in range(size[0]):
         for j in range(size[1]):
             x, y = target.left + (j + 0.5) * target_step, target.top - (i + 0.5) * target_step
-            wanted[i, j] = height_at(array, (source.top - y) / source_step - 0.5, (x - source.left) / source_step - 0.5)
+            wanted[i, j] = height_at(
+                array, (source.top - y) / source_step - 0.5, (x - source.left) / source_step - 0.5
+            )
     try:
         found = resample(array, source, target, size)
     except DataError:
         assert np.isnan(wanted).all()
         return
     close = np.isclose(found, wanted, atol=1e-3, equal_nan=True)
-    assert close.all() or np.isnan(wanted[~close]).all() or np.isnan(found[~close]).all()  # a place on the very edge
+    assert (
+        close.all() or np.isnan(wanted[~close]).all() or np.isnan(found[~close]).all()
+    )  # a place on the very edge
 
 
 def test_a_plane_stays_the_plane_on_a_finer_grid():
     rows, columns = np.mgrid[:20, :30]
     plane = (100 + 2 * rows + 3 * columns).astype(np.float32)
-    found = resample(plane, Grid(0, 20, 1, 1, None, None), Grid(2, 18, 0.25, 0.25, None, None), (40, 60))
+    found = resample(
+        plane, Grid(0, 20, 1, 1, None, None), Grid(2, 18, 0.25, 0.25, None, None), (40, 60)
+    )
     y, x = (np.arange(n) * 0.25 + 0.125 + 2 - 0.5 for n in (40, 60))
     assert np.allclose(found, 100 + 2 * y[:, None] + 3 * x, atol=1e-3)
 
@@ -99,20 +134,38 @@ def test_a_plane_stays_the_plane_on_a_finer_grid():
 def test_bilinear_at_the_pixels_is_the_raster_and_beyond_the_edge_its_edge(array):
     h, w = array.shape
     assert np.allclose(bilinear(array, np.arange(h), np.arange(w)), array)
-    assert np.allclose(bilinear(array, np.array([-3.0, h + 2.0]), np.array([-1.0])), array[[0, -1], :1])
+    assert np.allclose(
+        bilinear(array, np.array([-3.0, h + 2.0]), np.array([-1.0])), array[[0, -1], :1]
+    )
 
 
-def test_a_tile_lays_coarse_heights_on_the_grid_of_its_image_and_fills_what_they_do_not_reach(tmp_path):
+def test_a_tile_lays_coarse_heights_on_the_grid_of_its_image_and_fills_what_they_do_not_reach(
+    tmp_path,
+):
     dsm = np.full((10, 10), 250, np.float32)
     dsm[:, 5:] = 260
     dsm[0, 0] = -9999
-    tile = tile_of(tmp_path, image(40, 52), geo_tags(1000, 2000, (0.5, 0.5)), dsm, geo_tags(1000, 2000, (2, 2), nodata=-9999))
+    tile = tile_of(
+        tmp_path,
+        image(40, 52),
+        geo_tags(1000, 2000, (0.5, 0.5)),
+        dsm,
+        geo_tags(1000, 2000, (2, 2), nodata=-9999),
+    )
     found = tile.read_dsm()
     assert found.shape == tile.size == (40, 52)
-    assert (found[10, :18] == 250).all() and (found[10, 22:40] == 260).all() and 250 < found[10, 20] < 260
+    assert (
+        (found[10, :18] == 250).all()
+        and (found[10, 22:40] == 260).all()
+        and 250 < found[10, 20] < 260
+    )
     assert (found[:, 40:] == 250).all()  # the height model ends there
-    assert any("resampled" in note for note in tile.notes) and any("without height" in note for note in tile.notes)
-    assert tile.missing_heights == 40 * 12 + 2 * 2 * 1  # and the corner whose only neighbour is no-data: 2 x 2 pixels
+    assert any("resampled" in note for note in tile.notes) and any(
+        "without height" in note for note in tile.notes
+    )
+    assert (
+        tile.missing_heights == 40 * 12 + 2 * 2 * 1
+    )  # and the corner whose only neighbour is no-data: 2 x 2 pixels
 
 
 def test_files_on_one_grid_are_not_resampled_whatever_is_half_a_pixel(tmp_path):
@@ -130,7 +183,7 @@ def test_shifted_heights_of_the_same_size_are_resampled(tmp_path):
     assert np.array_equal(found[:, 3:], dsm[:, :-3])
 
 
-# ------------------------------------------------------------------------------------------------------- tags of a grid
+# ----------------------------------------------------------------------------------- tags of a grid
 
 
 def test_a_grid_is_read_from_its_tags(tmp_path):
@@ -138,34 +191,53 @@ def test_a_grid_is_read_from_its_tags(tmp_path):
     grid = read_grid(write(tmp_path / "a.tif", array, geo_tags(10, 20, (0.5, 0.25))))
     assert grid == Grid(10, 20, 0.5, 0.25, 2154, True) and grid.pixel_size() == 0.375
     point = read_grid(write(tmp_path / "b.tif", array, geo_tags(10, 20, (0.5, 0.5), raster=2)))
-    assert (point.left, point.top) == (9.75, 20.25)  # the tie point is the middle of the first pixel
+    assert (point.left, point.top) == (
+        9.75,
+        20.25,
+    )  # the tie point is the middle of the first pixel
     degrees = read_grid(write(tmp_path / "c.tif", array, geo_tags(10, 20, model=2, epsg=4326)))
     assert degrees.system == 4326 and degrees.pixel_size() is None
-    own = read_grid(write(tmp_path / "d.tif", array, geo_tags(10, 20, epsg=32767, text="EPSG:2154|")))
+    own = read_grid(
+        write(tmp_path / "d.tif", array, geo_tags(10, 20, epsg=32767, text="EPSG:2154|"))
+    )
     assert own.system == 2154
     assert read_grid(write(tmp_path / "e.tif", array, geo_tags(10, 20, epsg=32767))).system is None
     matrix = (0.5, 0.0, 0.0, 10.0, 0.0, -0.5, 0.0, 20.0, *[0.0] * 7, 1.0)
-    assert read_grid(write(tmp_path / "f.tif", array, [(34264, "d", 16, matrix, True)])) == Grid(10, 20, 0.5, 0.5, None, None)
+    assert read_grid(write(tmp_path / "f.tif", array, [(34264, "d", 16, matrix, True)])) == Grid(
+        10, 20, 0.5, 0.5, None, None
+    )
     assert read_grid(write(tmp_path / "g.tif", array)) is None
 
 
 def test_a_rotated_grid_is_an_error_that_names_the_file(tmp_path):
     matrix = (0.5, 0.1, 0.0, 10.0, 0.1, -0.5, 0.0, 20.0, *[0.0] * 7, 1.0)
-    path = write(tmp_path / "turned.tif", np.zeros((4, 4), np.float32), [(34264, "d", 16, matrix, True)])
+    path = write(
+        tmp_path / "turned.tif", np.zeros((4, 4), np.float32), [(34264, "d", 16, matrix, True)]
+    )
     with pytest.raises(DataError, match="turned.tif.*rotated"):
         read_grid(path)
 
 
 UNFIT = {
-    "two projections": (geo_tags(0, 100), geo_tags(0, 100, (2, 2), epsg=32631), "coordinate system"),
-    "metres and degrees": (geo_tags(0, 100), geo_tags(0, 100, (2, 2), epsg=4326, model=2), "coordinate system"),
+    "two projections": (
+        geo_tags(0, 100),
+        geo_tags(0, 100, (2, 2), epsg=32631),
+        "coordinate system",
+    ),
+    "metres and degrees": (
+        geo_tags(0, 100),
+        geo_tags(0, 100, (2, 2), epsg=4326, model=2),
+        "coordinate system",
+    ),
     "another place": (geo_tags(0, 100), geo_tags(5000, 100, (2, 2)), "does not overlap"),
     "no tags": (geo_tags(0, 100), [], "GeoTIFF tags"),
 }
 
 
 @pytest.mark.parametrize("case", UNFIT)
-def test_heights_that_cannot_be_laid_on_the_image_are_one_line_that_names_their_file(tmp_path, case):
+def test_heights_that_cannot_be_laid_on_the_image_are_one_line_that_names_their_file(
+    tmp_path, case
+):
     image_tags, dsm_tags, message = UNFIT[case]
     tile = tile_of(tmp_path, image(20, 20), image_tags, np.ones((10, 10), np.float32), dsm_tags)
     with pytest.raises(DataError, match=message) as caught:
@@ -185,12 +257,15 @@ def test_the_real_files_of_two_grids_lie_on_each_other():
     found = tile.read_dsm()
     own = REAL.parent / "train" / "dsm" / "770550_6277550_train.tif"
     wanted = read_raster(own)  # 0.2 m, from the image's second row and column on
-    errors = [np.median(np.abs(found[i : i + 248, j : j + 158] - wanted[:248, :158])) for i, j in ((1, 1), (0, 0), (3, 3))]
+    errors = [
+        np.median(np.abs(found[i : i + 248, j : j + 158] - wanted[:248, :158]))
+        for i, j in ((1, 1), (0, 0), (3, 3))
+    ]
     assert found.shape == (252, 252) and 20 < found.min() < found.max() < 40
     assert errors[0] < 0.1 and errors[0] == min(errors)
 
 
-# ------------------------------------------------------------------------------------------------------- damaged files
+# ------------------------------------------------------------------------------------ damaged files
 
 
 def test_a_16_bit_image_declared_as_8_bit_is_one_line_that_names_it(tmp_path):
@@ -210,7 +285,9 @@ def test_a_truncated_tiff_names_itself_and_what_it_lacks(tmp_path):
         read_raster(path)
 
 
-def test_a_picture_of_any_size_is_read_and_the_limit_that_pillow_has_for_others_is_left_as_it_was(tmp_path, monkeypatch):
+def test_a_picture_of_any_size_is_read_and_the_limit_that_pillow_has_for_others_is_left_as_it_was(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # twice as many pixels are refused by Pillow
     pixels = np.random.default_rng(0).integers(0, 256, (11, 13, 3), dtype=np.uint8)
     path = tmp_path / "ortho.png"
@@ -231,7 +308,7 @@ def test_headers_tell_bands_and_bytes(tmp_path):
     assert (raster_bands(tmp_path / "a.png"), raster_bytes(tmp_path / "a.png")) == (1, 1)
 
 
-# ------------------------------------------------------------------------------------------------------ left in the file
+# --------------------------------------------------------------------------------- left in the file
 
 
 @pytest.mark.parametrize("dtype, bands", [(np.uint8, 3), (np.uint16, 4), (np.float32, 1)])
@@ -240,7 +317,11 @@ def test_a_mapped_file_slices_like_the_array(tmp_path, dtype, bands, options):
     array = np.random.default_rng(0).integers(0, 99, (20, 30, bands)).astype(dtype)
     array = array[..., 0] if bands == 1 else array
     extra = {"extrasamples": ["unspecified"]} if bands == 4 else {}
-    mapped = raster_in_file(write(tmp_path / "a.tif", array, **options, **extra), (18, 30, *array.shape[2:]), lambda a: a)
+    mapped = raster_in_file(
+        write(tmp_path / "a.tif", array, **options, **extra),
+        (18, 30, *array.shape[2:]),
+        lambda a: a,
+    )
     box = np.s_[7:15, 3:40]
     assert mapped.nbytes == 0 and np.array_equal(mapped[box], array[:18][box])
 
@@ -251,4 +332,7 @@ def test_what_is_not_uncompressed_in_one_piece_cannot_be_mapped(tmp_path):
     write(tmp_path / "a.tif", array, compression="zlib")
     write(tmp_path / "b.tif", array, tile=(16, 16))
     write(tmp_path / "c.tif", np.moveaxis(array, -1, 0), planarconfig="separate")
-    assert all(raster_in_file(tmp_path / name, (64, 64), lambda a: a) is None for name in ("a.jpg", "a.tif", "b.tif", "c.tif"))
+    assert all(
+        raster_in_file(tmp_path / name, (64, 64), lambda a: a) is None
+        for name in ("a.jpg", "a.tif", "b.tif", "c.tif")
+    )

@@ -1,4 +1,6 @@
-"""The README is true: its tuner works, its commands are understood, its two commands are those that are run."""
+"""The README is true: its tuner works, its commands are understood, its two commands are those that
+are run.
+"""
 
 import re
 import shlex
@@ -8,8 +10,8 @@ import pytest
 import torch
 
 import tuners
+from engine.settings import AS_PUBLISHED, parse_settings
 from mfnet import build_mfnet, trained_names
-from settings import AS_PUBLISHED, parse_settings
 
 ROOT = Path(tuners.__file__).resolve().parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,7 +27,10 @@ def test_the_tuner_of_the_readme_trains_its_own_parameters_and_no_others(monkeyp
     model(torch.rand(1, 3, 64, 64), torch.rand(1, 64, 64)).sum().backward()
     trained = {n for n, p in model.named_parameters() if p.grad is not None}
     assert trained == set(trained_names(model))
-    assert {n.split(".")[-1] for n in trained if n.startswith("image_encoder")} == {"scale", "shift"}
+    assert {n.split(".")[-1] for n in trained if n.startswith("image_encoder")} == {
+        "scale",
+        "shift",
+    }
 
 
 @pytest.mark.parametrize("words", TRAIN)
@@ -36,7 +41,9 @@ def test_every_training_command_of_the_readme_is_understood(words):
 def test_the_test_command_of_the_readme_is_what_is_run_on_every_change():
     program = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert ".venv/bin/python -m pytest -q" in README and ".venv/bin/python -m pytest -q" in program
-    assert "pip install -r requirements.txt" in README and "install -q -r requirements.txt" in program
+    assert (
+        "pip install -r requirements.txt" in README and "install -q -r requirements.txt" in program
+    )
 
 
 def test_the_readme_lists_every_module_and_every_departure_of_the_published_code():

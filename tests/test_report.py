@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 
-from data import LoadedTile
-from evaluate import ConfusionMatrix
-from report import save_panel, write_report
+from engine.scoring import ConfusionMatrix
+from geodata.tiles import LoadedTile
+from reports.report import save_panel, write_report
 
 CLASSES = (("ground", (255, 255, 255)), ("<b>roof</b>", (0, 0, 255)))
 
@@ -56,7 +56,10 @@ def run(request, tmp_path):
     (tmp_path / "pictures").mkdir()
     image = rng.integers(0, 256, (90, 70, 3)).astype(np.uint8)
     dsm = rng.normal(size=(90, 70)).astype(np.float32)
-    tile, sure = LoadedTile("7", image, dsm, truth, (-3.0, 3.0)), rng.integers(50, 101, (90, 70)).astype(np.uint8)
+    tile, sure = (
+        LoadedTile("7", image, dsm, truth, (-3.0, 3.0)),
+        rng.integers(50, 101, (90, 70)).astype(np.uint8),
+    )
     save_panel(tmp_path / "pictures" / "test_7.png", tile, pred, sure, CLASSES)
     return tmp_path, scores
 
@@ -67,10 +70,22 @@ def test_the_page_holds_the_run_and_needs_nothing_from_outside(run):
     page = Reader()
     page.feed((folder / "report.html").read_text(encoding="utf-8"))
     assert not page.open
-    assert all(link.startswith("data:image/jpeg;base64,") for link in page.links) and len(page.links) == 1
+    assert (
+        all(link.startswith("data:image/jpeg;base64,") for link in page.links)
+        and len(page.links) == 1
+    )
     assert "script" not in page.tags and "link" not in page.tags and "b" not in page.tags
     shown = [f"{100 * scores[k]:.2f}" for k in ("oa", "mf1", "miou", "kappa")]
-    for part in [*shown, "84.72", "<b>roof</b>", "each window <once>", "1,234,567", "lr: 0.125", "test tile 7", "commit & co"]:
+    for part in [
+        *shown,
+        "84.72",
+        "<b>roof</b>",
+        "each window <once>",
+        "1,234,567",
+        "lr: 0.125",
+        "test tile 7",
+        "commit & co",
+    ]:
         assert part in page.text, part
     assert page.tags.count("svg") == 2
 

@@ -1,4 +1,6 @@
-"""SAM's encoder against oracles that pad, project and multiply everything out; and its loading, total or not at all."""
+"""SAM's encoder against oracles that pad, project and multiply everything out; and its loading,
+total or not at all.
+"""
 
 import json
 import pickle
@@ -42,7 +44,7 @@ def hugging_face(name):
     return name
 
 
-# ---------------------------------------------------------------------------------------------------------- the encoder
+# -------------------------------------------------------------------------------------- the encoder
 
 
 def test_positions_of_the_stored_grid_stay_as_they_are():
@@ -51,7 +53,9 @@ def test_positions_of_the_stored_grid_stay_as_they_are():
 
 
 def cubic_matrix(n, n0):
-    """(n, n0): the weights of n0 stored values in n resized ones, for torch's cubic kernel (a = -3/4)."""
+    """(n, n0): the weights of n0 stored values in n resized ones, for torch's cubic kernel (a =
+    -3/4).
+    """
     weights = torch.zeros(n, n0)
     for i in range(n):
         at = (i + 0.5) * n0 / n - 0.5
@@ -75,7 +79,9 @@ def test_any_multiple_of_16_is_encoded(rows, cols):
     assert out.shape == (1, 256, rows, cols) and out.isfinite().all()
 
 
-@given(rows=st.integers(1, 3), size=st.integers(1, 70).filter(lambda n: n % 16), first=st.booleans())
+@given(
+    rows=st.integers(1, 3), size=st.integers(1, 70).filter(lambda n: n % 16), first=st.booleans()
+)
 def test_other_heights_and_widths_are_refused(rows, size, first):
     H, W = (size, 16 * rows) if first else (16 * rows, size)
     with pytest.raises(ValueError, match="multiples of 16"):
@@ -87,7 +93,9 @@ def test_an_image_does_not_see_its_batch():
     assert_close(encoder(x)[1:2], encoder(x[1:2]))
 
 
-@pytest.mark.parametrize("size, count", [("vit_b", 89_670_912), ("vit_l", 308_278_272), ("vit_h", 637_026_048)])
+@pytest.mark.parametrize(
+    "size, count", [("vit_b", 89_670_912), ("vit_l", 308_278_272), ("vit_h", 637_026_048)]
+)
 def test_sizes_have_sams_parameter_counts(size, count):
     with torch.device("meta"):
         encoder = build_image_encoder(size)
@@ -102,16 +110,22 @@ def test_an_unknown_size_is_refused_with_the_known_ones():
 def test_names_and_shapes_are_those_of_sam():
     golden = json.loads((GOLDENS / "sam_encoder.json").read_text())
     ours = build_image_encoder(golden["encoder"]).state_dict()
-    assert {n: list(t.shape) for n, t in ours.items()} == {n: shape for n, (shape, _) in golden["keys"].items()}
+    assert {n: list(t.shape) for n, t in ours.items()} == {
+        n: shape for n, (shape, _) in golden["keys"].items()
+    }
 
 
-# -------------------------------------------------------------------------------------------------------------- loading
+# ------------------------------------------------------------------------------------------ loading
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_every_spelling_of_sams_names_gives_the_same_output(spelling):
     source, x = small_encoder(seed=1), torch.rand(1, 3, 64, 48)
-    extras = ["prompt_encoder.pe_layer.weight", "mask_decoder.iou_token.weight", "shared_image_embedding.embedding"]
+    extras = [
+        "prompt_encoder.pe_layer.weight",
+        "mask_decoder.iou_token.weight",
+        "shared_image_embedding.embedding",
+    ]
     state = {SPELLINGS[spelling](n): t for n, t in source.state_dict().items()}
     encoder = small_encoder(seed=2)
     report = load_sam_weights(encoder, {**state, **{n: torch.ones(1) for n in extras}})
@@ -152,7 +166,9 @@ DAMAGES = [
 ]
 
 
-@pytest.mark.parametrize("damage, name, said", DAMAGES, ids=[f"{d.__name__}-{n}" for d, n, _ in DAMAGES])
+@pytest.mark.parametrize(
+    "damage, name, said", DAMAGES, ids=[f"{d.__name__}-{n}" for d, n, _ in DAMAGES]
+)
 @pytest.mark.parametrize("tuner", [None, "adapter", "lora"])
 def test_a_damaged_state_dict_is_named_and_changes_nothing(damage, name, said, tuner):
     state = small_encoder(seed=1).state_dict()
@@ -190,7 +206,9 @@ def plain_pickle(content, path):
     path.write_bytes(pickle.dumps(content, protocol=2))
 
 
-@pytest.mark.parametrize("content", [RunsCode(), [1, 2], {"pos_embed": 1}, {"model": {"a": "b"}}, {7: torch.ones(1)}])
+@pytest.mark.parametrize(
+    "content", [RunsCode(), [1, 2], {"pos_embed": 1}, {"model": {"a": "b"}}, {7: torch.ones(1)}]
+)
 @pytest.mark.parametrize("write", [torch.save, plain_pickle])
 def test_a_pickle_that_is_not_tensors_is_refused(content, write, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -240,7 +258,9 @@ def test_zero_relative_positions_zero_the_tables_and_nothing_else():
     tables = {f"blocks.{i}.attn.rel_pos_{axis}" for i in (0, 1) for axis in "hw"}
     assert set(report.zeroed) == tables and set(report.loaded) == set(source.state_dict()) - tables
     for name, tensor in encoder.state_dict().items():
-        assert torch.equal(tensor, torch.zeros_like(tensor) if name in tables else source.state_dict()[name])
+        assert torch.equal(
+            tensor, torch.zeros_like(tensor) if name in tables else source.state_dict()[name]
+        )
 
 
 def test_another_word_for_the_relative_positions_is_refused():

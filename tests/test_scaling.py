@@ -1,4 +1,6 @@
-"""Heights and pixels on their way to a network: the choice is kept with a run, the numbers are the tile's."""
+"""Heights and pixels on their way to a network: the choice is kept with a run, the numbers are the
+tile's.
+"""
 
 import json
 
@@ -9,8 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from data import CropDataset, DataError, Tile, load_tiles, open_dataset
-from scaling import GROUND_SPAN, REFLECTANCE, SAM_MEAN, SAM_STD, Scaling, local_ground, measure, sliding_min
+from data import open_dataset
+from geodata.crops import CropDataset
+from geodata.rasters import DataError
+from geodata.scaling import (
+    GROUND_SPAN,
+    REFLECTANCE,
+    SAM_MEAN,
+    SAM_STD,
+    Scaling,
+    local_ground,
+    measure,
+    sliding_min,
+)
+from geodata.tiles import Tile, load_tiles
 
 TWO_CLASSES = (("ground", (10, 20, 30)), ("house", (200, 100, 0)))
 WHOLE = np.s_[0:1000, 0:1000]
@@ -27,11 +41,13 @@ def tile_of(folder, scaling=Scaling(), **arrays):
     return Tile("a", paths, TWO_CLASSES, scaling=scaling)
 
 
-# -------------------------------------------------------------------------------------------------------------- heights
+# ------------------------------------------------------------------------------------------ heights
 
 
 def heights_by(choice, dsm, unit=1.0, pixel=0.5):
-    return measure(Scaling(choice), None, dsm, unit, pixel).height_input(dsm * np.float32(unit), WHOLE)
+    return measure(Scaling(choice), None, dsm, unit, pixel).height_input(
+        dsm * np.float32(unit), WHOLE
+    )
 
 
 def test_each_choice_of_heights_is_what_its_name_says():
@@ -39,7 +55,9 @@ def test_each_choice_of_heights_is_what_its_name_says():
     dsm[0, 0], dsm[-1, -1] = 100, 900  # a pit and a crane
     assert np.allclose(heights_by("minmax", dsm), (dsm - 100) / 800, atol=1e-6)
     low, high = np.percentile(dsm, (1, 99))
-    assert np.allclose(heights_by("percentiles", dsm), ((dsm - low) / (high - low)).clip(0, 1), atol=1e-5)
+    assert np.allclose(
+        heights_by("percentiles", dsm), ((dsm - low) / (high - low)).clip(0, 1), atol=1e-5
+    )
     assert np.allclose(heights_by("250:290", dsm), ((dsm - 250) / 40).clip(0, 1), atol=1e-6)
     decimetres = np.array([[0, 50], [100, 255]], np.uint8)
     assert np.allclose(heights_by("0:20", decimetres, unit=0.1), [[0, 0.25], [0.5, 1]], atol=1e-6)
@@ -58,7 +76,11 @@ def test_height_above_ground_knows_no_hill_and_keeps_houses():
     found = GROUND_SPAN * heights_by("ground", dsm, pixel=0.5)  # the square is 120 pixels wide
     house = np.zeros(dsm.shape, bool)
     house[150:190, 200:260] = True
-    assert np.abs(found[house] - 12).max() < 3 and found[~house].max() < 6.5 and found[~house].mean() < 3
+    assert (
+        np.abs(found[house] - 12).max() < 3
+        and found[~house].max() < 6.5
+        and found[~house].mean() < 3
+    )
     above = found[house].mean() - found[~house].mean()
     assert abs(above - 12) < 1.5
 
@@ -88,7 +110,11 @@ def test_the_ground_below_a_crop_is_that_of_the_tile(tmp_path):
     tile.pixel = 1.0
     scale = tile.load(("dsm",)).scale
     box = np.s_[31:70, 12:50]
-    assert np.allclose(scale.height_input(dsm[box], box), scale.height_input(dsm, np.s_[0:90, 0:80])[box], atol=1e-6)
+    assert np.allclose(
+        scale.height_input(dsm[box], box),
+        scale.height_input(dsm, np.s_[0:90, 0:80])[box],
+        atol=1e-6,
+    )
 
 
 def test_height_above_ground_without_the_size_of_a_pixel_is_one_line_that_names_the_file(tmp_path):
@@ -97,11 +123,13 @@ def test_height_above_ground_without_the_size_of_a_pixel_is_one_line_that_names_
         tile.load(("dsm",))
 
 
-# --------------------------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------- images
 
 
 def image_by(choice, image):
-    return np.moveaxis(measure(Scaling(images=choice), image, None, 1, None).image_input(image), 0, -1)
+    return np.moveaxis(
+        measure(Scaling(images=choice), image, None, 1, None).image_input(image), 0, -1
+    )
 
 
 def test_each_choice_of_images_is_what_its_name_says():
@@ -109,14 +137,19 @@ def test_each_choice_of_images_is_what_its_name_says():
     assert np.allclose(image_by("unit", image), image / 255, atol=1e-6)
     assert np.allclose(image_by("sam", image), (image - np.array(SAM_MEAN)) / SAM_STD, atol=1e-5)
     assert np.allclose(image_by("50:150", image), ((image - 50.0) / 100).clip(0, 1), atol=1e-6)
-    assert np.allclose(image_by("reflectance", image), image / 255, atol=1e-6)  # 8 bits are prepared pixels
+    assert np.allclose(
+        image_by("reflectance", image), image / 255, atol=1e-6
+    )  # 8 bits are prepared pixels
     own = image_by("minmax", image)
     assert np.allclose(own.min((0, 1)), 0) and np.allclose(own.max((0, 1)), 1)
     deep = image.astype(np.uint16) * 257
     assert np.allclose(image_by("sam", deep), image_by("sam", image), atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype, factor", [(np.int16, 10_000), (np.uint16, 10_000), (np.float32, 10_000), (np.float32, 1)])
+@pytest.mark.parametrize(
+    "dtype, factor",
+    [(np.int16, 10_000), (np.uint16, 10_000), (np.float32, 10_000), (np.float32, 1)],
+)
 def test_reflectance_is_one_range_for_whole_numbers_and_fractions(dtype, factor):
     reflectance = np.array([[[0.0, 0.1, 0.3]], [[0.2, 0.4, 0.9]]])
     found = image_by("reflectance", (reflectance * factor).astype(dtype))
@@ -130,7 +163,12 @@ def test_an_image_of_one_grey_is_finite():
 def test_16_bit_and_float_images_with_a_fixed_range_reach_the_network(tmp_path):
     for dtype in (np.int16, np.uint16, np.float32):
         image = np.random.default_rng(0).integers(0, 3000, (16, 16, 5)).astype(dtype)
-        tile = tile_of(tmp_path, Scaling(images="0:2000"), image=image, labels=(image[..., 0] > 99).astype(np.uint8))
+        tile = tile_of(
+            tmp_path,
+            Scaling(images="0:2000"),
+            image=image,
+            labels=(image[..., 0] > 99).astype(np.uint8),
+        )
         tile.bands = (4, 1, 0)
         (loaded,) = load_tiles([tile], ("image",), 1)
         (found,), _ = CropDataset([loaded], 16, 0, ("image",))[0, 0]
@@ -153,7 +191,7 @@ def test_a_band_that_is_not_there_is_one_line_that_names_the_file(tmp_path):
         tile.read_image()
 
 
-# ------------------------------------------------------------------------------------------------------------ the choice
+# --------------------------------------------------------------------------------------- the choice
 
 
 @pytest.mark.parametrize("heights, images", [("metres", "unit"), ("9:3", "unit"), ("nan:3", "unit"), ("1:2:3", "unit"),
@@ -165,14 +203,22 @@ def test_an_unknown_choice_is_one_line_that_lists_the_known_ones(heights, images
 
 def test_own_tiles_take_bands_counted_from_one_and_a_scaling(tmp_path):
     image = np.random.default_rng(0).integers(0, 4000, (12, 12, 6)).astype(np.uint16)
-    (tmp_path / "classes.json").write_text(json.dumps({"classes": [{"name": n, "color": c} for n, c in TWO_CLASSES]}))
+    (tmp_path / "classes.json").write_text(
+        json.dumps({"classes": [{"name": n, "color": c} for n, c in TWO_CLASSES]})
+    )
     for kind, array in (("images", image), ("labels", (image[..., 0] > 99).astype(np.uint8))):
         (tmp_path / "train" / kind).mkdir(parents=True)
-        options = {"photometric": "minisblack"} | ({"planarconfig": "contig"} if array.ndim == 3 else {})
+        options = {"photometric": "minisblack"} | (
+            {"planarconfig": "contig"} if array.ndim == 3 else {}
+        )
         tifffile.imwrite(tmp_path / "train" / kind / "a.tif", array, **options)
-    (tile,) = open_dataset("tiles", tmp_path, bands="4,3,2", scaling=Scaling(images="0:4000")).tiles("train", ("image",))
+    (tile,) = open_dataset(
+        "tiles", tmp_path, bands="4,3,2", scaling=Scaling(images="0:4000")
+    ).tiles("train", ("image",))
     assert np.array_equal(tile.read_image(), image[..., [3, 2, 1]])
-    assert np.allclose(tile.load(("image",)).scale.image_input(image[..., :3]).max(), image[..., :3].max() / 4000)
+    assert np.allclose(
+        tile.load(("image",)).scale.image_input(image[..., :3]).max(), image[..., :3].max() / 4000
+    )
     for wrong in ("rgb", "0,1,2", "1,2"):
         with pytest.raises(DataError, match="--bands"):
             open_dataset("tiles", tmp_path, bands=wrong)

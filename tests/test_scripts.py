@@ -1,7 +1,7 @@
 """The scripts as they are used: a run from training to a map, an interruption, and mistakes.
 
-What a run leaves behind is tried through the shell. Mistakes run inside this process, where a script starts at once.
-"""
+What a run leaves behind is tried through the shell. Mistakes run inside this process, where a
+script starts at once."""
 
 import csv
 import io
@@ -20,13 +20,14 @@ import tifffile
 import torch
 from PIL import Image
 
-import synthetic
-from console import Ticker, clock
-from data import read_raster
-from rasters import read_grid
+from engine.console import Ticker, clock
+from geodata import synthetic
+from geodata.rasters import read_grid, read_raster
 
 HOME = Path(__file__).parent.parent
-TINY = "--encoder vit_t --weights none --batch-size 2 --crop 64 --eval-stride 64 --device cpu".split()
+TINY = (
+    "--encoder vit_t --weights none --batch-size 2 --crop 64 --eval-stride 64 --device cpu".split()
+)
 
 OWN = ["--data", "tiles", "--root", "mine", "--epochs", 1, "--steps", 1, *TINY]
 
@@ -36,7 +37,9 @@ def shell(cwd, *words, code=None):
     program = ["-c", code, *words] if code else [HOME / words[0], *words[1:]]
     command = [sys.executable, *map(str, program)]
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOME)}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment
+    )
 
 
 @pytest.fixture
@@ -77,8 +80,12 @@ def write_own_tiles(root, size=80, heights=True):
     listed = [{"name": "ground", "color": [90, 90, 90]}, {"name": "house", "color": [200, 0, 0]}]
     (root / "classes.json").write_text(json.dumps({"classes": listed}))
     for split in ("train", "test"):
-        labels = np.kron(rng.integers(0, 2, (5, 5)), np.ones((size // 5, size // 5))).astype(np.uint8)
-        image = (60 + 120 * labels[..., None] + rng.integers(0, 30, (*labels.shape, 3))).astype(np.uint8)
+        labels = np.kron(rng.integers(0, 2, (5, 5)), np.ones((size // 5, size // 5))).astype(
+            np.uint8
+        )
+        image = (60 + 120 * labels[..., None] + rng.integers(0, 30, (*labels.shape, 3))).astype(
+            np.uint8
+        )
         rasters = {"images": image, "labels": labels}
         if heights:
             rasters["dsm"] = (200 + 9.0 * labels).astype(np.float32)
@@ -113,21 +120,33 @@ def tile(city):
     return paths["image"], paths["dsm"]
 
 
-# ---------------------------------------------------------------------------------------------------------------- a run
+# -------------------------------------------------------------------------------------------- a run
 
 
 def test_training_writes_the_run_s_files_and_says_how_fast_it_was(trained, city):
     _, run, process = trained
     pictures = [f"pictures/test_{n}.png" for n in (15, 21, 30, 5)]
-    assert set(files_below(run)) >= {"config.json", "last.pt", "log.jsonl", "model.pt", "scores.json", *pictures}
+    assert set(files_below(run)) >= {
+        "config.json",
+        "last.pt",
+        "log.jsonl",
+        "model.pt",
+        "scores.json",
+        *pictures,
+    }
     assert not [name for name in files_below(run) if name.endswith(".tmp")]
-    assert "images/s, peak memory" in process.stdout and "MB" in process.stdout and not process.stderr
+    assert (
+        "images/s, peak memory" in process.stdout and "MB" in process.stdout and not process.stderr
+    )
     assert "weights: NONE" in process.stdout and "trainable" in process.stdout
     config = json.loads((run / "config.json").read_text())
     assert config["root"] == str(city) and config["steps"] == 2 and config["precision"] == "fp32"
     log = log_of(run)
     assert [(line["epoch"], line["step"]) for line in log] == [(1, 2), (2, 4)]
-    assert all(line["images_per_second"] > 0 and np.isfinite(line["loss"]) and line["lr"] == 0.01 for line in log)
+    assert all(
+        line["images_per_second"] > 0 and np.isfinite(line["loss"]) and line["lr"] == 0.01
+        for line in log
+    )
 
 
 def test_the_scores_name_their_convention_and_count_the_eroded_labels(trained, city):
@@ -135,8 +154,14 @@ def test_the_scores_name_their_convention_and_count_the_eroded_labels(trained, c
     scores = json.loads((run / "scores.json").read_text())
     assert {"oa", "mf1", "miou", "kappa", "per_class", "confusion", "pixels"} <= scores.keys()
     assert "eroded labels" in scores["convention"] and scores["convention"] in process.stdout
-    assert f"OA {100 * scores['oa']:.2f}" in process.stdout and f"mIoU {100 * scores['miou']:.2f}" in process.stdout
-    black = sum((read_raster(synthetic.tile_paths(city, n)["eroded"]) == 0).all(-1).sum() for n in synthetic.TEST_AREAS)
+    assert (
+        f"OA {100 * scores['oa']:.2f}" in process.stdout
+        and f"mIoU {100 * scores['miou']:.2f}" in process.stdout
+    )
+    black = sum(
+        (read_raster(synthetic.tile_paths(city, n)["eroded"]) == 0).all(-1).sum()
+        for n in synthetic.TEST_AREAS
+    )
     assert scores["pixels"] == np.sum(scores["confusion"]) == 4 * 128 * 132 - black
 
 
@@ -151,31 +176,56 @@ def test_evaluation_without_a_word_scores_the_newest_run_with_the_same_digits(tr
     assert table in process.stdout
 
 
-def test_full_labels_are_scored_beside_the_eroded_ones_and_with_full_labels_the_other_way_round(trained, script):
+def test_full_labels_are_scored_beside_the_eroded_ones_and_with_full_labels_the_other_way_round(
+    trained, script
+):
     _, run, process = trained
     eroded = json.loads((run / "scores.json").read_text())
     second = eroded["full_labels"]
-    assert f"mIoU {100 * second['miou']:.2f}" in process.stdout and f"{4 * 128 * 132:,} pixels with full labels" in process.stdout
+    assert (
+        f"mIoU {100 * second['miou']:.2f}" in process.stdout
+        and f"{4 * 128 * 132:,} pixels with full labels" in process.stdout
+    )
     assert "this run, full labels" in (run / "report.html").read_text(encoding="utf-8")
     shutil.copytree(run, "copy")
     status, out, _ = script("evaluate.py", "--run", "copy", "--full-labels", "--device", "cpu")
     full = json.loads(Path("copy/scores.json").read_text())
-    keys = ("oa", "mf1", "miou", "kappa", "per_class", "confusion", "pixels", "per_tile", "convention", "labels")
-    assert status == 0 and {k: full[k] for k in keys} == second and "pixels with eroded labels" in out
+    keys = (
+        "oa",
+        "mf1",
+        "miou",
+        "kappa",
+        "per_class",
+        "confusion",
+        "pixels",
+        "per_tile",
+        "convention",
+        "labels",
+    )
+    assert (
+        status == 0 and {k: full[k] for k in keys} == second and "pixels with eroded labels" in out
+    )
     assert full["eroded_labels"] == {k: eroded[k] for k in keys}
 
 
 def test_as_published_is_scored_at_the_published_stride_unless_another_is_given(trained, script):
     shutil.copytree(trained[1], "copy")
     for flags, stride in (([], 32), (["--stride", 48], 48)):
-        status, out, _ = script("evaluate.py", "--run", "copy", "--as-published", *flags, "--device", "cpu")
+        status, out, _ = script(
+            "evaluate.py", "--run", "copy", "--as-published", *flags, "--device", "cpu"
+        )
         scores = json.loads(Path("copy/scores.json").read_text())
         assert status == 0 and (scores["stride"], scores["repeat_border"]) == (stride, True)
-        assert f"windows of 64 at stride {stride}, logits averaged, border windows counted as published" in scores["convention"]
+        assert (
+            f"windows of 64 at stride {stride}, logits averaged, border windows counted as published"
+            in scores["convention"]
+        )
         assert scores["convention"] in out
 
 
-def test_the_table_holds_seeds_as_a_row_another_stride_as_its_own_and_nothing_else_on_stdout(script, tmp_path):
+def test_the_table_holds_seeds_as_a_row_another_stride_as_its_own_and_nothing_else_on_stdout(
+    script, tmp_path
+):
     write_own_tiles(tmp_path / "mine")
     assert script("train.py", *OWN, "--seeds", 0, 1, "--out", "runs/two")[0] == 0
     shutil.copytree("runs/two/seed-1", "runs/dense")
@@ -187,16 +237,29 @@ def test_the_table_holds_seeds_as_a_row_another_stride_as_its_own_and_nothing_el
         "skipped runs/begun: it is not finished, there is no scores.json"
     ]
     lines = process.stdout.splitlines()
-    assert lines[0] == "## tiles" and len({line.count("|") for line in lines if line.startswith("|")}) == 1
-    rows = [[cell.strip() for cell in line.split("|")] for line in lines if line.startswith("| adapter, vit_t |")]
+    assert (
+        lines[0] == "## tiles"
+        and len({line.count("|") for line in lines if line.startswith("|")}) == 1
+    )
+    rows = [
+        [cell.strip() for cell in line.split("|")]
+        for line in lines
+        if line.startswith("| adapter, vit_t |")
+    ]
     summary = json.loads(Path("runs/two/seeds.json").read_text())
     two, dense = sorted(rows, key=lambda row: row[2], reverse=True)
     mean, deviation = (100 * summary[k]["miou"] for k in ("mean", "deviation"))
     assert (two[2], two[5]) == ("2", f"{mean:.2f} +- {deviation:.2f}") and dense[2] == "1"
     assert dense[5] == f"{100 * json.loads(Path('runs/dense/scores.json').read_text())['miou']:.2f}"
     (note,) = [line for line in lines if "stride: 32" in line]
-    assert note.split(".")[0] in dense[-2].split(", ") and note.split(".")[0] not in two[-2].split(", ")
-    assert script("evaluate.py", "--run", "runs/dense", "--table", "runs/two", "runs/dense") == (0, process.stdout, "")
+    assert note.split(".")[0] in dense[-2].split(", ") and note.split(".")[0] not in two[-2].split(
+        ", "
+    )
+    assert script("evaluate.py", "--run", "runs/dense", "--table", "runs/two", "runs/dense") == (
+        0,
+        process.stdout,
+        "",
+    )
 
 
 def test_another_split_is_scored_beside_the_test_split(trained, script):
@@ -208,7 +271,9 @@ def test_another_split_is_scored_beside_the_test_split(trained, script):
     assert (run / "scores.json").read_bytes() == before
 
 
-def test_a_map_has_the_size_of_the_image_and_comes_out_the_same_again(trained, tile, script, tmp_path):
+def test_a_map_has_the_size_of_the_image_and_comes_out_the_same_again(
+    trained, tile, script, tmp_path
+):
     folder, run, _ = trained
     words = ["--image", tile[0], "--dsm", tile[1], "--stride", 48, "--device", "cpu"]
     process = shell(folder, "predict.py", *words, "--out", tmp_path / "one.tif")
@@ -221,7 +286,10 @@ def test_a_map_has_the_size_of_the_image_and_comes_out_the_same_again(trained, t
 
 def test_a_map_of_a_geotiff_in_tiles_lies_where_the_image_lies(trained, tile, script, tmp_path):
     folder, run, _ = trained
-    tags = [(33550, "d", 3, (0.5, 0.5, 0.0), True), (33922, "d", 6, (0.0, 0.0, 0.0, 7e5, 6.6e6, 0.0), True)]
+    tags = [
+        (33550, "d", 3, (0.5, 0.5, 0.0), True),
+        (33922, "d", 6, (0.0, 0.0, 0.0, 7e5, 6.6e6, 0.0), True),
+    ]
     image, no_data = read_raster(tile[0]).copy(), (42113, "s", 0, "255", True)
     image[:40, :40] = 255
     options = dict(tile=(32, 48), compression="zlib", photometric="rgb")
@@ -229,25 +297,56 @@ def test_a_map_of_a_geotiff_in_tiles_lies_where_the_image_lies(trained, tile, sc
     words = ["--run", run, "--dsm", tile[1], "--stride", 48, "--device", "cpu"]
     for flags in ([], ["--blend", "cosine", "--flips"]):
         tifffile.imwrite("plain.tif", image, photometric="rgb")
-        assert script("predict.py", *words, *flags, "--image", "plain.tif", "--out", "wanted.tif")[0] == 0
-        assert script("predict.py", *words, *flags, "--image", "image.tif", "--out", "map.tif")[0] == 0
+        assert (
+            script("predict.py", *words, *flags, "--image", "plain.tif", "--out", "wanted.tif")[0]
+            == 0
+        )
+        assert (
+            script("predict.py", *words, *flags, "--image", "image.tif", "--out", "map.tif")[0] == 0
+        )
         wanted, found = read_raster(Path("wanted.tif")), read_raster(Path("map.tif"))
         assert (found[:40, :40] == 255).all() and wanted.max() < 6
         outside = (image != 255).any(-1)
         assert np.array_equal(found[outside], wanted[outside])
         assert read_grid(Path("map.tif")) == read_grid(Path("image.tif"))
     assert script("predict.py", *words, "--image", "image.tif", "--out", "map.png")[0] == 0
-    made = ["map.pgw", "map.png", "map.png.aux.xml", "map.tif", "map.tif.aux.xml", "wanted.tif", "wanted.tif.aux.xml"]
+    made = [
+        "map.pgw",
+        "map.png",
+        "map.png.aux.xml",
+        "map.tif",
+        "map.tif.aux.xml",
+        "wanted.tif",
+        "wanted.tif.aux.xml",
+    ]
     assert files_below(tmp_path) == sorted(["image.tif", "plain.tif", *made])
 
 
-def test_confidence_and_probabilities_belong_to_the_same_map_and_lie_where_it_lies(trained, tile, script, tmp_path):
+def test_confidence_and_probabilities_belong_to_the_same_map_and_lie_where_it_lies(
+    trained, tile, script, tmp_path
+):
     _, run, _ = trained
-    tags = [(33550, "d", 3, (0.5, 0.5, 0.0), True), (33922, "d", 6, (0.0, 0.0, 0.0, 7e5, 6.6e6, 0.0), True)]
+    tags = [
+        (33550, "d", 3, (0.5, 0.5, 0.0), True),
+        (33922, "d", 6, (0.0, 0.0, 0.0, 7e5, 6.6e6, 0.0), True),
+    ]
     image = read_raster(tile[0]).copy()
     image[:40, :40] = 255
-    tifffile.imwrite("image.tif", image, extratags=[*tags, (42113, "s", 0, "255", True)], photometric="rgb")
-    words = ["--run", run, "--image", "image.tif", "--dsm", tile[1], "--device", "cpu", "--blend", "cosine"]
+    tifffile.imwrite(
+        "image.tif", image, extratags=[*tags, (42113, "s", 0, "255", True)], photometric="rgb"
+    )
+    words = [
+        "--run",
+        run,
+        "--image",
+        "image.tif",
+        "--dsm",
+        tile[1],
+        "--device",
+        "cpu",
+        "--blend",
+        "cosine",
+    ]
     assert script("predict.py", *words, "--out", "alone.tif")[0] == 0
     more = ["--out", "map.tif", "--confidence", "sure.tif", "--probabilities", "all.tif"]
     status, out, err = script("predict.py", *words, *more)
@@ -255,15 +354,24 @@ def test_confidence_and_probabilities_belong_to_the_same_map_and_lie_where_it_li
     assert Path("map.tif").read_bytes() == Path("alone.tif").read_bytes()
     classes, sure, shares = (tifffile.imread(name) for name in ("map.tif", "sure.tif", "all.tif"))
     outside = classes == 255
-    assert outside[:40, :40].all() and (sure[outside] == 255).all() and (shares[:, outside] == 255).all()
-    assert shares.shape == (6, 128, 132) and np.abs(shares[:, ~outside].sum(0, dtype=int) - 100).max() <= 3
+    assert (
+        outside[:40, :40].all()
+        and (sure[outside] == 255).all()
+        and (shares[:, outside] == 255).all()
+    )
+    assert (
+        shares.shape == (6, 128, 132)
+        and np.abs(shares[:, ~outside].sum(0, dtype=int) - 100).max() <= 3
+    )
     chosen = np.take_along_axis(shares, np.where(outside, 0, classes)[None].astype(int), 0)[0]
     assert np.array_equal(chosen[~outside], sure[~outside]) and np.array_equal(shares.max(0), sure)
     with tifffile.TiffFile("all.tif") as tiff:
         text = tiff.pages[0].tags[42112].value
     names = [row["name"] for row in json.loads((run / "scores.json").read_text())["per_class"]]
     assert re.findall(r'role="description">([^<]*)<', text) == names
-    assert all(read_grid(Path(name)) == read_grid(Path("image.tif")) for name in ("sure.tif", "all.tif"))
+    assert all(
+        read_grid(Path(name)) == read_grid(Path("image.tif")) for name in ("sure.tif", "all.tif")
+    )
     assert script("predict.py", *words, "--out", "map.tif", "--confidence", "sure.png")[0] == 0
     assert np.array_equal(read_raster(Path("sure.png")), sure)
     assert files_below(tmp_path) == [
@@ -272,7 +380,9 @@ def test_confidence_and_probabilities_belong_to_the_same_map_and_lie_where_it_li
     ]  # fmt: skip
 
 
-def test_ctrl_c_in_the_middle_of_a_prediction_leaves_no_file(trained, tile, script, tmp_path, monkeypatch):
+def test_ctrl_c_in_the_middle_of_a_prediction_leaves_no_file(
+    trained, tile, script, tmp_path, monkeypatch
+):
     _, run, _ = trained
     packed = []
 
@@ -286,28 +396,52 @@ def test_ctrl_c_in_the_middle_of_a_prediction_leaves_no_file(trained, tile, scri
     monkeypatch.setattr(zlib, "compress", compress_some)
     more = ["--out", "map.tif", "--confidence", "sure.tif", "--probabilities", "all.tif"]
     status, _, err = script("predict.py", *words, *more)
-    assert status == 130 and err.strip() == "interrupted" and len(packed) == 4 and files_below(tmp_path) == []
+    assert (
+        status == 130
+        and err.strip() == "interrupted"
+        and len(packed) == 4
+        and files_below(tmp_path) == []
+    )
 
 
 def test_a_map_of_the_run_s_own_stride_is_what_was_scored(trained, tile, city, script, tmp_path):
     _, run, _ = trained
-    words = ["--run", run, "--image", tile[0], "--dsm", tile[1], "--out", "a.png", "--device", "cpu"]
+    words = [
+        "--run",
+        run,
+        "--image",
+        tile[0],
+        "--dsm",
+        tile[1],
+        "--out",
+        "a.png",
+        "--device",
+        "cpu",
+    ]
     status, *_ = script("predict.py", *words)
     truth = read_raster(synthetic.tile_paths(city, 5)["eroded"])
     colours = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
     scored = truth.any(-1)
     share = (colours == truth).all(-1)[scored].mean()
-    assert status == 0 and json.loads((run / "scores.json").read_text())["per_tile"]["5"]["oa"] == pytest.approx(share)
+    assert status == 0 and json.loads((run / "scores.json").read_text())["per_tile"]["5"][
+        "oa"
+    ] == pytest.approx(share)
 
 
 def test_a_page_about_a_window_is_written_with_or_without_a_map(trained, tile, script, tmp_path):
     folder, run, _ = trained
     words = ["--image", tile[0], "--dsm", tile[1], "--device", "cpu"]
     alone = shell(folder, "predict.py", *words, "--explain", tmp_path / "alone", "--at", "66,0")
-    assert alone.returncode == 0 and not alone.stderr and alone.stdout.startswith(f"{tmp_path / 'alone' / 'explain.html'}: ")
+    assert (
+        alone.returncode == 0
+        and not alone.stderr
+        and alone.stdout.startswith(f"{tmp_path / 'alone' / 'explain.html'}: ")
+    )
     assert files_below(tmp_path) == ["alone/explain.html"]
     assert script("predict.py", "--run", run, *words, "--out", "one.tif")[0] == 0
-    assert script("predict.py", "--run", run, *words, "--out", "two.tif", "--explain", "both")[0] == 0
+    assert (
+        script("predict.py", "--run", run, *words, "--out", "two.tif", "--explain", "both")[0] == 0
+    )
     assert Path("one.tif").read_bytes() == Path("two.tif").read_bytes()
     assert "from column 66 and row 0 on" in Path("alone/explain.html").read_text(encoding="utf-8")
     assert "from column 34 and row 32 on" in Path("both/explain.html").read_text(encoding="utf-8")
@@ -327,7 +461,19 @@ train.main()
 
 def test_a_run_that_was_killed_goes_on_to_the_weights_of_one_that_was_not(trained, city, tmp_path):
     _, run, _ = trained
-    flags = ["--data", "vaihingen", "--root", city, "--epochs", 2, "--steps", 2, *TINY, "--out", "again"]
+    flags = [
+        "--data",
+        "vaihingen",
+        "--root",
+        city,
+        "--epochs",
+        2,
+        "--steps",
+        2,
+        *TINY,
+        "--out",
+        "again",
+    ]
     killed = shell(tmp_path, *flags, code=KILLED_IN_THE_SECOND_EPOCH)
     again = tmp_path / "again"
     assert killed.returncode == -9 and len(log_of(again)) == 1 and not (again / "model.pt").exists()
@@ -339,7 +485,21 @@ def test_a_run_that_was_killed_goes_on_to_the_weights_of_one_that_was_not(traine
 
 def test_another_seed_is_another_run(trained, script, city):
     _, run, _ = trained
-    flags = ["--data", "vaihingen", "--root", city, "--epochs", 1, "--steps", 2, *TINY, "--seed", 1, "--out", "other"]
+    flags = [
+        "--data",
+        "vaihingen",
+        "--root",
+        city,
+        "--epochs",
+        1,
+        "--steps",
+        2,
+        *TINY,
+        "--seed",
+        1,
+        "--out",
+        "other",
+    ]
     assert script("train.py", *flags)[0] == 0
     assert log_of(Path("other"))[0]["loss"] != log_of(run)[0]["loss"]
 
@@ -368,11 +528,26 @@ def test_every_kind_of_network_trains_is_scored_again_and_predicts(script, tmp_p
     assert read_raster(tmp_path / "map.png").shape == (80, 80)
 
 
-def test_tiles_smaller_than_the_window_are_trained_on_and_scored_and_rasters_of_64_pixels_are_mapped(script, tmp_path):
+def test_tiles_smaller_than_the_window_are_trained_on_and_scored_and_rasters_of_64_pixels_are_mapped(
+    script, tmp_path
+):
     write_own_tiles(tmp_path / "mine", size=50)
     status, _, err = script("train.py", *OWN, "--crop", 96, "--out", "run")
-    assert (status, err) == (0, "") and json.loads(Path("run/scores.json").read_text())["pixels"] == 2500
-    words = ["--image", "image.tif", "--dsm", "dsm.tif", "--out", "map.tif", "--probabilities", "all.tif", "--device", "cpu"]
+    assert (status, err) == (0, "") and json.loads(Path("run/scores.json").read_text())[
+        "pixels"
+    ] == 2500
+    words = [
+        "--image",
+        "image.tif",
+        "--dsm",
+        "dsm.tif",
+        "--out",
+        "map.tif",
+        "--probabilities",
+        "all.tif",
+        "--device",
+        "cpu",
+    ]
     for H, W in ((64, 64), (64, 100), (130, 65), (63, 100), (100, 1)):
         tifffile.imwrite("image.tif", np.zeros((H, W, 3), np.uint8), photometric="rgb")
         tifffile.imwrite("dsm.tif", np.zeros((H, W), np.float32))
@@ -382,19 +557,41 @@ def test_tiles_smaller_than_the_window_are_trained_on_and_scored_and_rasters_of_
             assert not Path("map.tif").exists()
             continue
         assert (status, err) == (0, "") and f"{W} x {H} pixels" in out
-        assert read_raster(Path("map.tif")).shape == (H, W) and tifffile.imread("all.tif").shape == (2, H, W)
+        assert read_raster(Path("map.tif")).shape == (H, W) and tifffile.imread(
+            "all.tif"
+        ).shape == (2, H, W)
         Path("map.tif").unlink()
 
 
-def test_a_loss_that_is_no_number_stops_with_status_1_and_leaves_the_last_epoch(script, tmp_path, city):
-    flags = ["--data", "vaihingen", "--root", city, "--epochs", 2, "--steps", 1, *TINY, "--lr", "1e30", "--out", "run"]
+def test_a_loss_that_is_no_number_stops_with_status_1_and_leaves_the_last_epoch(
+    script, tmp_path, city
+):
+    flags = [
+        "--data",
+        "vaihingen",
+        "--root",
+        city,
+        "--epochs",
+        2,
+        "--steps",
+        1,
+        *TINY,
+        "--lr",
+        "1e30",
+        "--out",
+        "run",
+    ]
     status, _, err = script("train.py", *flags)
     assert status == 1 and len(err.splitlines()) == 1 and "at step 2" in err
     last = torch.load("run/last.pt", weights_only=True)
-    assert last["progress"]["step"] == 1 and len(log_of(Path("run"))) == 1 and not Path("run/model.pt").exists()
+    assert (
+        last["progress"]["step"] == 1
+        and len(log_of(Path("run"))) == 1
+        and not Path("run/model.pt").exists()
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- mistakes
+# ----------------------------------------------------------------------------------------- mistakes
 
 
 def assert_refused(result, *parts):
@@ -411,7 +608,10 @@ def assert_refused(result, *parts):
         ("--tuner magic", ["magic", "adapter", "lora"]),
         ("--encoder vit_z", ["vit_z", "vit_l"]),
         ("--modalities height", ["height", "image+dsm"]),
-        ("--data potsdam --bands rgbir", ["--bands rgbir", "three bands, not 4", "rgb, irrg, or three"]),
+        (
+            "--data potsdam --bands rgbir",
+            ["--bands rgbir", "three bands, not 4", "rgb, irrg, or three"],
+        ),
         ("--bands bgr", ["--bands bgr", "counted from 1"]),
         ("--crop 32", ["--crop 32"]),
         ("--crop many", ["--crop", "many"]),
@@ -423,8 +623,22 @@ def assert_refused(result, *parts):
         ("--spell right", ["--spell"]),
     ],
 )
-def test_a_mistake_before_training_is_one_line_with_status_2_and_writes_nothing(script, tmp_path, city, flags, parts):
-    base = ["--data", "vaihingen", "--root", city, "--epochs", 1, "--steps", 1, *TINY, "--out", "run"]
+def test_a_mistake_before_training_is_one_line_with_status_2_and_writes_nothing(
+    script, tmp_path, city, flags, parts
+):
+    base = [
+        "--data",
+        "vaihingen",
+        "--root",
+        city,
+        "--epochs",
+        1,
+        "--steps",
+        1,
+        *TINY,
+        "--out",
+        "run",
+    ]
     assert_refused(script("train.py", *base, *flags.split()), *parts)
     assert files_below(tmp_path) == [] and not (tmp_path / "run").exists()
 
@@ -442,7 +656,9 @@ def resize_heights(root):
 
 
 def recolour_labels(root):
-    tifffile.imwrite(root / "train/labels/a.tif", np.full((80, 80, 3), 255, np.uint8), photometric="rgb")
+    tifffile.imwrite(
+        root / "train/labels/a.tif", np.full((80, 80, 3), 255, np.uint8), photometric="rgb"
+    )
 
 
 def remove_heights(root):
@@ -464,7 +680,9 @@ def remove_test_tiles(root):
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_damaged_own_tiles_are_one_line_that_names_the_file_and_no_run_begins(script, tmp_path, damage, parts):
+def test_damaged_own_tiles_are_one_line_that_names_the_file_and_no_run_begins(
+    script, tmp_path, damage, parts
+):
     write_own_tiles(tmp_path / "mine")
     damage(tmp_path / "mine")
     assert_refused(script("train.py", *OWN, "--out", "run"), *parts)
@@ -543,11 +761,17 @@ def test_a_mistake_in_evaluation_is_one_line_and_leaves_the_scores(trained, scri
         ({"--confidence": "sure.jpg"}, ["--confidence sure.jpg", ".png or .tif"]),
         ({"--confidence": "nowhere/sure.tif"}, ["--confidence nowhere/sure.tif"]),
         ({"--confidence": "/proc/sure.png"}, ["--confidence /proc/sure.png"]),
-        ({"--confidence": "short.tif", "--dsm": "short.tif"}, ["--confidence short.tif", "another file"]),
+        (
+            {"--confidence": "short.tif", "--dsm": "short.tif"},
+            ["--confidence short.tif", "another file"],
+        ),
         ({"--confidence": "./map.png"}, ["--confidence map.png", "--out", "another file"]),
         ({"--probabilities": "all.png"}, ["--probabilities all.png", "give a .tif"]),
         ({"--probabilities": "/proc/all.tif"}, ["--probabilities /proc/all.tif"]),
-        ({"--probabilities": "a.tif", "--confidence": "A.tif"}, ["--probabilities a.tif", "is the file of --confidence"]),
+        (
+            {"--probabilities": "a.tif", "--confidence": "A.tif"},
+            ["--probabilities a.tif", "is the file of --confidence"],
+        ),
         ({"--blend": "sum"}, ["--blend", "cosine"]),
         ({"--stride": "0"}, ["stride", "64"]),
         ({"--stride": "-8"}, ["stride", "64"]),
@@ -555,7 +779,9 @@ def test_a_mistake_in_evaluation_is_one_line_and_leaves_the_scores(trained, scri
     ],
     ids=str,
 )
-def test_a_mistake_in_prediction_is_one_line_and_writes_no_map(trained, tile, script, tmp_path, flags, parts):
+def test_a_mistake_in_prediction_is_one_line_and_writes_no_map(
+    trained, tile, script, tmp_path, flags, parts
+):
     _, run, _ = trained
     tifffile.imwrite("short.tif", np.zeros((125, 132), np.float32))
     tifffile.imwrite("grey.tif", np.zeros((128, 132), np.uint8))
@@ -586,7 +812,11 @@ def test_a_run_of_other_classes_than_the_data_s_is_one_line_and_leaves_the_score
     for classes in ([*listed, {"name": "tree", "color": [0, 200, 0]}], listed[::-1]):
         path.write_text(json.dumps({"classes": classes}))
         names = ", ".join(c["name"] for c in classes)
-        assert_refused(script("evaluate.py", "--run", "run", "--device", "cpu"), "run tells apart ground, house", names)
+        assert_refused(
+            script("evaluate.py", "--run", "run", "--device", "cpu"),
+            "run tells apart ground, house",
+            names,
+        )
     assert Path("run/scores.json").read_bytes() == before
 
 
@@ -604,35 +834,56 @@ def test_a_run_of_other_classes_than_the_data_s_is_one_line_and_leaves_the_score
     ],
     ids=str,
 )
-def test_a_mistake_in_looking_inside_is_one_line_and_writes_no_page(trained, tile, script, tmp_path, flags, parts):
+def test_a_mistake_in_looking_inside_is_one_line_and_writes_no_page(
+    trained, tile, script, tmp_path, flags, parts
+):
     _, run, _ = trained
     tifffile.imwrite("short.tif", np.zeros((125, 132), np.float32))
-    tifffile.imwrite("tiny.tif", np.arange(60 * 132 * 3, dtype=np.uint16).reshape(60, 132, 3), photometric="rgb")
+    tifffile.imwrite(
+        "tiny.tif", np.arange(60 * 132 * 3, dtype=np.uint16).reshape(60, 132, 3), photometric="rgb"
+    )
     words = {"--run": run, "--image": tile[0], "--dsm": tile[1], "--explain": "inside"} | flags
     given = [word for pair in words.items() if pair[1] is not None for word in pair]
     assert_refused(script("predict.py", *given), *parts)
     assert files_below(tmp_path) == ["short.tif", "tiny.tif"] and not Path("inside").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------- benchmark
+# ---------------------------------------------------------------------------------------- benchmark
 
 
-def test_the_benchmark_prints_and_keeps_both_orders_with_ratios_memory_and_the_share_of_the_ceiling(tmp_path):
+def test_the_benchmark_prints_and_keeps_both_orders_with_ratios_memory_and_the_share_of_the_ceiling(
+    tmp_path,
+):
     words = "--encoder vit_t --tasks network --crop 64 --batch 1 --repeats 1 --precision fp32 --memory --out here/rows.csv"
     done = shell(tmp_path, "benchmark.py", *words.split(), "--device", "cpu")
     assert (done.returncode, done.stderr) == (0, "")
-    assert files_below(tmp_path) == ["here/rows.csv", "here/rows.md"] and done.stdout.strip() in (tmp_path / "here/rows.md").read_text()
+    assert (
+        files_below(tmp_path) == ["here/rows.csv", "here/rows.md"]
+        and done.stdout.strip() in (tmp_path / "here/rows.md").read_text()
+    )
     with (tmp_path / "here/rows.csv").open(newline="") as file:
         published, ours = csv.DictReader(file)
-    assert (published["order"], ours["order"]) == ("published", "ours") and float(ours["error"]) < 1e-4
-    assert float(ours["times_published"]) == pytest.approx(float(published["seconds"]) / float(ours["seconds"]), rel=1e-3)
-    assert float(ours["of_ceiling"]) > 0 and 100 < float(ours["peak_mb"]) < 4000 and "torch" in ours["version"]
+    assert (published["order"], ours["order"]) == ("published", "ours") and float(
+        ours["error"]
+    ) < 1e-4
+    assert float(ours["times_published"]) == pytest.approx(
+        float(published["seconds"]) / float(ours["seconds"]), rel=1e-3
+    )
+    assert (
+        float(ours["of_ceiling"]) > 0
+        and 100 < float(ours["peak_mb"]) < 4000
+        and "torch" in ours["version"]
+    )
 
 
 def test_a_plan_tells_hours_windows_and_memory_of_the_recipe_for_each_crop(tmp_path):
     done = shell(tmp_path, "benchmark.py", *"--plan vaihingen --encoder vit_t --device cpu".split())
     assert (done.returncode, done.stderr) == (0, "") and "50 x 1000 steps of 10" in done.stdout
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line.startswith("| ")][1:]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in done.stdout.splitlines()
+        if line.startswith("| ")
+    ][1:]
     assert [int(row[0]) for row in rows] == [256, 224, 448, 672, 896]
     windows = 4 * (len(range(0, 2500 - 256, 32)) + 1) * (len(range(0, 1900 - 256, 32)) + 1)
     assert rows[0][1] == "x 1.00" and int(rows[0][4].replace(",", "")) == windows
@@ -641,16 +892,26 @@ def test_a_plan_tells_hours_windows_and_memory_of_the_recipe_for_each_crop(tmp_p
         assert 0 < values[1] <= values[0] <= values[2] <= values[3] <= values[4]
 
 
-@pytest.mark.parametrize("words, part", [("--batch 0", "--batch"), ("--crop 32", "--crop"), ("--precision tf32", "tf32"), ("--tasks all", "--tasks")])
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        ("--batch 0", "--batch"),
+        ("--crop 32", "--crop"),
+        ("--precision tf32", "tf32"),
+        ("--tasks all", "--tasks"),
+    ],
+)
 def test_a_mistake_in_the_benchmark_is_one_line(script, tmp_path, words, part):
     assert_refused(script("benchmark.py", *words.split(), "--device", "cpu"), part)
     assert files_below(tmp_path) == []
 
 
-# ------------------------------------------------------------------------------------------------------------- progress
+# ----------------------------------------------------------------------------------------- progress
 
 
-@pytest.mark.parametrize("seconds, text", [(0, "0:00"), (62, "1:02"), (3599.6, "1:00:00"), (3723, "1:02:03")])
+@pytest.mark.parametrize(
+    "seconds, text", [(0, "0:00"), (62, "1:02"), (3599.6, "1:00:00"), (3723, "1:02:03")]
+)
 def test_a_clock_shows_hours_only_where_there_are_any(seconds, text):
     assert clock(seconds) == text
 
@@ -663,7 +924,11 @@ def test_progress_in_a_file_is_a_line_now_and_then_and_always_the_last(monkeypat
         now[0] += 1
         ticker(done, 30, ", loss 1")
     lines = out.getvalue().splitlines()
-    assert lines == ["step 10/30, loss 1, 0:20 left", "step 20/30, loss 1, 0:10 left", "step 30/30, loss 1"]
+    assert lines == [
+        "step 10/30, loss 1, 0:20 left",
+        "step 20/30, loss 1, 0:10 left",
+        "step 30/30, loss 1",
+    ]
 
 
 def test_progress_on_a_terminal_is_one_line_that_is_written_over(monkeypatch):

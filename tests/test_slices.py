@@ -6,12 +6,12 @@ import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-
-from rasters import DataError, read_raster
-from scaling import Scaling
-from slices import InFile, Segments, open_raster
 from test_rasters import geo_tags
-from tiles import Tile
+
+from geodata.rasters import DataError, read_raster
+from geodata.scaling import Scaling
+from geodata.slices import InFile, Segments, open_raster
+from geodata.tiles import Tile
 
 TWO_CLASSES = (("ground", (10, 20, 30)), ("house", (200, 100, 0)))
 LAYOUTS = {
@@ -36,7 +36,9 @@ def write(path, array, layout):
     return path
 
 
-@pytest.fixture(scope="module", params=[(layout, C) for layout in LAYOUTS for C in (1, 3, 4)], ids=str)
+@pytest.fixture(
+    scope="module", params=[(layout, C) for layout in LAYOUTS for C in (1, 3, 4)], ids=str
+)
 def raster(request, tmp_path_factory):
     layout, C = request.param
     array = np.random.default_rng(C).integers(0, 60_000, (75, 53, C), dtype=np.uint16)
@@ -59,10 +61,16 @@ def test_every_slice_is_that_of_the_array_in_any_order(raster, boxes):
 def test_windows_from_top_to_bottom_decode_each_tile_once_and_keep_few(tmp_path, monkeypatch):
     array = np.random.default_rng(0).integers(0, 255, (400, 100, 3), dtype=np.uint8)
     found, read, kept = open_raster(write(tmp_path / "a.tif", array, "deflate tiles")), [], []
-    monkeypatch.setattr(Segments, "_read", lambda self, i, read_row=Segments._read: read.append(i) or read_row(self, i))
+    monkeypatch.setattr(
+        Segments,
+        "_read",
+        lambda self, i, read_row=Segments._read: read.append(i) or read_row(self, i),
+    )
     for top in range(0, 337, 16):
         for left in (0, 36):
-            assert np.array_equal(found[top : top + 64, left : left + 64], array[top : top + 64, left : left + 64])
+            assert np.array_equal(
+                found[top : top + 64, left : left + 64], array[top : top + 64, left : left + 64]
+            )
         kept.append(len(found.rows))
     assert read == list(range(13)) and max(kept) <= 3
 
@@ -76,9 +84,13 @@ def test_a_tile_that_the_file_leaves_out_is_zero(tmp_path):
     assert (found[:16] == 0).all() and (found[16:] == 7).all()
 
 
-@pytest.mark.parametrize("name, compression", [("a.tif", "tiff_lzw"), ("a.jpg", None), ("a.png", None)])
+@pytest.mark.parametrize(
+    "name, compression", [("a.tif", "tiff_lzw"), ("a.jpg", None), ("a.png", None)]
+)
 def test_what_cannot_be_read_in_parts_is_in_memory(tmp_path, name, compression):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8))
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    )
     picture.save(tmp_path / name, **({"compression": compression} if compression else {}))
     found = open_raster(tmp_path / name)
     assert np.array_equal(found[0:20, 0:30], read_raster(tmp_path / name))
@@ -86,14 +98,22 @@ def test_what_cannot_be_read_in_parts_is_in_memory(tmp_path, name, compression):
 
 @pytest.mark.parametrize("layout", ["strips", "deflate tiles"])
 def test_a_truncated_file_is_named_when_it_is_opened(tmp_path, layout):
-    path = write(tmp_path / "a.tif", np.random.default_rng(0).integers(0, 255, (75, 53, 3), dtype=np.uint8), layout)
+    path = write(
+        tmp_path / "a.tif",
+        np.random.default_rng(0).integers(0, 255, (75, 53, 3), dtype=np.uint8),
+        layout,
+    )
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(DataError, match="a.tif"):
         open_raster(path)
 
 
 def test_a_damaged_tile_is_an_error_of_one_line_that_names_the_file(tmp_path):
-    path = write(tmp_path / "a.tif", np.random.default_rng(0).integers(0, 255, (75, 53, 3), dtype=np.uint8), "deflate tiles")
+    path = write(
+        tmp_path / "a.tif",
+        np.random.default_rng(0).integers(0, 255, (75, 53, 3), dtype=np.uint8),
+        "deflate tiles",
+    )
     with tifffile.TiffFile(path) as tiff:
         start = tiff.pages[0].dataoffsets[-1]
     data = bytearray(path.read_bytes())
@@ -105,7 +125,7 @@ def test_a_damaged_tile_is_an_error_of_one_line_that_names_the_file(tmp_path):
     assert "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------------- whole tiles
+# -------------------------------------------------------------------------------------- whole tiles
 
 
 def own_tile(folder, layout, scaling, other_grid=False):
@@ -120,7 +140,10 @@ def own_tile(folder, layout, scaling, other_grid=False):
     tifffile.imwrite(paths["image"], image, photometric="rgb", extratags=tags, **options)
     tags = geo_tags(998, 1998.7, (1.0, 1.0)) if other_grid else tags
     tifffile.imwrite(paths["dsm"], dsm, photometric="minisblack", extratags=tags, **options)
-    return [Tile("a", paths, TWO_CLASSES, bands=(3, 0, 1), height_unit=0.5, scaling=scaling) for _ in range(2)]
+    return [
+        Tile("a", paths, TWO_CLASSES, bands=(3, 0, 1), height_unit=0.5, scaling=scaling)
+        for _ in range(2)
+    ]
 
 
 HEIGHTS, IMAGES = ("minmax", "percentiles", "90:120", "ground"), ("minmax", "sam", "unit", "20:200")
@@ -139,7 +162,10 @@ def test_an_opened_tile_is_the_loaded_one(tmp_path, layout, scaling, other_grid)
         assert opened.heights == loaded.heights
     for top, left in ((0, 0), (20, 11), (43, 21), (74, 52)):
         box = np.s_[top : top + 32, left : left + 32]
-        inputs = [(t.scale.image_input(t.image[box]), t.scale.height_input(t.dsm[box], box)) for t in (loaded, opened)]
+        inputs = [
+            (t.scale.image_input(t.image[box]), t.scale.height_input(t.dsm[box], box))
+            for t in (loaded, opened)
+        ]
         assert np.array_equal(inputs[0][0], inputs[1][0])
         assert np.allclose(inputs[0][1], inputs[1][1], atol=1e-5 if other_grid else 0, rtol=0)
 

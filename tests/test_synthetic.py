@@ -1,4 +1,6 @@
-"""The synthetic city: its layout, what it promises about heights and colours, and its care with folders."""
+"""The synthetic city: its layout, what it promises about heights and colours, and its care with
+folders.
+"""
 
 import json
 import subprocess
@@ -12,9 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-import synthetic
-from synthetic import (BUILDING, CAR, IGNORE, IMPERVIOUS, LOW, PALETTE, TEST_AREAS, TRAIN_AREAS, TREE, ensure_city,
-                       erode_labels, make_tile, tile_paths, write_city)
+from geodata import city, synthetic
+from geodata.city import BUILDING, CAR, IMPERVIOUS, LOW, PALETTE, TREE, make_tile
+from geodata.synthetic import (
+    IGNORE,
+    TEST_AREAS,
+    TRAIN_AREAS,
+    ensure_city,
+    erode_labels,
+    tile_paths,
+    write_city,
+)
+
+ROOT = Path(synthetic.__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +43,16 @@ def city(tmp_path_factory):
 
 
 def same(one, other):
-    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("image", "dsm", "labels"))
+    return all(
+        np.array_equal(getattr(one, name), getattr(other, name))
+        for name in ("image", "dsm", "labels")
+    )
 
 
 def above_ground(scene, mask):
-    """Median height of the mask's pixels above the ground found within 4 m of each (a sample of them)."""
+    """Median height of the mask's pixels above the ground found within 4 m of each (a sample of
+    them).
+    """
     ground = np.isin(scene.labels, (IMPERVIOUS, LOW))
     heights = []
     for row, column in np.argwhere(mask)[::499]:
@@ -47,7 +64,9 @@ def above_ground(scene, mask):
 
 def overlap(one, other):
     """How much of two distributions of grey values in 0..255 is common, 0 to 1, in 16 bins."""
-    shares = [np.histogram(values, bins=16, range=(0, 256))[0] / len(values) for values in (one, other)]
+    shares = [
+        np.histogram(values, bins=16, range=(0, 256))[0] / len(values) for values in (one, other)
+    ]
     return np.minimum(*shares).sum()
 
 
@@ -102,34 +121,51 @@ def test_shrubs_and_lawns_are_ground_in_height(scenes):
 
 
 def test_many_roofs_have_the_colours_of_paved_ground_and_many_have_not(scenes):
-    roofs, ground = ([scene.image[scene.labels == label] for scene in scenes] for label in (BUILDING, IMPERVIOUS))
+    roofs, ground = (
+        [scene.image[scene.labels == label] for scene in scenes] for label in (BUILDING, IMPERVIOUS)
+    )
     for band in range(3):
         common = overlap(np.concatenate(roofs)[:, band], np.concatenate(ground)[:, band])
         assert common > 0.5
-    tints = np.concatenate([roof[:, 0].astype(float) - roof[:, 2] for roof in roofs])     # tiles are warm, asphalt grey
+    tints = np.concatenate(
+        [roof[:, 0].astype(float) - roof[:, 2] for roof in roofs]
+    )  # tiles are warm, asphalt grey
     assert 0.3 < (np.abs(tints) < 16).mean() < 0.9
 
 
 def test_much_low_vegetation_has_the_colours_of_crowns_and_much_has_not(scenes):
     """Lawn is paler than leaves in the green band, in the light as in the shade; shrubs are not."""
+
     def paleness(label):
-        pixels = np.concatenate([scene.image[scene.labels == label] for scene in scenes]).astype(float)
+        pixels = np.concatenate([scene.image[scene.labels == label] for scene in scenes]).astype(
+            float
+        )
         return 255 * pixels[:, 2] / pixels[:, 0].clip(1)
+
     low, tree = paleness(LOW), paleness(TREE)
     assert 0.4 < overlap(low, tree) < 0.9
 
 
 def test_a_roof_and_a_yard_of_the_same_draws_look_the_same():
     def picture(label, height, caster):
-        canvas = synthetic.Canvas(np.random.default_rng(9), 200, 200)
-        synthetic.slab(canvas, 9.0, 9.0, 0.4, 9.0, 8.0, label, height, caster)
-        return synthetic.photograph(canvas), synthetic.measure_heights(canvas), canvas.labels
-    (roof, high, as_roof), (yard, low, as_yard) = picture(BUILDING, 5.0, 5.0), picture(IMPERVIOUS, 0.0, 5.0)
+        canvas = city.Canvas(np.random.default_rng(9), 200, 200)
+        city.slab(canvas, 9.0, 9.0, 0.4, 9.0, 8.0, label, height, caster)
+        return city.photograph(canvas), city.measure_heights(canvas), canvas.labels
+
+    (roof, high, as_roof), (yard, low, as_yard) = (
+        picture(BUILDING, 5.0, 5.0),
+        picture(IMPERVIOUS, 0.0, 5.0),
+    )
     assert np.array_equal(roof, yard)
-    assert np.array_equal(as_roof == BUILDING, as_yard == IMPERVIOUS) and (high - low)[as_roof == BUILDING].mean() > 4
+    assert (
+        np.array_equal(as_roof == BUILDING, as_yard == IMPERVIOUS)
+        and (high - low)[as_roof == BUILDING].mean() > 4
+    )
 
 
-label_maps = hnp.arrays(np.uint8, st.tuples(st.integers(1, 12), st.integers(1, 12)), elements=st.integers(0, 2))
+label_maps = hnp.arrays(
+    np.uint8, st.tuples(st.integers(1, 12), st.integers(1, 12)), elements=st.integers(0, 2)
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -138,23 +174,34 @@ def test_eroded_labels_are_the_labels_except_where_the_disc_holds_a_second_class
     eroded = erode_labels(labels, radius)
     rows, columns = np.indices(labels.shape)
     for (row, column), label in np.ndenumerate(labels):
-        disc = labels[(rows - row) ** 2 + (columns - column) ** 2 <= radius ** 2]
+        disc = labels[(rows - row) ** 2 + (columns - column) ** 2 <= radius**2]
         assert eroded[row, column] == (label if (disc == label).all() else IGNORE)
 
 
 def test_the_folders_are_those_of_vaihingen(city):
     expected = {"city.json"}
     for n in TRAIN_AREAS + TEST_AREAS:
-        expected |= {f"top/top_mosaic_09cm_area{n}.tif", f"dsm/dsm_09cm_matching_area{n}.tif",
-                     f"gts_for_participants/top_mosaic_09cm_area{n}.tif",
-                     f"gts_eroded_for_participants/top_mosaic_09cm_area{n}_noBoundary.tif"}
-    assert {path.relative_to(city).as_posix() for path in city.rglob("*") if path.is_file()} == expected
+        expected |= {
+            f"top/top_mosaic_09cm_area{n}.tif",
+            f"dsm/dsm_09cm_matching_area{n}.tif",
+            f"gts_for_participants/top_mosaic_09cm_area{n}.tif",
+            f"gts_eroded_for_participants/top_mosaic_09cm_area{n}_noBoundary.tif",
+        }
+    assert {
+        path.relative_to(city).as_posix() for path in city.rglob("*") if path.is_file()
+    } == expected
 
 
 def test_the_files_hold_the_tile_in_the_official_types_and_colours(city):
     paths, scene = tile_paths(city, 5), make_tile(3, 5, 96, 112)
-    image, dsm, full, eroded = (tifffile.imread(paths[name]) for name in ("image", "dsm", "labels", "eroded"))
-    assert np.array_equal(image, scene.image) and np.array_equal(dsm, scene.dsm) and dsm.dtype == np.float32
+    image, dsm, full, eroded = (
+        tifffile.imread(paths[name]) for name in ("image", "dsm", "labels", "eroded")
+    )
+    assert (
+        np.array_equal(image, scene.image)
+        and np.array_equal(dsm, scene.dsm)
+        and dsm.dtype == np.float32
+    )
     assert np.array_equal(full, np.uint8(PALETTE)[scene.labels]) and full.dtype == np.uint8
     black = (eroded == 0).all(-1)
     assert np.array_equal(black, erode_labels(scene.labels) == IGNORE) and black.any()
@@ -175,12 +222,16 @@ def test_a_city_of_other_parameters_is_refused_and_kept(city):
     assert (city / "city.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("name, text", [("notes.txt", "mine"), *(("city.json", text) for text in ("[1]", "{", "{}"))])
+@pytest.mark.parametrize(
+    "name, text", [("notes.txt", "mine"), *(("city.json", text) for text in ("[1]", "{", "{}"))]
+)
 def test_a_foreign_folder_is_refused_and_kept(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match="new or empty folder"):
         ensure_city(tmp_path, size=64)
-    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == text
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (
+        tmp_path / name
+    ).read_text() == text
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
@@ -190,7 +241,7 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
 
 
 def test_a_missing_tile_is_written_again(tmp_path):
-    write_city(tmp_path, seed=1, size=64, areas=TRAIN_AREAS)      # a city without its test tiles
+    write_city(tmp_path, seed=1, size=64, areas=TRAIN_AREAS)  # a city without its test tiles
     assert ensure_city(tmp_path, seed=1, size=64)
     assert not ensure_city(tmp_path, seed=1, size=64)
 
@@ -200,6 +251,7 @@ def test_an_interrupted_city_is_finished(tmp_path, monkeypatch):
         if area == TRAIN_AREAS[2]:
             raise KeyboardInterrupt
         return make_tile(seed, area, height, width)
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(synthetic, "make_tile", interrupt)
         ensure_city(tmp_path, size=64)
@@ -212,6 +264,7 @@ def test_a_file_interrupted_while_it_is_written_never_has_its_name(tmp_path, mon
     def break_off(path, array, **options):
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
+
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
         patch.setattr(tifffile, "imwrite", break_off)
         ensure_city(tmp_path, size=64)
@@ -221,14 +274,33 @@ def test_a_file_interrupted_while_it_is_written_never_has_its_name(tmp_path, mon
 
 @pytest.mark.parametrize("arguments", [["--size", "8"], ["--seed", "-1"], ["--root", __file__]])
 def test_a_mistake_on_the_command_line_ends_with_status_2_and_one_line(tmp_path, arguments):
-    command = [sys.executable, synthetic.__file__, "--root", str(tmp_path / "city"), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "geodata.synthetic",
+        "--root",
+        str(tmp_path / "city"),
+        *arguments,
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and not result.stdout
     assert not (tmp_path / "city").exists()
 
 
 def test_the_command_line_writes_a_city_and_prints_its_shares(tmp_path):
-    command = [sys.executable, synthetic.__file__, "--root", str(tmp_path / "city"), "--size", "64"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0 and "building" in result.stdout and len(result.stdout.splitlines()) == 1
+    command = [
+        sys.executable,
+        "-m",
+        "geodata.synthetic",
+        "--root",
+        str(tmp_path / "city"),
+        "--size",
+        "64",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (
+        result.returncode == 0
+        and "building" in result.stdout
+        and len(result.stdout.splitlines()) == 1
+    )
     assert not ensure_city(tmp_path / "city", size=64)

@@ -10,25 +10,55 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import DataError
-from layouts import VAIHINGEN_TEST_PIXELS
+from engine.settings import AS_PUBLISHED, PUBLISHED_STRIDES, RECIPES, Settings
+from geodata.layouts import VAIHINGEN_TEST_PIXELS
+from geodata.rasters import DataError
 from mfnet import build_mfnet, count_parameters
-from settings import AS_PUBLISHED, PUBLISHED_STRIDES, RECIPES, Settings
-from table import HEAD, MEANS, PAPER_ABLATIONS, PAPER_SCORES, PAPER_TRAINED, finished, group, markdown, read_runs
-from table import remarks
+from reports.table import (
+    HEAD,
+    MEANS,
+    PAPER_ABLATIONS,
+    PAPER_SCORES,
+    PAPER_TRAINED,
+    finished,
+    group,
+    markdown,
+    read_runs,
+    remarks,
+)
 
 SCORED = dict(labels="eroded labels", window=256, stride=32, repeat_border=False)
 SPEED = [dict(images_per_second=20.0, seconds=3.0, peak_memory_mb=2048.0)]
 
 
-def made_up(folder="runs/a", scored=(), values=(0.9, 0.8, 0.7, 0.6), base=None, log=SPEED, version="commit a", pixels=None, **own):
-    """A run of the recipe of its data set, but for what is given -> (config.json, scores.json, log.jsonl) as `finished` takes."""
+def made_up(
+    folder="runs/a",
+    scored=(),
+    values=(0.9, 0.8, 0.7, 0.6),
+    base=None,
+    log=SPEED,
+    version="commit a",
+    pixels=None,
+    **own,
+):
+    """A run of the recipe of its data set, but for what is given -> (config.json, scores.json,
+    log.jsonl) as `finished` takes.
+    """
     data = own.get("data", "vaihingen")
     config = dataclasses.asdict(Settings(**{"data": data, **RECIPES[data], **own}))
-    config |= dict(base=base or {"weights": "sam.pth", "sha256": "c0ffee"}, version=version, classes=[["road", [1, 2, 3]]])
+    config |= dict(
+        base=base or {"weights": "sam.pth", "sha256": "c0ffee"},
+        version=version,
+        classes=[["road", [1, 2, 3]]],
+    )
     config |= dict(parameters={"trainable": 52_612_814}, processes=1)
     pixels = VAIHINGEN_TEST_PIXELS if pixels is None else pixels
-    scores = {**SCORED, **dict(scored), **dict(zip(MEANS, values)), "per_class": [{"pixels": n} for n in pixels]}
+    scores = {
+        **SCORED,
+        **dict(scored),
+        **dict(zip(MEANS, values)),
+        "per_class": [{"pixels": n} for n in pixels],
+    }
     return Path(folder), config, scores, log
 
 
@@ -37,8 +67,14 @@ def run_of(*words, **own):
 
 
 def cells(text):
-    """The rows of the tables below their heads, as lists of cells; asserts that all are equally wide."""
-    rows = [[cell.strip() for cell in line[1:-1].split(" | ")] for line in text.splitlines() if line.startswith("|")]
+    """The rows of the tables below their heads, as lists of cells; asserts that all are equally
+    wide.
+    """
+    rows = [
+        [cell.strip() for cell in line[1:-1].split(" | ")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
     assert {len(row) for row in rows} == {len(HEAD)}
     return [dict(zip(HEAD, row)) for row in rows if row[0] not in ("run", "---")]
 
@@ -49,7 +85,7 @@ def notes(text, row):
     return [numbered[n] for n in row["notes"].split(", ")]
 
 
-# ------------------------------------------------------------------------------------------------------------------ rows
+# --------------------------------------------------------------------------------------------- rows
 
 SHARE = st.floats(0, 1)
 RUNS = st.lists(
@@ -62,7 +98,9 @@ RUNS = st.lists(
             lr=st.sampled_from([0.01, 0.5]),
             data=st.sampled_from(["vaihingen", "hunan", "mmhunan"]),
             version=st.sampled_from(["commit a", "commit b"]),
-            scored=st.sampled_from([{}, {"stride": 64}, {"repeat_border": True}, {"labels": "full labels"}]),
+            scored=st.sampled_from(
+                [{}, {"stride": 64}, {"repeat_border": True}, {"labels": "full labels"}]
+            ),
             values=st.tuples(*[st.one_of(st.none(), SHARE)] * 4),
         )
     ),
@@ -72,7 +110,9 @@ RUNS = st.lists(
 
 
 @given(RUNS)
-def test_every_run_is_in_one_row_with_all_that_differ_from_it_in_the_seed_and_the_machine_alone(drawn):
+def test_every_run_is_in_one_row_with_all_that_differ_from_it_in_the_seed_and_the_machine_alone(
+    drawn,
+):
     runs = [run_of(f"runs/{i}", **own) for i, own in enumerate(drawn)]
 
     def kind(own):
@@ -91,16 +131,30 @@ def test_a_row_holds_mean_and_deviation_of_its_runs_and_the_table_is_even(drawn)
     runs = [run_of(f"runs/{i}", **own) for i, own in enumerate(drawn)]
     text = markdown(runs)
     found = cells(text)
-    expected = [row for data in ("hunan", "vaihingen") for row in group([r for r in runs if r.traits["data"] == data])]
+    expected = [
+        row
+        for data in ("hunan", "vaihingen")
+        for row in group([r for r in runs if r.traits["data"] == data])
+    ]
     assert len(found) == len(expected)
     for shown, row in zip(found, expected):
         for name, key in zip(("OA", "mF1", "mIoU", "kappa"), MEANS):
             values = 100 * np.array([run.scores[key] for run in row if run.scores[key] is not None])
-            parts = [] if not len(values) else [values.mean()] if len(values) == 1 else [values.mean(), values.std(ddof=1)]
-            numbers = [float(part) for part in shown[name].split(" +- ")] if shown[name] != "-" else []
+            parts = (
+                []
+                if not len(values)
+                else [values.mean()]
+                if len(values) == 1
+                else [values.mean(), values.std(ddof=1)]
+            )
+            numbers = (
+                [float(part) for part in shown[name].split(" +- ")] if shown[name] != "-" else []
+            )
             assert len(numbers) == len(parts) and np.allclose(numbers, parts, atol=0.00501)
         seeds = len({run.seed for run in row})
-        assert shown["seeds"] == (f"{seeds}" if seeds == len(row) else f"{seeds} in {len(row)} runs")
+        assert shown["seeds"] == (
+            f"{seeds}" if seeds == len(row) else f"{seeds} in {len(row)} runs"
+        )
         assert float(shown["images/s"]) == 20 and shown["memory, GiB"] == "2.00"
     for run in runs:
         assert text.count(f"`{run.folder.as_posix()}`") == 1
@@ -116,8 +170,14 @@ def test_only_what_moves_no_score_is_left_out_of_what_makes_a_row(select):
         changed = finished(Path("b"), {**config, f.name: value}, scores, log)
         if len(group([finished(Path("a"), config, scores, log), changed])) == 2:
             apart.add(f.name)
-    free = set("out root weights workers device save_every memory_gb seed checkpointing compile deterministic".split())
-    free |= set("eval_every eval_stride repeat_border full_labels".split()) if select == "last" else set()
+    free = set(
+        "out root weights workers device save_every memory_gb seed checkpointing compile deterministic".split()
+    )
+    free |= (
+        set("eval_every eval_stride repeat_border full_labels".split())
+        if select == "last"
+        else set()
+    )
     assert apart == {f.name for f in dataclasses.fields(Settings)} - free
 
 
@@ -129,7 +189,7 @@ def test_other_code_another_base_and_other_pixels_are_other_rows_but_random_base
     assert len(group(random)) == 1
 
 
-# ------------------------------------------------------------------------------------------------------------- the paper
+# ---------------------------------------------------------------------------------------- the paper
 
 
 @pytest.mark.parametrize("tuner, encoder", PAPER_TRAINED)
@@ -137,14 +197,20 @@ def test_the_parameters_beside_the_paper_s_scores_are_those_of_the_network(tuner
     with torch.device("meta"):
         counts = count_parameters(build_mfnet(encoder, tuner))
     trained, printed = PAPER_TRAINED[tuner, encoder]
-    assert counts["trainable"] == trained and printed == pytest.approx(counts["tuner"] / 1e6 + 6.22, abs=0.0051)
+    assert counts["trainable"] == trained and printed == pytest.approx(
+        counts["tuner"] / 1e6 + 6.22, abs=0.0051
+    )
 
 
 @pytest.mark.parametrize(
     "own, scores, trained",
     [
         (dict(), "92.93 / 91.51 / 84.72", "52.61 (it prints 56.67)"),
-        (dict(tuner="lora", encoder="vit_b", data="potsdam"), "90.57 / 91.48 / 84.61", "3.19 (it prints 7.25)"),
+        (
+            dict(tuner="lora", encoder="vit_b", data="potsdam"),
+            "90.57 / 91.48 / 84.61",
+            "3.19 (it prints 7.25)",
+        ),
         (dict(data="mmhunan"), "80.93 / 65.33 / 51.82", "52.61 (it prints 56.67)"),
         (dict(modalities="image"), "- / - / 83.69", ""),
         (dict(modalities="image", tuner="frozen"), "- / - / 75.11", ""),
@@ -163,7 +229,9 @@ def test_the_parameters_beside_the_paper_s_scores_are_those_of_the_network(tuner
     ],
     ids=str,
 )
-def test_the_paper_s_row_stands_beside_runs_of_its_data_tuner_and_encoder_alone(own, scores, trained):
+def test_the_paper_s_row_stands_beside_runs_of_its_data_tuner_and_encoder_alone(
+    own, scores, trained
+):
     (row,) = cells(markdown([run_of(**own)]))
     assert row["the paper: OA / mF1 / mIoU"] == scores and row["the paper: trained, M"] == trained
     assert row["trained, M"] == "52.61"
@@ -171,19 +239,33 @@ def test_the_paper_s_row_stands_beside_runs_of_its_data_tuner_and_encoder_alone(
 
 def test_the_tables_of_the_paper_are_complete_but_for_the_row_that_is_doubtful():
     sizes = [(tuner, size) for tuner in ("adapter", "lora") for size in ("vit_b", "vit_l", "vit_h")]
-    expected = {(data, *size) for data in ("vaihingen", "potsdam", "hunan") for size in sizes} - {("hunan", "lora", "vit_l")}
-    assert set(PAPER_SCORES) == expected and set(PAPER_TRAINED) == set(sizes) and len(PAPER_ABLATIONS) == 7
-    assert any("another method's" in note for note in remarks(run_of(data="hunan", tuner="lora").traits))
+    expected = {(data, *size) for data in ("vaihingen", "potsdam", "hunan") for size in sizes} - {
+        ("hunan", "lora", "vit_l")
+    }
+    assert (
+        set(PAPER_SCORES) == expected
+        and set(PAPER_TRAINED) == set(sizes)
+        and len(PAPER_ABLATIONS) == 7
+    )
+    assert any(
+        "another method's" in note for note in remarks(run_of(data="hunan", tuner="lora").traits)
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- the notes
+# ---------------------------------------------------------------------------------------- the notes
 
 
 @pytest.mark.parametrize("data", PUBLISHED_STRIDES)
 @pytest.mark.parametrize("encoder", ["vit_l", "vit_h"])
 def test_a_run_as_published_differs_in_nothing_and_a_note_names_each_thing_that_does(data, encoder):
     during, final = PUBLISHED_STRIDES[data]
-    own = dict(data=data, encoder=encoder, **AS_PUBLISHED, eval_stride=during, batch_size=4 if encoder == "vit_h" else 10)
+    own = dict(
+        data=data,
+        encoder=encoder,
+        **AS_PUBLISHED,
+        eval_stride=during,
+        batch_size=4 if encoder == "vit_h" else 10,
+    )
     own |= dict(image_scaling="minmax") if "hunan" in data else {}
     scored = dict(stride=final, repeat_border=True)
     plain = remarks(run_of(scored=scored, **own).traits)
@@ -197,23 +279,45 @@ def test_a_run_as_published_differs_in_nothing_and_a_note_names_each_thing_that_
         (dict(val="7,32"), "`--val`: 7,32; the published code: none"),
         (dict(optimizer="adamw"), "`--optimizer`: adamw; the published code: sgd"),
         (dict(labels="dataset"), "`--labels`: dataset; the published code: published"),
-        (dict(eval_stride=64), f"`--eval-stride` while choosing the epoch: 64; the published code: {during}"),
-        (dict(scored={**scored, "stride": 64}), f"scored at stride: 64; the published code: {final}"),
-        (dict(scored={**scored, "repeat_border": False}), "border windows: once; the published code: repeated"),
-        (dict(scored={**scored, "labels": "full labels"}), "scored by labels: full; the published code: eroded"),
+        (
+            dict(eval_stride=64),
+            f"`--eval-stride` while choosing the epoch: 64; the published code: {during}",
+        ),
+        (
+            dict(scored={**scored, "stride": 64}),
+            f"scored at stride: 64; the published code: {final}",
+        ),
+        (
+            dict(scored={**scored, "repeat_border": False}),
+            "border windows: once; the published code: repeated",
+        ),
+        (
+            dict(scored={**scored, "labels": "full labels"}),
+            "scored by labels: full; the published code: eroded",
+        ),
         (dict(base={"weights": "random"}), "weights: random; the published code: SAM's"),
     ):
         found = remarks(run_of(**{"scored": scored, **own, **changed}).traits)
-        assert [line for line in found if line.split()[0] not in {n.split()[0] for n in plain} and line not in plain] == [note]
+        assert [
+            line
+            for line in found
+            if line.split()[0] not in {n.split()[0] for n in plain} and line not in plain
+        ] == [note]
 
 
 def test_on_own_tiles_notes_name_what_the_recipe_has_not():
-    found = remarks(run_of(data="tiles", epochs=30, scored=dict(labels="all labels", stride=128)).traits)
+    found = remarks(
+        run_of(data="tiles", epochs=30, scored=dict(labels="all labels", stride=128)).traits
+    )
     assert found[:-2] == ["`--epochs`: 30; the recipe: 8"] and found[-1].endswith("SHA-256 c0ffee")
 
 
 def test_pixels_that_are_not_the_paper_s_are_told():
-    for own, told in ((dict(), False), (dict(pixels=(5, 6)), True), (dict(pixels=(5, 6), scored=dict(labels="full labels")), False)):
+    for own, told in (
+        (dict(), False),
+        (dict(pixels=(5, 6)), True),
+        (dict(pixels=(5, 6), scored=dict(labels="full labels")), False),
+    ):
         assert any("so these are others" in note for note in remarks(run_of(**own).traits)) == told
 
 
@@ -221,11 +325,13 @@ def test_rows_share_the_numbers_of_the_notes_that_they_share():
     text = markdown([run_of("a"), run_of("b", scored=dict(stride=64)), run_of("c", data="potsdam")])
     potsdam, one, other = cells(text)
     text = text[text.index("## vaihingen") :]
-    assert set(notes(text, other)) - set(notes(text, one)) == {"scored at stride: 64; the published code: 32"}
+    assert set(notes(text, other)) - set(notes(text, one)) == {
+        "scored at stride: 64; the published code: 32"
+    }
     assert set(notes(text, one)) < set(notes(text, other)) and text.count("early-drops") == 1
 
 
-# --------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 def write_run(folder, **own):
@@ -257,12 +363,17 @@ def edit(name, change):
         (lambda f: (f / "log.jsonl").write_text("7\n"), "damaged"),
         (edit("scores.json", lambda s: s.pop("miou")), "damaged"),
         (edit("scores.json", lambda s: s.update(miou="good")), "damaged"),
-        (edit("scores.json", lambda s: (s.pop("stride"), s.update(convention="x"))), "evaluate.py --run"),
+        (
+            edit("scores.json", lambda s: (s.pop("stride"), s.update(convention="x"))),
+            "evaluate.py --run",
+        ),
         (edit("config.json", lambda c: c.update(base=None)), "damaged"),
         (edit("config.json", lambda c: c.pop("version")), "damaged"),
     ],
 )
-def test_a_run_that_cannot_be_used_is_left_out_with_one_line_and_the_others_stay(tmp_path, damage, why):
+def test_a_run_that_cannot_be_used_is_left_out_with_one_line_and_the_others_stay(
+    tmp_path, damage, why
+):
     good, bad = write_run(tmp_path / "many" / "seed-0"), write_run(tmp_path / "bad")
     damage(bad)
     runs, skipped = read_runs([tmp_path])
@@ -273,7 +384,9 @@ def test_a_run_that_cannot_be_used_is_left_out_with_one_line_and_the_others_stay
         read_runs([bad])
 
 
-def test_a_run_is_read_once_however_often_its_folder_is_named_and_one_without_a_log_has_empty_places(tmp_path):
+def test_a_run_is_read_once_however_often_its_folder_is_named_and_one_without_a_log_has_empty_places(
+    tmp_path,
+):
     folder = write_run(tmp_path / "runs" / "a")
     (folder / "log.jsonl").unlink()
     runs, _ = read_runs([tmp_path, tmp_path / "runs", folder, folder / ".." / "a"])

@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import DATASETS, DataError
-from distributed import Team
+from engine.distributed import Team
+from engine.settings import RECIPES, Settings, check_settings, learning_rate, parse_settings
+from engine.training import build_optimizer, segmentation_loss
+from geodata.layouts import DATASETS
+from geodata.rasters import DataError
 from mfnet import build_mfnet
-from settings import RECIPES, Settings, check_settings, learning_rate, parse_settings
 from train import describe_model, new_folder
-from training import build_optimizer, segmentation_loss
 
-# ------------------------------------------------------------------------------------------------------------- settings
+# ----------------------------------------------------------------------------------------- settings
 
 
 def test_the_recipe_of_vaihingen_is_the_paper_s():
@@ -31,7 +32,9 @@ def test_the_recipe_of_vaihingen_is_the_paper_s():
     assert given_by_hand == {"data": "vaihingen"} and not args.resume
 
 
-@pytest.mark.parametrize("data, encoder, weights", [("tiles", "vit_l", "auto"), ("synthetic", "vit_t", "none")])
+@pytest.mark.parametrize(
+    "data, encoder, weights", [("tiles", "vit_l", "auto"), ("synthetic", "vit_t", "none")]
+)
 def test_the_other_recipes_are_short_ones_of_adamw(data, encoder, weights):
     settings, _, _ = parse_settings(["--data", data])
     assert (settings.encoder, settings.weights, settings.optimizer) == (encoder, weights, "adamw")
@@ -48,23 +51,37 @@ def test_every_data_set_has_a_recipe_of_settings_that_work():
 
 def test_the_command_line_without_a_word_is_the_synthetic_city():
     settings, given_by_hand, _ = parse_settings([])
-    assert settings.data == "synthetic" and given_by_hand == {} and settings.root.endswith("synthetic")
+    assert (
+        settings.data == "synthetic" and given_by_hand == {} and settings.root.endswith("synthetic")
+    )
 
 
 def test_what_is_given_by_hand_overrides_the_recipe_and_nothing_else():
-    flags = "--data tiles --epochs 3 --lr 0.5 --optimizer sgd --no-mixing --root /a --resume".split()
+    flags = (
+        "--data tiles --epochs 3 --lr 0.5 --optimizer sgd --no-mixing --root /a --resume".split()
+    )
     settings, given_by_hand, args = parse_settings(flags)
     changed = dict(data="tiles", epochs=3, lr=0.5, optimizer="sgd", mixing=False, root="/a")
     assert given_by_hand == changed and args.resume
-    assert dataclasses.asdict(settings) == {**dataclasses.asdict(Settings()), **RECIPES["tiles"], **changed}
+    assert dataclasses.asdict(settings) == {
+        **dataclasses.asdict(Settings()),
+        **RECIPES["tiles"],
+        **changed,
+    }
 
 
 @pytest.mark.parametrize("f", dataclasses.fields(Settings), ids=lambda f: f.name)
 def test_every_setting_is_a_flag_that_is_read_in_its_own_type(f):
     flag = "--" + f.name.replace("_", "-")
-    value = {"int": 65, "float": 0.25, "str": (f.metadata["choices"] or ("x",))[-1], "bool": False}[f.type]
+    value = {"int": 65, "float": 0.25, "str": (f.metadata["choices"] or ("x",))[-1], "bool": False}[
+        f.type
+    ]
     words = ["--no-" + flag[2:]] if f.type == "bool" else [flag, str(value)]
-    extra = {"crop": ["--eval-stride", "65"], "select": ["--val", "2"], "accumulate": ["--batch-size", "130"]}.get(f.name, [])
+    extra = {
+        "crop": ["--eval-stride", "65"],
+        "select": ["--val", "2"],
+        "accumulate": ["--batch-size", "130"],
+    }.get(f.name, [])
     extra += ["--select", "last"] if f.name == "val" else []
     settings, _, _ = parse_settings([*words, *extra])
     assert getattr(settings, f.name) == value and type(getattr(settings, f.name)) is type(f.default)
@@ -79,7 +96,7 @@ def test_a_setting_that_cannot_work_is_refused_by_its_flag(words):
         parse_settings(f"--{words}".split())
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 
 
 @given(st.integers(1, 20), st.data())
@@ -97,12 +114,16 @@ def test_the_cosine_rises_to_the_highest_rate_then_falls_and_stays_positive(epoc
     rates = [learning_rate(step, s) for step in range(epochs * steps)]
     peak = rates.index(max(rates))
     assert rates[peak] == lr and min(rates) > 0 and peak <= 20
-    assert rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(
+        rates[peak:], reverse=True
+    )
     assert len(rates) < 10 or rates[-1] < 0.5 * lr
 
 
 @given(st.integers(1, 3), st.integers(2, 6), st.integers(1, 5), st.floats(0, 1), st.integers(0, 99))
-def test_the_loss_is_the_mean_cross_entropy_of_the_scored_pixels_and_0_where_there_is_none(B, K, side, share, seed):
+def test_the_loss_is_the_mean_cross_entropy_of_the_scored_pixels_and_0_where_there_is_none(
+    B, K, side, share, seed
+):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(B, K, side, side, generator=generator, requires_grad=True)
     labels = torch.randint(K, (B, side, side), generator=generator)
@@ -133,13 +154,22 @@ def model():
 def test_the_optimiser_holds_what_is_trained_and_nothing_else(model, name, kind):
     optimizer = build_optimizer(model, Settings(optimizer=name, weight_decay=0.125))
     (group,) = optimizer.param_groups
-    assert type(optimizer) is kind and group["weight_decay"] == 0.125 and group.get("momentum", 0.9) == 0.9
-    assert {id(p) for p in group["params"]} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert (
+        type(optimizer) is kind
+        and group["weight_decay"] == 0.125
+        and group.get("momentum", 0.9) == 0.9
+    )
+    assert {id(p) for p in group["params"]} == {
+        id(p) for p in model.parameters() if p.requires_grad
+    }
 
 
 def test_a_network_that_trains_anything_but_what_its_tuner_lists_is_refused(model):
     text = describe_model(model)
-    assert all(re.search(rf"\b{group} [\d,]+", text) for group in ("encoder", "tuner", "fusion", "decoder", "frozen"))
+    assert all(
+        re.search(rf"\b{group} [\d,]+", text)
+        for group in ("encoder", "tuner", "fusion", "decoder", "frozen")
+    )
     weight = model.image_encoder.patch_embed.proj.weight
     weight.requires_grad_(True)
     with pytest.raises(AssertionError, match="tuner"):
@@ -147,7 +177,7 @@ def test_a_network_that_trains_anything_but_what_its_tuner_lists_is_refused(mode
     weight.requires_grad_(False)
 
 
-# ----------------------------------------------------------------------------------------------------- the run's folder
+# --------------------------------------------------------------------------------- the run's folder
 
 
 def test_runs_that_begin_in_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):

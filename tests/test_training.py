@@ -1,4 +1,6 @@
-"""Promises of a training run: the same bits again, after any interruption, on any number of processes."""
+"""Promises of a training run: the same bits again, after any interruption, on any number of
+processes.
+"""
 
 import json
 import os
@@ -13,14 +15,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import synthetic
 import train
-from data import DataError, draw_crop, open_dataset
-from distributed import Team
+from data import open_dataset
+from engine.device import autocast, store_frozen_weights
+from engine.distributed import Team
+from engine.settings import AS_PUBLISHED, Settings, class_weights, learning_rate, parse_settings
+from engine.training import TrainingStopped, scored_weight, segmentation_loss
+from geodata import synthetic
+from geodata.crops import draw_crop
+from geodata.rasters import DataError
 from mfnet import build_mfnet
-from predict import autocast, store_frozen_weights
-from settings import AS_PUBLISHED, Settings, class_weights, learning_rate, parse_settings
-from training import TrainingStopped, scored_weight, segmentation_loss
 
 ROOT = Path(train.__file__).resolve().parent
 SHORT = "--data vaihingen --encoder vit_t --weights none --epochs 2 --steps 8 --batch-size 2 --crop 64 --eval-stride 64"
@@ -34,10 +38,23 @@ def city(tmp_path_factory):
 
 
 def start(city, out, flags="", launcher=()):
-    command = [sys.executable, *launcher, str(ROOT / "train.py"), *SHORT.split(), "--root", str(city), "--out", str(out)]
+    command = [
+        sys.executable,
+        *launcher,
+        str(ROOT / "train.py"),
+        *SHORT.split(),
+        "--root",
+        str(city),
+        "--out",
+        str(out),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*command, *flags.split()], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, *flags.split()],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -79,10 +96,14 @@ def whole_run(city, tmp_path_factory):
 def test_the_same_command_twice_gives_the_same_bits_and_scores(city, whole_run, tmp_path):
     finish(start(city, tmp_path / "again"))
     assert_same_bits(whole_run, tmp_path / "again")
-    assert (whole_run / "scores.json").read_bytes() == (tmp_path / "again" / "scores.json").read_bytes()
+    assert (whole_run / "scores.json").read_bytes() == (
+        tmp_path / "again" / "scores.json"
+    ).read_bytes()
 
 
-def test_a_run_killed_again_and_again_goes_on_to_the_bits_of_one_never_stopped(city, whole_run, tmp_path):
+def test_a_run_killed_again_and_again_goes_on_to_the_bits_of_one_never_stopped(
+    city, whole_run, tmp_path
+):
     folder, step, kills = tmp_path / "killed", -1, 0
     while True:
         process = start(city, folder, "--save-every 1" + (" --resume" if kills else ""))
@@ -127,7 +148,9 @@ def test_resuming_with_another_setting_or_other_data_is_refused(city, whole_run,
     assert "last.pt" in err and len(err.strip().splitlines()) == 1
 
 
-def test_what_cannot_be_written_ends_the_run_and_leaves_the_last_checkpoint(monkeypatch, city, tmp_path):
+def test_what_cannot_be_written_ends_the_run_and_leaves_the_last_checkpoint(
+    monkeypatch, city, tmp_path
+):
     run = short_run(city, tmp_path / "full")
     run.save_last()
     before = (run.folder / "last.pt").read_bytes()
@@ -150,12 +173,12 @@ def short_run(city, folder, **changes):
     return train.Run(settings, open_dataset("vaihingen", city), Team(), torch.device("cpu"), None)
 
 
-# ------------------------------------------------------------------------------------------------------------- processes
+# ---------------------------------------------------------------------------------------- processes
 
 
 PARITY = """
 import os, sys, torch, torch.nn.functional as F
-from distributed import form_team, join_team, leave_team
+from engine.distributed import form_team, join_team, leave_team
 from mfnet import build_mfnet
 torch.set_num_threads(1)
 team, _ = join_team("cpu")
@@ -192,20 +215,30 @@ leave_team()
 def test_two_processes_compute_what_one_computes_in_double_precision(tmp_path):
     script = tmp_path / "parity.py"
     script.write_text(PARITY)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--standalone",
+        str(script),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(torchrun, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_run_on_two_processes_is_that_of_one_and_writes_one_folder(city, tmp_path):
-    # At a rate at which training does not multiply rounding: at 0.01 one process with another number of threads is as
-    # far off. What is no rounding shows in double precision, above.
+    # At a rate at which training does not multiply rounding: at 0.01 one process with another
+    # number of threads is as far off. What is no rounding shows in double precision, above.
     flags = "--epochs 20 --steps 1 --batch-size 4 --lr 0.0001"
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
     out, _ = finish(start(city, tmp_path / "two", flags, launcher))
     finish(start(city, tmp_path / "one", flags))
-    one, two = ([json.loads(e)["loss"] for e in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two"))
+    one, two = (
+        [json.loads(e)["loss"] for e in (tmp_path / n / "log.jsonl").read_text().splitlines()]
+        for n in ("one", "two")
+    )
     assert len(one) == 20 and one == pytest.approx(two, rel=0, abs=1e-5)
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert max((a[n].float() - b[n].float()).abs().max() for n in a) < 1e-4
@@ -226,7 +259,7 @@ def test_a_killed_worker_ends_the_run_with_an_error(city, tmp_path):
     assert process.returncode != 0
 
 
-# ----------------------------------------------------------------------------------------------------- memory, precision
+# -------------------------------------------------------------------------------- memory, precision
 
 
 def test_recomputed_activations_give_the_same_gradients():
@@ -236,7 +269,9 @@ def test_recomputed_activations_give_the_same_gradients():
         model = build_mfnet("vit_t", "adapter")
         model.image_encoder.activation_checkpointing = checkpointing
         torch.manual_seed(1)
-        F.cross_entropy(model(torch.rand(2, 3, 64, 64), torch.rand(2, 64, 64)), torch.ones(2, 64, 64).long()).backward()
+        F.cross_entropy(
+            model(torch.rand(2, 3, 64, 64), torch.rand(2, 64, 64)), torch.ones(2, 64, 64).long()
+        ).backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
     assert all(torch.allclose(grads[0][n], g, rtol=1e-6, atol=1e-9) for n, g in grads[1].items())
@@ -249,12 +284,18 @@ def test_in_bf16_the_frozen_matrices_are_stored_so_and_what_is_trained_stays_fp3
     assert model.image_encoder.blocks[0].mlp.lin1.weight.dtype == torch.bfloat16
     with autocast("bf16", torch.device("cpu")):
         model(torch.rand(1, 3, 64, 64), torch.rand(1, 64, 64)).float().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert all(
+        p.grad is not None and p.grad.isfinite().all()
+        for p in model.parameters()
+        if p.requires_grad
+    )
 
 
 def test_a_run_in_bf16_is_scored_again_with_the_same_digits(city, tmp_path):
     folder = tmp_path / "bf16"
-    finish(start(city, folder, "--precision bf16 --epochs 1 --steps 2 --checkpointing --accumulate 2"))
+    finish(
+        start(city, folder, "--precision bf16 --epochs 1 --steps 2 --checkpointing --accumulate 2")
+    )
     before = (folder / "scores.json").read_bytes()
     command = [sys.executable, str(ROOT / "evaluate.py"), "--run", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -262,7 +303,7 @@ def test_a_run_in_bf16_is_scored_again_with_the_same_digits(city, tmp_path):
     assert (folder / "scores.json").read_bytes() == before
 
 
-# ------------------------------------------------------------------------------------------------------ settings, choice
+# --------------------------------------------------------------------------------- settings, choice
 
 
 def test_as_published_sets_exactly_its_list_and_each_switch_goes_by_itself():
@@ -273,14 +314,19 @@ def test_as_published_sets_exactly_its_list_and_each_switch_goes_by_itself():
     assert differing == set(AS_PUBLISHED)
     for name, value in AS_PUBLISHED.items():
         flag = "--" + name.replace("_", "-")
-        one, _, _ = parse_settings(["--data", "vaihingen", *([flag] if value is True else [flag, str(value)])])
+        one, _, _ = parse_settings(
+            ["--data", "vaihingen", *([flag] if value is True else [flag, str(value)])]
+        )
         assert {n for n, v in asdict(plain).items() if getattr(one, n) != v} == {name}
 
 
 def test_as_published_the_rate_drops_one_epoch_earlier():
     ours = Settings(steps=2, epochs=50)
     theirs = Settings(steps=2, epochs=50, early_drops=True)
-    drops = [{e for e in range(1, 50) if learning_rate(2 * e, s) < learning_rate(2 * e - 1, s)} for s in (ours, theirs)]
+    drops = [
+        {e for e in range(1, 50) if learning_rate(2 * e, s) < learning_rate(2 * e - 1, s)}
+        for s in (ours, theirs)
+    ]
     assert drops == [{25, 35, 45}, {24, 34, 44}]
 
 
@@ -295,11 +341,17 @@ def test_two_runs_without_a_seed_differ():
 
 
 @pytest.mark.parametrize("select, val", [("val", "7,32"), ("test", "")])
-def test_the_best_epoch_is_kept_of_held_out_tiles_or_as_published_of_the_test_tiles(city, tmp_path, select, val):
+def test_the_best_epoch_is_kept_of_held_out_tiles_or_as_published_of_the_test_tiles(
+    city, tmp_path, select, val
+):
     run = short_run(city, tmp_path / "run", val=val, select=select, epochs=3, steps=1)
-    assert {t.name for t in run.tiles} == set("1 3 23 26 7 11 13 28 17 32 34 37".split()) - set(val.split(","))
+    assert {t.name for t in run.tiles} == set("1 3 23 26 7 11 13 28 17 32 34 37".split()) - set(
+        val.split(",")
+    )
     run.train()
-    scores = [json.loads(line)["miou"] for line in (run.folder / "log.jsonl").read_text().splitlines()]
+    scores = [
+        json.loads(line)["miou"] for line in (run.folder / "log.jsonl").read_text().splitlines()
+    ]
     best = scores.index(max(scores)) + 1
     final = run.finish()
     assert run.trainer.progress.best_epoch == best and run.trainer.progress.best == max(scores)
@@ -316,7 +368,9 @@ def test_tiles_are_held_out_by_number_but_never_all_of_them(city, tmp_path):
 def test_seeds_are_trained_in_turn_and_summarised(city, tmp_path):
     finish(start(city, tmp_path, "--seeds 0 1 --epochs 1 --steps 1"))
     summary = json.loads((tmp_path / "seeds.json").read_text())
-    scores = [json.loads((tmp_path / f"seed-{i}" / "scores.json").read_text())["miou"] for i in (0, 1)]
+    scores = [
+        json.loads((tmp_path / f"seed-{i}" / "scores.json").read_text())["miou"] for i in (0, 1)
+    ]
     assert [summary["seeds"][i]["miou"] for i in "01"] == scores
     assert summary["mean"]["miou"] == pytest.approx(sum(scores) / 2)
     assert summary["deviation"]["miou"] == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5)
@@ -329,7 +383,9 @@ def test_parts_of_a_batch_add_up_to_the_loss_of_the_whole():
     weights = torch.tensor([1.0, 2.0, 0.5])
     whole = F.cross_entropy(logits, labels, weights, ignore_index=255, label_smoothing=0.1)
     total = float(scored_weight(labels, weights))
-    parts = [segmentation_loss(logits[i : i + 2], labels[i : i + 2], total, weights, 0.1) for i in (0, 2)]
+    parts = [
+        segmentation_loss(logits[i : i + 2], labels[i : i + 2], total, weights, 0.1) for i in (0, 2)
+    ]
     torch.testing.assert_close(sum(parts).float(), whole)
 
 
@@ -338,12 +394,19 @@ def test_out_of_memory_ends_with_the_ways_to_need_less(city, tmp_path, monkeypat
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train.Trainer, "step", no_memory)
-    monkeypatch.setattr(sys, "argv", ["train.py", *SHORT.split(), "--root", str(city), "--out", str(tmp_path / "run")])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["train.py", *SHORT.split(), "--root", str(city), "--out", str(tmp_path / "run")],
+    )
     with pytest.raises(SystemExit) as end:
         train.main()
     err = capsys.readouterr().err
     assert end.value.code == 1 and len(err.splitlines()) == 1
-    assert all(way in err for way in ("MB", "--batch-size 2", "--accumulate 2", "--checkpointing", "--precision bf16"))
+    assert all(
+        way in err
+        for way in ("MB", "--batch-size 2", "--accumulate 2", "--checkpointing", "--precision bf16")
+    )
 
 
 def test_class_weights_are_one_number_for_each_class():
@@ -358,5 +421,12 @@ def test_onecycle_rises_to_the_highest_rate_and_falls_to_nearly_nothing():
     s = Settings(schedule="onecycle", epochs=4, steps=25, lr=1.0)
     rates = [learning_rate(i, s) for i in range(100)]
     peak = rates.index(max(rates))
-    assert 25 <= peak <= 35 and max(rates) == pytest.approx(1.0) and rates[0] < 0.1 and rates[-1] < 0.01
-    assert rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert (
+        25 <= peak <= 35
+        and max(rates) == pytest.approx(1.0)
+        and rates[0] < 0.1
+        and rates[-1] < 0.01
+    )
+    assert rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(
+        rates[peak:], reverse=True
+    )

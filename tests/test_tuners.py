@@ -1,4 +1,6 @@
-"""The tuners against the paper's equations, written with one tensor for each modality; and what each of them trains."""
+"""The tuners against the paper's equations, written with one tensor for each modality; and what
+each of them trains.
+"""
 
 from copy import deepcopy
 
@@ -26,7 +28,11 @@ def tuned(name, M=2, random=True, **options):
 
 
 def small_block():
-    return randomise(Block(DIM, num_heads=2, mlp_ratio=2.0, table_size=3, window=3).double().requires_grad_(False))
+    return randomise(
+        Block(DIM, num_heads=2, mlp_ratio=2.0, table_size=3, window=3)
+        .double()
+        .requires_grad_(False)
+    )
 
 
 def small_tuned(tuner, block, **options):
@@ -37,7 +43,7 @@ def two_streams(h, w, dim=DIM):
     return torch.randn(2, 3, h, w, dim, dtype=torch.float64)  # x and y, each a batch of 3
 
 
-# -------------------------------------------------------------------------------------------------------- the equations
+# ------------------------------------------------------------------------------------ the equations
 
 
 def test_two_modalities_mix_as_in_the_paper():
@@ -62,7 +68,9 @@ def bottleneck(adapter, t):
 
 
 def adopt(block, tuner):
-    """Gives a plain block the frozen layers of a tuner's, every one of which is there under its name."""
+    """Gives a plain block the frozen layers of a tuner's, every one of which is there under its
+    name.
+    """
     state = tuner.state_dict()
     block.load_state_dict({name: state[name] for name in block.state_dict()})
 
@@ -121,26 +129,36 @@ def test_lora_at_step_0_computes_what_the_frozen_block_does(mixing):
 def test_lora_starts_with_kaiming_uniform_a_and_zero_b():
     layer = LoRA(torch.nn.Linear(100, 20), 2, 4, 1.0, [slice(0, 20)], mixing=True)
     largest = layer.lora_A.abs().max()
-    assert 0.09 < largest <= 0.1  # gain sqrt(1/3) for a = sqrt 5: bound sqrt(3) / sqrt(3) / sqrt(100)
+    assert (
+        0.09 < largest <= 0.1
+    )  # gain sqrt(1/3) for a = sqrt 5: bound sqrt(3) / sqrt(3) / sqrt(100)
     assert not layer.lora_B.any() and layer.mixing.tolist() == [0.5, 0.5]
 
 
 def test_adapters_start_with_half_own_and_half_other():
-    assert all(block.mixing.tolist() == [0.5, 0.5] for block in tuned("adapter", random=False).blocks)
+    assert all(
+        block.mixing.tolist() == [0.5, 0.5] for block in tuned("adapter", random=False).blocks
+    )
 
 
 def test_nothing_inside_the_adapters_is_kept_for_the_way_back():
-    block = MMAdapter(Block(32, num_heads=2, mlp_ratio=4.0, table_size=3, window=3).requires_grad_(False), 2, ratio=0.75)
+    block = MMAdapter(
+        Block(32, num_heads=2, mlp_ratio=4.0, table_size=3, window=3).requires_grad_(False),
+        2,
+        ratio=0.75,
+    )
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         out = block(torch.randn(2, 3, 3, 32, requires_grad=True))
     widths = {size for shape in kept for size in shape}
-    assert 128 in widths and 24 not in widths  # of the hidden layers: the frozen MLP's, the adapters'
+    assert (
+        128 in widths and 24 not in widths
+    )  # of the hidden layers: the frozen MLP's, the adapters'
     out.sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in block.parameters() if p.requires_grad)
 
 
-# ---------------------------------------------------------------------------------------------------------- the streams
+# -------------------------------------------------------------------------------------- the streams
 
 
 @every_tuner
@@ -184,7 +202,7 @@ def test_each_modality_has_parameters_of_its_own(name):
     assert (of_x - of_y).abs().max() > 1e-3
 
 
-# ------------------------------------------------------------------------------------------------------ what is trained
+# ---------------------------------------------------------------------------------- what is trained
 
 
 @every_tuner
@@ -218,13 +236,19 @@ def test_gradients_reach_every_trained_parameter_and_no_frozen_one(name, M, mixi
     assert all(p.grad is None for n, p in encoder.named_parameters() if n not in reached)
     for n, p in encoder.named_parameters():
         if n.endswith(("lora_A", "lora_B", "mixing")):
-            assert all(row.any() for row in p.grad), n  # each modality's share of a stacked parameter
+            assert all(row.any() for row in p.grad), (
+                n
+            )  # each modality's share of a stacked parameter
 
 
 def test_the_first_step_of_lora_moves_b_and_not_a():
     encoder = tuned("lora", random=False)
     (encoder(torch.rand(2, 3, 64, 48)) ** 2).sum().backward()
-    moved = {n.split(".")[-1] for n, p in encoder.named_parameters() if p.grad is not None and p.grad.any()}
+    moved = {
+        n.split(".")[-1]
+        for n, p in encoder.named_parameters()
+        if p.grad is not None and p.grad.any()
+    }
     assert moved == {"lora_B"}
 
 
@@ -233,7 +257,7 @@ def test_one_modality_has_nothing_to_mix(name):
     assert not [n for n in tuner_names(tuned(name, 1)) if "mixing" in n]
 
 
-# ------------------------------------------------------------------------------------------------------ what is refused
+# ---------------------------------------------------------------------------------- what is refused
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,16 @@
 """The benchmarks as tables of data: classes, splits, and where the files of a tile lie.
 
-Paths are patterns below the root, of which the first that exists counts: {id} is the tile's number as the splits spell
-it, {padded} the same with two digits in each part (2_10 -> 02_10), {folder} one of the folders that a split is listed
-from. Bands count from zero.
-"""
+Paths are patterns below the root, of which the first that exists counts: {id} is the tile's number
+as the splits spell it, {padded} the same with two digits in each part (2_10 -> 02_10), {folder} one
+of the folders that a split is listed from. Bands count from zero."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 Classes = tuple[tuple[str, tuple[int, int, int]], ...]
+
+
 IGNORE = 255
 
 
@@ -19,7 +20,9 @@ class Layout:
     scored: tuple[int, ...]  # the classes that mF1 and mIoU average
     splits: dict[str, dict[str, tuple[str, ...]]]  # paper, official -> split -> tile numbers
     validation: tuple[str, ...]  # training tiles to hold out when nobody names others
-    image: dict[str, tuple[tuple[str, tuple[int, ...]], ...]]  # name of the bands -> pattern, bands; the first is default
+    image: dict[
+        str, tuple[tuple[str, tuple[int, ...]], ...]
+    ]  # name of the bands -> pattern, bands; the first is default
     dsm: tuple[tuple[str, float], ...]  # pattern, metres of one count
     labels: tuple[str, ...]  # for training
     test_labels: tuple[str, ...]  # for scoring
@@ -28,17 +31,25 @@ class Layout:
     source: str  # where the data come from
     unscored_color: tuple[int, int, int] | None = None  # a colour of the labels that is read as 255
     nested: tuple[str, ...] = ("",)  # folders below the root in which some copies keep everything
-    listed: dict[str, tuple[str, ...]] = field(default_factory=dict)  # split -> folders whose labels list the tiles
-    codes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # dataset, published -> class of raw code 0, 1, ...
+    listed: dict[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # split -> folders whose labels list the tiles
+    codes: dict[str, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # dataset, published -> class of raw code 0, 1, ...
     coded: tuple[str, ...] = ()  # the label patterns that hold raw codes
 
     def describe(self) -> str:
         """The files of a tile, by their first patterns."""
         image = next(iter(self.image.values()))
-        return ", ".join((image[0][0], self.dsm[0][0], self.labels[0], *{self.test_labels[0]} - {self.labels[0]}))
+        return ", ".join(
+            (image[0][0], self.dsm[0][0], self.labels[0], *{self.test_labels[0]} - {self.labels[0]})
+        )
 
 
 ISPRS_SOURCE = "ISPRS commission II, working group 4, '2D semantic labeling' (data request form)"
+
+
 ISPRS_CLASSES = (
     ("impervious", (255, 255, 255)),
     ("building", (0, 0, 255)),
@@ -47,11 +58,20 @@ ISPRS_CLASSES = (
     ("car", (255, 255, 0)),
     ("clutter", (255, 0, 0)),
 )
+
+
 UNSCORED_COLOR = (0, 0, 0)  # ISPRS's eroded labels: class borders
+
+
 RGB = (0, 1, 2)
 
+
 _TOP = "top_mosaic_09cm_area{id}.tif"
+
+
 _ERODED = "top_mosaic_09cm_area{id}_noBoundary.tif"
+
+
 VAIHINGEN = Layout(
     classes=ISPRS_CLASSES,
     scored=(0, 1, 2, 3, 4),
@@ -84,10 +104,27 @@ VAIHINGEN = Layout(
     unscored_color=UNSCORED_COLOR,
 )
 
-_POTSDAM_TRAIN = "6_10 7_10 2_12 3_11 2_10 7_8 5_10 3_12 5_12 7_11 7_9 6_9 7_7 4_12 6_8 6_12 6_7 4_11"
+
+_POTSDAM_TRAIN = (
+    "6_10 7_10 2_12 3_11 2_10 7_8 5_10 3_12 5_12 7_11 7_9 6_9 7_7 4_12 6_8 6_12 6_7 4_11"
+)
+
+
 _POTSDAM_TEST = "4_10 5_11 2_11 3_10 6_11 7_12"
-_POTSDAM_LABEL, _POTSDAM_ERODED = "top_potsdam_{id}_label.tif", "top_potsdam_{id}_label_noBoundary.tif"
-_RGBIR, _LASTOOLS = "4_Ortho_RGBIR/top_potsdam_{id}_RGBIR.tif", "1_DSM_normalisation/dsm_potsdam_%s_normalized_lastools."
+
+
+_POTSDAM_LABEL, _POTSDAM_ERODED = (
+    "top_potsdam_{id}_label.tif",
+    "top_potsdam_{id}_label_noBoundary.tif",
+)
+
+
+_RGBIR, _LASTOOLS = (
+    "4_Ortho_RGBIR/top_potsdam_{id}_RGBIR.tif",
+    "1_DSM_normalisation/dsm_potsdam_%s_normalized_lastools.",
+)
+
+
 POTSDAM = Layout(
     classes=ISPRS_CLASSES,
     scored=(0, 1, 2, 3, 4),
@@ -95,7 +132,9 @@ POTSDAM = Layout(
         "paper": {"train": tuple(_POTSDAM_TRAIN.split()), "test": tuple(_POTSDAM_TEST.split())},
         "official": {
             "train": tuple(f"{_POTSDAM_TRAIN} {_POTSDAM_TEST}".split()),
-            "test": tuple("2_13 2_14 3_13 3_14 4_13 4_14 4_15 5_13 5_14 5_15 6_13 6_14 6_15 7_13".split()),
+            "test": tuple(
+                "2_13 2_14 3_13 3_14 4_13 4_14 4_15 5_13 5_14 5_15 6_13 6_14 6_15 7_13".split()
+            ),
         },
     },
     validation=("3_11", "5_12", "7_8"),
@@ -105,14 +144,22 @@ POTSDAM = Layout(
         "rgbir": ((_RGBIR, (0, 1, 2, 3)),),
     },
     dsm=(
-        (_LASTOOLS % "{padded}" + "jpg", 0.1),  # decimetres above the ground; the published code reads these
+        (
+            _LASTOOLS % "{padded}" + "jpg",
+            0.1,
+        ),  # decimetres above the ground; the published code reads these
         (_LASTOOLS % "{id}" + "jpg", 0.1),
-        (_LASTOOLS % "{padded}" + "tif", 0.1),  # rewritten without compression, to be read crop by crop
+        (
+            _LASTOOLS % "{padded}" + "tif",
+            0.1,
+        ),  # rewritten without compression, to be read crop by crop
         (_LASTOOLS % "{id}" + "tif", 0.1),
         ("1_DSM/dsm_potsdam_{padded}.tif", 1.0),
         ("1_DSM/dsm_potsdam_{id}.tif", 1.0),
     ),
-    labels=tuple(folder + _POTSDAM_LABEL for folder in ("5_Labels_for_participants/", "5_Labels_all/", "")),
+    labels=tuple(
+        folder + _POTSDAM_LABEL for folder in ("5_Labels_for_participants/", "5_Labels_all/", "")
+    ),
     test_labels=tuple(
         folder + _POTSDAM_ERODED
         for folder in ("5_Labels_for_participants_no_Boundary/", "5_Labels_all_noBoundary/", "")
@@ -123,9 +170,16 @@ POTSDAM = Layout(
     unscored_color=UNSCORED_COLOR,
 )
 
+
 _LAND_COVER = ("{folder}/lc/lc_{id}.tif", "{folder}/lc/{id}.tif")
+
+
 _PREPARED = "masks_png/{id}.tif"
+
+
 _X = IGNORE
+
+
 HUNAN = Layout(
     classes=(
         ("cropland", (196, 90, 17)),
@@ -144,7 +198,7 @@ HUNAN = Layout(
                 "16890 17039 17055 17107 17455 17821 17980 18958 1908 1923 20028 2106 21385 21423 22312 2256 2265 2442 "
                 "2603 27264 28965 29287 30275 3280 4017 4166 4886 5215 5233 5410 639 7176 11624".split()
             )
-        },
+        }
     },
     validation=(),  # the tiles of the folder val
     image={
@@ -152,9 +206,13 @@ HUNAN = Layout(
             ("{folder}/s2/s2_{id}.tif", (3, 2, 1)),
             ("{folder}/s2/{id}.tif", (3, 2, 1)),
             ("images_png/{id}.png", RGB),
-        ),
+        )
     },
-    dsm=(("{folder}/topo/topo_{id}.tif", 1.0), ("{folder}/topo/{id}.tif", 1.0), ("dsm_pngs/{id}.png", 1.0)),
+    dsm=(
+        ("{folder}/topo/topo_{id}.tif", 1.0),
+        ("{folder}/topo/{id}.tif", 1.0),
+        ("dsm_pngs/{id}.png", 1.0),
+    ),
     labels=(*_LAND_COVER, _PREPARED),
     test_labels=(*_LAND_COVER, _PREPARED),
     labels_note="all labels",
@@ -163,13 +221,15 @@ HUNAN = Layout(
     nested=("", "Hunan_Dataset", "Hunan_Dataset/Hunan_Dataset"),
     listed={"train": ("train", "val"), "val": ("val",), "test": ("test",)},
     codes={
-        # differs: the published code ignores 4 and 7, and exchanges 8 and 9 (PAPER.md 3.8).
-        # 7, tundra, becomes 6; 11, cloud, would be class 7, which does not exist; a raw 255 reads as 12.
+        # differs: the published code ignores 4 and 7, and exchanges 8 and 9 (PAPER.md 3.8). 7,
+        # tundra, becomes 6; 11, cloud, would be class 7, which does not exist; a raw 255 reads as
+        # 12.
         "dataset": (_X, 0, 1, 2, 1, 3, 4, 6, 6, 5, 6, _X, _X),
         "published": (_X, 0, 1, 2, _X, 3, 4, _X, 5, 6, _X, _X, _X),
     },
     coded=_LAND_COVER,
 )
+
 
 LAYOUTS: dict[str, Layout] = {
     "vaihingen": VAIHINGEN,
@@ -178,5 +238,20 @@ LAYOUTS: dict[str, Layout] = {
     "hunan": HUNAN,
     "mmhunan": HUNAN,
 }
-# Scored pixels of the paper's Vaihingen test tiles with eroded labels, by class: who counts the same reads the same.
+
+
+# Scored pixels of the paper's Vaihingen test tiles with eroded labels, by class: who counts the
+# same reads the same.
 VAIHINGEN_TEST_PIXELS = (4_804_365, 5_422_947, 2_902_710, 4_392_760, 148_677, 6_216)
+
+
+MODALITIES = {"image": ("image",), "dsm": ("dsm",), "image+dsm": ("image", "dsm")}
+
+
+DATASETS = (*LAYOUTS, "tiles")
+
+
+LABELS = (
+    "dataset",
+    "published",
+)  # how labels are decoded: with their defects repaired, or as the published code does

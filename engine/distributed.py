@@ -1,9 +1,9 @@
 """One run on several processes, started by `torchrun --nproc_per_node=N train.py ...`.
 
-N processes with a share of B/N crops each compute what one process with B crops does: gradients are summed, batch norms
-take their statistics over all shares, dropout draws the masks of the whole batch, and scores come from one matrix.
-Without torchrun a team has one member and nothing is exchanged.
-"""
+N processes with a share of B/N crops each compute what one process with B crops does: gradients are
+summed, batch norms take their statistics over all shares, dropout draws the masks of the whole
+batch, and scores come from one matrix. Without torchrun a team has one member and nothing is
+exchanged."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ def leave_team() -> None:
 
 
 class TeamSum(torch.autograd.Function):
-    """The sum of the members' tensors; each member's gradient is the sum of the gradients that all of them have."""
+    """The sum of the members' tensors; each member's gradient is the sum of the gradients that all
+    of them have.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -109,13 +111,17 @@ class TeamBatchNorm2d(nn.BatchNorm2d):
 
 
 def form_team(model: nn.Module, team: Team) -> nn.Module:
-    """Prepares a model for its share of the batch, in place, and returns what to call when training it."""
+    """Prepares a model for its share of the batch, in place, and returns what to call when training
+    it.
+    """
     if team.world == 1:
         return model
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.BatchNorm2d:
-                norm = TeamBatchNorm2d(child.num_features, child.eps, child.momentum).to(child.weight)
+                norm = TeamBatchNorm2d(child.num_features, child.eps, child.momentum).to(
+                    child.weight
+                )
                 norm.load_state_dict(child.state_dict())
                 setattr(module, name, norm)
             elif isinstance(child, Dropout2d):

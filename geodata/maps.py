@@ -1,12 +1,14 @@
-"""Writing maps: strip by strip into TIFFs or PNGs that other programs understand and lay where the image lies.
+"""Writing maps: strip by strip into TIFFs or PNGs that other programs understand and lay where the
+image lies.
 
-A TIFF carries the image's georeferencing in its tags, a PNG has a world file (.pgw) beside it. A class map holds class
-indices with a colour table; everything else is in whole percent, which a GIS shows and thresholds without a scale
-factor, and which takes a quarter of the bytes of floats. 255 is no data in all of them. TIFFs name their bands for GDAL
-in a tag; the names of classes, and of the band of a PNG, are in GDAL's sidecar (.aux.xml).
+A TIFF carries the image's georeferencing in its tags, a PNG has a world file (.pgw) beside it. A
+class map holds class indices with a colour table; everything else is in whole percent, which a GIS
+shows and thresholds without a scale factor, and which takes a quarter of the bytes of floats. 255
+is no data in all of them. TIFFs name their bands for GDAL in a tag; the names of classes, and of
+the band of a PNG, are in GDAL's sidecar (.aux.xml).
 
-Shapes: `H, W` pixels of the map, `n` rows of a strip, `C` bands of all outputs, one after the other.
-"""
+Shapes: `H, W` pixels of the map, `n` rows of a strip, `C` bands of all outputs, one after the
+other."""
 
 from __future__ import annotations
 
@@ -21,17 +23,39 @@ from xml.sax.saxutils import escape
 import numpy as np
 import tifffile
 
-from checkpoints import replace_together
-from layouts import Classes
-from rasters import NODATA, TIFF_ENDINGS, DataError, alpha_band, geo_tags, is_tiff, nodata_value, read_grid
+from engine.files import replace_together
+from geodata.layouts import Classes
+from geodata.rasters import (
+    NODATA,
+    TIFF_ENDINGS,
+    DataError,
+    alpha_band,
+    geo_tags,
+    is_tiff,
+    nodata_value,
+    read_grid,
+)
 
 ENDINGS = (".png", *TIFF_ENDINGS)
-GDAL_METADATA = 42112
-NO_DATA = 255  # no class, and no percentage
-SIDE = 256  # pixels of a TIFF's tile
-CLASSIC = 2**32 - 2**25  # bytes that a TIFF of 32-bit offsets holds, with room for what is not pixels
 
-Write = Callable[[np.ndarray], object]  # takes the next rows of a file, (C, SIDE, W) uint8, at the end what is left
+
+GDAL_METADATA = 42112
+
+
+NO_DATA = 255  # no class, and no percentage
+
+
+SIDE = 256  # pixels of a TIFF's tile
+
+
+CLASSIC = (
+    2**32 - 2**25
+)  # bytes that a TIFF of 32-bit offsets holds, with room for what is not pixels
+
+
+Write = Callable[
+    [np.ndarray], object
+]  # takes the next rows of a file, (C, SIDE, W) uint8, at the end what is left
 
 
 @dataclass(frozen=True)
@@ -51,9 +75,13 @@ class Output:
 
 
 def write_maps(
-    outputs: list[Output], strips: Iterable[np.ndarray], size: tuple[int, int], source: Path | None = None
+    outputs: list[Output],
+    strips: Iterable[np.ndarray],
+    size: tuple[int, int],
+    source: Path | None = None,
 ) -> None:
-    """Maps of `size` (H, W) that lie where the raster `source` does, from `strips` (C, n, W) uint8, top to bottom.
+    """Maps of `size` (H, W) that lie where the raster `source` does, from `strips` (C, n, W) uint8,
+    top to bottom.
 
     No file is there before all are whole, and none keeps the sidecar of an earlier one.
     """
@@ -65,7 +93,11 @@ def write_maps(
         with ExitStack() as stack:
             writers = []
             for path, output in zip(temporary, outputs):
-                file = _tiff(path, output, size, tags) if is_tiff(output.path) else _png(path, output, size)
+                file = (
+                    _tiff(path, output, size, tags)
+                    if is_tiff(output.path)
+                    else _png(path, output, size)
+                )
                 writers.append(stack.enter_context(file))
             ends = np.cumsum([len(output.bands) for output in outputs])
             for rows in _regroup(strips, SIDE):
@@ -86,8 +118,14 @@ def sidecars(output: Output, source: Path | None) -> dict[Path, str | None]:
         metadata = "".join(f"<Category>{escape(name)}</Category>" for name, _ in output.classes)
         metadata = f"<CategoryNames>{metadata}</CategoryNames>"
     elif not is_tiff(path):
-        metadata = f"<Description>{escape(output.bands[0])}</Description><UnitType>percent</UnitType>"
-    metadata = f'<PAMDataset><PAMRasterBand band="1">{metadata}</PAMRasterBand></PAMDataset>\n' if metadata else None
+        metadata = (
+            f"<Description>{escape(output.bands[0])}</Description><UnitType>percent</UnitType>"
+        )
+    metadata = (
+        f'<PAMDataset><PAMRasterBand band="1">{metadata}</PAMRasterBand></PAMDataset>\n'
+        if metadata
+        else None
+    )
     beside = {path.with_name(path.name + ".aux.xml"): metadata}
     if not is_tiff(path):
         beside[path.with_suffix(".pgw")] = None if source is None else world_file(source)
@@ -95,7 +133,9 @@ def sidecars(output: Output, source: Path | None) -> dict[Path, str | None]:
 
 
 def world_file(source: Path) -> str | None:
-    """The six lines of a world file, None for a raster without georeferencing. Raises DataError for a rotated one."""
+    """The six lines of a world file, None for a raster without georeferencing. Raises DataError for
+    a rotated one.
+    """
     grid = read_grid(source)
     if grid is None:
         return None
@@ -107,9 +147,9 @@ def world_file(source: Path) -> str | None:
 def _tiff(path: Path, output: Output, size: tuple[int, int], tags: list[tuple]) -> Iterator[Write]:
     """A TIFF in deflate tiles, band after band.
 
-    tifffile fetches all pixels of a file by itself, and here several files grow at once. So it writes a file of empty
-    tiles; what they hold is appended row by row, and where they lie is entered at the end.
-    """
+    tifffile fetches all pixels of a file by itself, and here several files grow at once. So it
+    writes a file of empty tiles; what they hold is appended row by row, and where they lie is
+    entered at the end."""
     C, down, across = len(output.bands), -(-size[0] // SIDE), -(-size[1] // SIDE)
     colours = {"photometric": "minisblack"}
     if output.classes:  # TIFF's colour tables are of 16 bit
@@ -122,9 +162,14 @@ def _tiff(path: Path, output: Output, size: tuple[int, int], tags: list[tuple]) 
         tile=(SIDE, SIDE),
         planarconfig="separate" if C > 1 else None,
         compression="zlib",
-        bigtiff=C * down * across * SIDE**2 > CLASSIC,  # at the worst, where nothing can be compressed
+        bigtiff=C * down * across * SIDE**2
+        > CLASSIC,  # at the worst, where nothing can be compressed
         metadata=None,
-        extratags=[*tags, (NODATA, "s", 0, str(NO_DATA), True), (GDAL_METADATA, "s", 0, _gdal_metadata(output), True)],
+        extratags=[
+            *tags,
+            (NODATA, "s", 0, str(NO_DATA), True),
+            (GDAL_METADATA, "s", 0, _gdal_metadata(output), True),
+        ],
         **colours,
     )
     places = [[] for _ in range(C)]  # of each band's tiles: (offset, bytes)
@@ -141,16 +186,26 @@ def _tiff(path: Path, output: Output, size: tuple[int, int], tags: list[tuple]) 
         yield write
     with tifffile.TiffFile(path, mode="r+") as tiff:
         found = tiff.pages[0].tags
-        for name, values in zip(("TileOffsets", "TileByteCounts"), zip(*(place for band in places for place in band))):
+        for name, values in zip(
+            ("TileOffsets", "TileByteCounts"), zip(*(place for band in places for place in band))
+        ):
             found[name].overwrite(values)
 
 
 def _gdal_metadata(output: Output) -> bytes:
     """The names of the bands as GDAL keeps them in a TIFF."""
-    items = [f'name="DESCRIPTION" sample="{i}" role="description">{escape(band)}' for i, band in enumerate(output.bands)]
+    items = [
+        f'name="DESCRIPTION" sample="{i}" role="description">{escape(band)}'
+        for i, band in enumerate(output.bands)
+    ]
     if not output.classes:
-        items += [f'name="UNITTYPE" sample="{i}" role="unittype">percent' for i in range(len(output.bands))]
-    return f"<GDALMetadata>{''.join(f'<Item {item}</Item>' for item in items)}</GDALMetadata>".encode()
+        items += [
+            f'name="UNITTYPE" sample="{i}" role="unittype">percent'
+            for i in range(len(output.bands))
+        ]
+    return (
+        f"<GDALMetadata>{''.join(f'<Item {item}</Item>' for item in items)}</GDALMetadata>".encode()
+    )
 
 
 def _regroup(strips: Iterable[np.ndarray], height: int) -> Iterator[np.ndarray]:
@@ -174,10 +229,18 @@ def _png(path: Path, output: Output, size: tuple[int, int]) -> Iterator[Write]:
     with open(path, "wb") as file:
 
         def chunk(kind: bytes, data: bytes) -> None:
-            file.write(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)))
+            file.write(
+                struct.pack(">I", len(data))
+                + kind
+                + data
+                + struct.pack(">I", zlib.crc32(kind + data))
+            )
 
         file.write(b"\x89PNG\r\n\x1a\n")
-        chunk(b"IHDR", struct.pack(">IIBBBBB", size[1], size[0], 8, 3 if output.classes else 0, 0, 0, 0))  # palette, grey
+        chunk(
+            b"IHDR",
+            struct.pack(">IIBBBBB", size[1], size[0], 8, 3 if output.classes else 0, 0, 0, 0),
+        )  # palette, grey
         if output.classes:
             chunk(b"PLTE", output.palette.tobytes())
             chunk(b"tRNS", bytes(255 if i != NO_DATA else 0 for i in range(256)))
@@ -185,17 +248,19 @@ def _png(path: Path, output: Output, size: tuple[int, int]) -> Iterator[Write]:
             chunk(b"tRNS", struct.pack(">H", NO_DATA))
         packer = zlib.compressobj(6)
         # A row begins with its filter, which is none.
-        yield lambda rows: chunk(b"IDAT", packer.compress(np.pad(rows[0], [(0, 0), (1, 0)]).tobytes()))
+        yield lambda rows: chunk(
+            b"IDAT", packer.compress(np.pad(rows[0], [(0, 0), (1, 0)]).tobytes())
+        )
         chunk(b"IDAT", packer.flush())
         chunk(b"IEND", b"")
 
 
 def without_data(path: Path, raw) -> Callable[[slice], np.ndarray] | None:
-    """For a slice of rows, where the image has no data: (n, W) bool; None for an image without such a thing.
+    """For a slice of rows, where the image has no data: (n, W) bool; None for an image without such
+    a thing.
 
-    That is where its alpha band is 0, or where every other band has the file's no-data value. `raw` is the image as it
-    is in the file, behind slices.
-    """
+    That is where its alpha band is 0, or where every other band has the file's no-data value. `raw`
+    is the image as it is in the file, behind slices."""
     alpha, nodata = alpha_band(path), nodata_value(path)
     if alpha is None and nodata is None:
         return None
@@ -209,7 +274,9 @@ def without_data(path: Path, raw) -> Callable[[slice], np.ndarray] | None:
     return missing
 
 
-def cut_out(strips: Iterable[np.ndarray], missing: Callable[[slice], np.ndarray] | None) -> Iterator[np.ndarray]:
+def cut_out(
+    strips: Iterable[np.ndarray], missing: Callable[[slice], np.ndarray] | None
+) -> Iterator[np.ndarray]:
     """Strips (C, n, W) with NO_DATA in every band where the image has no data."""
     top = 0
     for strip in strips:
@@ -220,7 +287,9 @@ def cut_out(strips: Iterable[np.ndarray], missing: Callable[[slice], np.ndarray]
 
 
 def check_outputs(paths: dict[str, Path], sources: Iterable[Path]) -> None:
-    """Raises DataError, by flag, for a map that could not be written, or would overwrite another or a source of it."""
+    """Raises DataError, by flag, for a map that could not be written, or would overwrite another or
+    a source of it.
+    """
     taken = {}
     for flag, path in paths.items():
         place = path.resolve()
@@ -233,7 +302,11 @@ def check_outputs(paths: dict[str, Path], sources: Iterable[Path]) -> None:
         if path.is_dir():
             raise DataError(f"{flag} {path}: is a folder; give a file")
         if any(source.exists() and place == source.resolve() for source in sources):
-            raise DataError(f"{flag} {path}: is one of the rasters to predict from; give another file")
-        other = taken.setdefault(str(place).casefold(), flag)  # on many systems A.tif and a.tif are one file
+            raise DataError(
+                f"{flag} {path}: is one of the rasters to predict from; give another file"
+            )
+        other = taken.setdefault(
+            str(place).casefold(), flag
+        )  # on many systems A.tif and a.tif are one file
         if other != flag:
             raise DataError(f"{flag} {path}: is the file of {other} too; give another file")

@@ -1,29 +1,28 @@
 """Looks through a data set's folder before anybody trains: python data.py --data NAME --root DIR.
 
-Prints what is there and what is missing, sizes, ranges, class shares, what was repaired, and what looks wrong. Exit
-status 2 if training cannot run.
-"""
+Prints what is there and what is missing, sizes, ranges, class shares, what was repaired, and what
+looks wrong. Exit status 2 if training cannot run."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
-from console import Parser
-from data import DATASETS, IGNORE, LABELS, MODALITIES, DataError, Dataset, Scaling, Tile, check_bands, open_dataset
-from layouts import LAYOUTS, VAIHINGEN_TEST_PIXELS
+from geodata.layouts import IGNORE, VAIHINGEN_TEST_PIXELS
+from geodata.rasters import DataError
+from geodata.tiles import Tile
 
 LISTED = 20  # missing files that are named
+
+
 MUCH = 0.05  # the share of pixels without height, or without class, from which a tile looks wrong
 
 
-def check_dataset(dataset: Dataset, modalities: tuple[str, ...]) -> bool:
+def check_dataset(dataset, modalities: tuple[str, ...]) -> bool:
     """Prints the findings of the training and the test split -> whether training can run."""
     return all([check_split(dataset, split, modalities) for split in ("train", "test")])
 
 
-def check_split(dataset: Dataset, split: str, modalities: tuple[str, ...]) -> bool:
+def check_split(dataset, split: str, modalities: tuple[str, ...]) -> bool:
     """Prints the findings of a split -> whether all its tiles can be used."""
     try:
         tiles, missing = dataset.find_tiles(split, modalities)
@@ -32,7 +31,10 @@ def check_split(dataset: Dataset, split: str, modalities: tuple[str, ...]) -> bo
         return False
     absent = set(missing)
     whole = [tile for tile in tiles if not absent & set(tile.paths.values())]
-    print(f"{split}: {len(whole)} of {len(tiles)} tiles are complete" + (f", {len(missing)} files missing" if missing else ""))
+    print(
+        f"{split}: {len(whole)} of {len(tiles)} tiles are complete"
+        + (f", {len(missing)} files missing" if missing else "")
+    )
     for path in missing[:LISTED]:
         print(f"  missing {path}")
     if len(missing) > LISTED:
@@ -54,10 +56,14 @@ def check_split(dataset: Dataset, split: str, modalities: tuple[str, ...]) -> bo
 
 
 def check_tile(tile: Tile, modalities: tuple[str, ...]) -> tuple[str, list[str], np.ndarray]:
-    """(what there is, what looks wrong, labels) of a tile. Raises DataError for one that cannot be used."""
+    """(what there is, what looks wrong, labels) of a tile. Raises DataError for one that cannot be
+    used.
+    """
     line, remarks = [f"{tile.size[0]} x {tile.size[1]}"], []
     if "dsm" in modalities and "dsm" not in tile.paths:
-        raise DataError(f"tile {tile.name} has no heights; add them, or check with --modalities image")
+        raise DataError(
+            f"tile {tile.name} has no heights; add them, or check with --modalities image"
+        )
     if "image" in modalities:
         image = tile.read_image()
         low, high = image.min(), image.max()
@@ -67,7 +73,9 @@ def check_tile(tile: Tile, modalities: tuple[str, ...]) -> tuple[str, list[str],
         elif (dark := float((image == 0).all(axis=-1).mean())) > MUCH:
             remarks.append(f"SUSPICIOUS: {100 * dark:.1f} % of the image are black")
         if image.dtype == np.uint16 and high < 4096 and tile.scaling.images in ("unit", "sam"):
-            remarks.append(f"SUSPICIOUS: 16-bit pixels that end at {high}; --image-scaling 0:{high} would use the whole range")
+            remarks.append(
+                f"SUSPICIOUS: 16-bit pixels that end at {high}; --image-scaling 0:{high} would use the whole range"
+            )
         del image
     if "dsm" in modalities:
         dsm = tile.read_dsm()
@@ -78,44 +86,42 @@ def check_tile(tile: Tile, modalities: tuple[str, ...]) -> tuple[str, list[str],
             remarks.append(f"SUSPICIOUS: {100 * share:.1f} % of the pixels have no height")
     labels = tile.read_labels()
     present = np.unique(labels[labels != IGNORE])
-    line.append(f"{len(present)} classes, {100 * float((labels == IGNORE).mean()):.2f} % not scored")
+    line.append(
+        f"{len(present)} classes, {100 * float((labels == IGNORE).mean()):.2f} % not scored"
+    )
     if len(present) < 2:
         names = [tile.classes[k][0] for k in present]
-        remarks.append(f"SUSPICIOUS: the labels hold {f'{names[0]} alone' if names else 'no scored pixel'}")
+        remarks.append(
+            f"SUSPICIOUS: the labels hold {f'{names[0]} alone' if names else 'no scored pixel'}"
+        )
     if (share := tile.unknown_labels / labels.size) > MUCH:
         remarks.append(f"SUSPICIOUS: {100 * share:.1f} % of the label pixels fit no class")
     return ", ".join(line), remarks, labels
 
 
-def print_classes(dataset: Dataset, split: str, counts: np.ndarray) -> None:
+def print_classes(dataset, split: str, counts: np.ndarray) -> None:
     """The pixels of each class, beside the paper's where they are known."""
     counts = counts[: len(dataset.classes)]
     total = int(counts.sum())
-    known = dataset.name == "vaihingen" and split == "test" and dataset.splits == "paper" and not dataset.full_labels
-    print(f"  {'class':<16} {'pixels':>13} {'share':>8}" + ("  of the paper's test tiles" if known else ""))
-    names, constants = [*dataset.class_names, "all"], [*VAIHINGEN_TEST_PIXELS, sum(VAIHINGEN_TEST_PIXELS)]
+    known = (
+        dataset.name == "vaihingen"
+        and split == "test"
+        and dataset.splits == "paper"
+        and not dataset.full_labels
+    )
+    print(
+        f"  {'class':<16} {'pixels':>13} {'share':>8}"
+        + ("  of the paper's test tiles" if known else "")
+    )
+    names, constants = (
+        [*dataset.class_names, "all"],
+        [*VAIHINGEN_TEST_PIXELS, sum(VAIHINGEN_TEST_PIXELS)],
+    )
     for i, (name, count) in enumerate(zip(names, [*counts.tolist(), total])):
         share = 100 * count / total if total else 0
-        beside = f"{constants[i]:>13,}  {'the same' if constants[i] == count else 'DIFFERENT'}" if known else ""
+        beside = (
+            f"{constants[i]:>13,}  {'the same' if constants[i] == count else 'DIFFERENT'}"
+            if known
+            else ""
+        )
         print(f"  {name:<16} {count:>13,} {share:>6.2f} %{beside}")
-
-
-def main() -> None:
-    parser = Parser(prog="data.py", description=__doc__)
-    parser.add_argument("--data", required=True, choices=sorted(DATASETS), help="data set")
-    parser.add_argument("--root", type=Path, help="its folder; by default data/NAME")
-    parser.add_argument("--modalities", choices=tuple(MODALITIES), default="image+dsm", help="rasters to look at")
-    parser.add_argument("--bands", default="", help="as for train.py")
-    parser.add_argument("--labels", choices=LABELS, default="dataset", help="as for train.py")
-    parser.add_argument("--splits", choices=("paper", "official"), default="paper", help="as for train.py")
-    parser.add_argument("--full-labels", action="store_true", help="as for train.py")
-    parser.add_argument("--image-scaling", help="as for train.py")
-    args = parser.parse_args()
-    check_bands(LAYOUTS.get(args.data), args.bands)
-    hunan = args.data in ("hunan", "mmhunan")
-    scaling = Scaling(images=args.image_scaling or ("reflectance" if hunan else "unit"))
-    dataset = open_dataset(args.data, args.root, args.bands, args.labels, args.full_labels, args.splits, scaling)
-    print(f"{args.data} in {dataset.root}, scored by {dataset.labels_note}")
-    if not check_dataset(dataset, MODALITIES[args.modalities]):
-        raise DataError(f"{dataset.root}: training cannot run; see above what is missing or unusable")
-    print("training can run")

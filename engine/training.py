@@ -1,4 +1,5 @@
-"""One optimiser step, and the state that a run needs to go on: loss, optimiser, precision, parts of a batch, processes.
+"""One optimiser step, and the state that a run needs to go on: loss, optimiser, precision, parts of
+a batch, processes.
 
 Shapes: `B` batch, `K` classes, `H, W` pixels.
 """
@@ -6,7 +7,6 @@ Shapes: `B` batch, `K` classes, `H, W` pixels.
 from __future__ import annotations
 
 import math
-import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
@@ -15,12 +15,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoints import load_trained_state, trained_state
-from data import IGNORE
-from distributed import Team, form_team
+from engine.checkpoints import load_trained_state, trained_state
+from engine.device import autocast
+from engine.distributed import Team, form_team
+from engine.settings import Settings, class_weights, learning_rate
+from geodata.layouts import IGNORE
 from mfnet import MFNet
-from predict import autocast
-from settings import Settings, class_weights, learning_rate
 
 
 class TrainingStopped(RuntimeError):
@@ -48,12 +48,18 @@ def segmentation_loss(
     weights: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Cross-entropy of (B, K, H, W) and (B, H, W), summed over the scored pixels and divided by `total`.
+    """Cross-entropy of (B, K, H, W) and (B, H, W), summed over the scored pixels and divided by
+    `total`.
 
-    `total` is by default the batch's own `scored_weight`, which makes it the mean; 0 for a batch without scored pixels.
-    """
+    `total` is by default the batch's own `scored_weight`, which makes it the mean; 0 for a batch
+    without scored pixels."""
     loss = F.cross_entropy(
-        logits.float(), labels, weights, ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing
+        logits.float(),
+        labels,
+        weights,
+        ignore_index=IGNORE,
+        reduction="sum",
+        label_smoothing=label_smoothing,
     )
     return loss / (scored_weight(labels, weights).to(loss) if total is None else total)
 
@@ -73,7 +79,9 @@ def build_optimizer(model: nn.Module, s: Settings) -> torch.optim.Optimizer:
 
 
 class Trainer:
-    """A network in training: takes steps, and tells everything that it takes to go on from where it stands."""
+    """A network in training: takes steps, and tells everything that it takes to go on from where it
+    stands.
+    """
 
     def __init__(self, model: MFNet, s: Settings, team: Team, num_classes: int):
         self.model, self.s, self.team = model, s, team
@@ -89,9 +97,13 @@ class Trainer:
         self.progress = Progress()
 
     def step(self, parts: list[tuple[list[Tensor], Tensor]]) -> float:
-        """One optimiser step on this process's share, given in parts; returns the loss of the whole batch."""
+        """One optimiser step on this process's share, given in parts; returns the loss of the whole
+        batch.
+        """
         s, step = self.s, self.progress.step
-        torch.manual_seed(s.seed * 1_000_003 + step)  # dropout: a function of seed and step, on every process
+        torch.manual_seed(
+            s.seed * 1_000_003 + step
+        )  # dropout: a function of seed and step, on every process
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, s)
         weights = None if self.weights is None else self.weights.cpu()
@@ -105,11 +117,15 @@ class Trainer:
                     logits = self.forward(*(r.to(self.device, non_blocking=True) for r in rasters))
                 labels = labels.to(self.device, non_blocking=True)
                 loss = segmentation_loss(logits, labels, total, self.weights, s.label_smoothing)
-                (loss * self.team.world).backward()  # the team's gradients are averaged, the loss wants their sum
+                (
+                    loss * self.team.world
+                ).backward()  # the team's gradients are averaged, the loss wants their sum
             loss_sum += loss.item()
         value = self.team.sum(loss_sum).item()
         if not math.isfinite(value):
-            raise TrainingStopped(f"the loss is {value} at step {step + 1}; try a smaller --lr, or --clip 1")
+            raise TrainingStopped(
+                f"the loss is {value} at step {step + 1}; try a smaller --lr, or --clip 1"
+            )
         if s.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), s.clip)
         self.optimizer.step()
@@ -131,15 +147,3 @@ class Trainer:
         load_trained_state(self.model, content["state"], name)
         self.optimizer.load_state_dict(content["optimizer"])
         self.progress = Progress(**content["progress"])
-
-
-def peak_memory(device: torch.device) -> float | None:
-    """The most memory used so far in MB: of the GPU, else of the process; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Callable, NoReturn, TextIO
 
-from data import DataError
+from geodata.rasters import DataError
 from sam_vit import WeightsError
 
 
@@ -20,8 +20,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
-    """Runs a script's main: a user's mistake becomes one line and exit status 2, Ctrl-C exit status 130."""
-    logging.getLogger("tifffile").addHandler(logging.NullHandler())  # a damaged file is one line, and that is ours
+    """Runs a script's main: a user's mistake becomes one line and exit status 2, Ctrl-C exit status
+    130.
+    """
+    logging.getLogger("tifffile").addHandler(
+        logging.NullHandler()
+    )  # a damaged file is one line, and that is ours
     try:
         main()
     except (DataError, WeightsError) as error:
@@ -34,7 +38,9 @@ def run_script(main: Callable[[], None]) -> NoReturn:
 
 
 class Ticker:
-    """Progress: one line that is rewritten on a terminal, otherwise a plain line every `every` seconds."""
+    """Progress: one line that is rewritten on a terminal, otherwise a plain line every `every`
+    seconds.
+    """
 
     def __init__(self, label: str, stream: TextIO | None = None, every: float = 10.0):
         self.label, self.stream, self.every = label, stream or sys.stdout, every
@@ -43,7 +49,9 @@ class Ticker:
         self.width = 0
 
     def __call__(self, done: int, total: int, text: str = "") -> None:
-        """`done` of `total`, 0 if unknown; the time left is taken from the pace since the first call."""
+        """`done` of `total`, 0 if unknown; the time left is taken from the pace since the first
+        call.
+        """
         now = time.monotonic()
         if self.first_done is None:
             self.first_done, self.start = done, now
@@ -53,9 +61,16 @@ class Ticker:
         self.last = now
         line = f"{self.label} {done}/{total or '?'}{text}"
         if not finished and done > self.first_done and total:
-            line += f", {clock((now - self.start) * (total - done) / (done - self.first_done))} left"
+            line += (
+                f", {clock((now - self.start) * (total - done) / (done - self.first_done))} left"
+            )
         if terminal:
-            print("\r" + line.ljust(self.width), end="\n" if finished else "", file=self.stream, flush=True)
+            print(
+                "\r" + line.ljust(self.width),
+                end="\n" if finished else "",
+                file=self.stream,
+                flush=True,
+            )
             self.width = len(line)
         else:
             print(line, file=self.stream, flush=True)

@@ -1,7 +1,8 @@
-"""What a run looks like: a panel per tile, and one page, `report.html`, made of the run's files alone.
+"""What a run looks like: a panel per tile, and one page, `report.html`, made of the run's files
+alone.
 
-The page needs no network and no script: curves are inline SVG, pictures are in it. It is readable on a phone and in print.
-"""
+The page needs no network and no script: curves are inline SVG, pictures are in it. It is readable
+on a phone and in print."""
 
 from __future__ import annotations
 
@@ -14,27 +15,40 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from checkpoints import replace_atomically
-from data import LoadedTile, height_range, labels_to_colors
-from table import PAPER_SCORES, variant
+from engine.files import replace_atomically
+from geodata.scaling import height_range
+from geodata.tiles import LoadedTile, labels_to_colors
+from reports.table import PAPER_SCORES, variant
 
 MAX_SIDE = 640  # pixels: larger tiles are shown smaller
+
+
 INK, PAPER = (40, 40, 40), (255, 255, 255)
+
+
 WRONG, RIGHT, UNSCORED = (214, 39, 40), (232, 232, 232), (0, 0, 0)
+
+
 SURE, UNSURE = (255, 255, 255), (8, 48, 107)
+
 
 Classes = tuple[tuple[str, tuple[int, int, int]], ...]
 
 
-def save_panel(path: Path, tile: LoadedTile, pred: np.ndarray, confidence: np.ndarray, classes: Classes) -> None:
+def save_panel(
+    path: Path, tile: LoadedTile, pred: np.ndarray, confidence: np.ndarray, classes: Classes
+) -> None:
     """Writes the panel of a tile as a PNG."""
     panel = tile_panel(tile, pred, confidence, classes)
     replace_atomically(path, lambda p: panel.save(p, format="PNG"))
 
 
-def tile_panel(tile: LoadedTile, pred: np.ndarray, confidence: np.ndarray, classes: Classes) -> Image.Image:
-    """The tile's rasters, labels (H, W), prediction (H, W), errors and confidence (H, W) in percent side by side, with a
-    legend of the classes."""
+def tile_panel(
+    tile: LoadedTile, pred: np.ndarray, confidence: np.ndarray, classes: Classes
+) -> Image.Image:
+    """The tile's rasters, labels (H, W), prediction (H, W), errors and confidence (H, W) in percent
+    side by side, with a legend of the classes.
+    """
     palette = [color for _, color in classes]
     columns: list[tuple[str, np.ndarray, Image.Resampling]] = []
     if tile.image is not None:
@@ -42,22 +56,34 @@ def tile_panel(tile: LoadedTile, pred: np.ndarray, confidence: np.ndarray, class
         columns.append(("image", pixels, Image.Resampling.BOX))
     if tile.dsm is not None:
         low, high = height_range(tile.dsm)
-        columns.append((f"height, {low:.1f} to {high:.1f} m", shade_heights(tile.dsm), Image.Resampling.BOX))
+        columns.append(
+            (f"height, {low:.1f} to {high:.1f} m", shade_heights(tile.dsm), Image.Resampling.BOX)
+        )
     if tile.labels is not None:
         columns.append(("truth", labels_to_colors(tile.labels, palette), Image.Resampling.NEAREST))
     columns.append(("prediction", labels_to_colors(pred, palette), Image.Resampling.NEAREST))
     if tile.labels is not None:
         columns.append(("errors (red)", error_map(pred, tile.labels), Image.Resampling.NEAREST))
-    columns.append(("confidence (dark: unsure)", shade_confidence(confidence, len(classes)), Image.Resampling.BOX))
+    columns.append(
+        (
+            "confidence (dark: unsure)",
+            shade_confidence(confidence, len(classes)),
+            Image.Resampling.BOX,
+        )
+    )
     return assemble(columns, classes)
 
 
-def assemble(columns: list[tuple[str, np.ndarray, Image.Resampling]], classes: Classes) -> Image.Image:
+def assemble(
+    columns: list[tuple[str, np.ndarray, Image.Resampling]], classes: Classes
+) -> Image.Image:
     """Puts the columns side by side, their titles above, the legend of the classes below."""
     H, W = columns[0][1].shape[:2]
     shrink = min(1.0, MAX_SIDE / max(H, W))
     h, w = max(1, round(H * shrink)), max(1, round(W * shrink))
-    size = min(max(w // 24, 11), 22)  # pixels of a line of text: readable when a wide panel is shown smaller
+    size = min(
+        max(w // 24, 11), 22
+    )  # pixels of a line of text: readable when a wide panel is shown smaller
     font = ImageFont.load_default(size)
     gap, line = size // 2 + 2, 2 * size
     step = max(w, max(round(font.getlength(title)) for title, _, _ in columns)) + gap
@@ -71,14 +97,18 @@ def assemble(columns: list[tuple[str, np.ndarray, Image.Resampling]], classes: C
         draw.rectangle((gap + i * step - 1, line - 1, gap + i * step + w, line + h), outline=INK)
     left, middle = gap, line + h + line // 2
     for name, color, length in entries:
-        draw.rectangle((left, middle - size // 2, left + size, middle + size // 2), fill=color, outline=INK)
+        draw.rectangle(
+            (left, middle - size // 2, left + size, middle + size // 2), fill=color, outline=INK
+        )
         draw.text((left + size + gap // 2, middle), name, fill=INK, font=font, anchor="lm")
         left += length + 3 * size
     return canvas
 
 
 def visible(tile: LoadedTile) -> np.ndarray:
-    """(H, W, 3) uint8 of the image as the network sees it; what is not in 0 to 1, as by SAM's mean, stretched to it."""
+    """(H, W, 3) uint8 of the image as the network sees it; what is not in 0 to 1, as by SAM's mean,
+    stretched to it.
+    """
     pixels = tile.scale.image_input(tile.image).transpose(1, 2, 0)
     if pixels.min() < 0 or pixels.max() > 1:
         pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min())
@@ -86,7 +116,9 @@ def visible(tile: LoadedTile) -> np.ndarray:
 
 
 def shade_heights(dsm: np.ndarray) -> np.ndarray:
-    """(H, W) metres -> (H, W, 3) grey: bright is high, with a light from the upper left for the relief."""
+    """(H, W) metres -> (H, W, 3) grey: bright is high, with a light from the upper left for the
+    relief.
+    """
     low, high = np.percentile(dsm, (1, 99))
     level = np.clip((dsm - low) / max(high - low, 1e-6), 0, 1)
     dy, dx = np.gradient(dsm) if min(dsm.shape) > 1 else (np.zeros_like(dsm), np.zeros_like(dsm))
@@ -104,14 +136,16 @@ def error_map(pred: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def shade_confidence(confidence: np.ndarray, K: int) -> np.ndarray:
-    """(H, W) percent -> (H, W, 3): from dark where all K classes are as likely to light where one is certain."""
+    """(H, W) percent -> (H, W, 3): from dark where all K classes are as likely to light where one
+    is certain.
+    """
     lowest = 100 / K if K > 1 else 0
     level = np.clip((np.arange(256) - lowest) / (100 - lowest), 0, 1)[:, None]
     table = np.array(UNSURE) + level * (np.array(SURE) - UNSURE)
     return np.rint(table).astype(np.uint8)[confidence]
 
 
-# ------------------------------------------------------------------------------------------------------------- the page
+# ----------------------------------------------------------------------------------------- the page
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; margin: 0 auto; max-width: 1100px; padding: 1rem; }
@@ -130,17 +164,30 @@ figure { margin: 0; } figcaption { font-size: .9rem; } .key { white-space: nowra
 
 
 def write_report(run: Path) -> None:
-    """Writes report.html of a run's folder from its config.json, log.jsonl, scores.json and pictures/."""
+    """Writes report.html of a run's folder from its config.json, log.jsonl, scores.json and
+    pictures/.
+    """
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     scores = json.loads((run / "scores.json").read_text(encoding="utf-8"))
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    log = [
+        json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     title = f"{config['data']}: {config['encoder']}, {config['tuner']}, {config['modalities']}"
     sections = [
         ("Scores", score_table(scores, config)),
         ("Training", curves(log)),
         ("Confusion", confusion_table(scores)),
-        ("Tiles", "".join(picture(path) for path in sorted((run / "pictures").glob(f"{scores['split']}_*.png")))),
-        ("Parameters", table(["group", "number"], [[k, f"{v:,}"] for k, v in config["parameters"].items()])),
+        (
+            "Tiles",
+            "".join(
+                picture(path)
+                for path in sorted((run / "pictures").glob(f"{scores['split']}_*.png"))
+            ),
+        ),
+        (
+            "Parameters",
+            table(["group", "number"], [[k, f"{v:,}"] for k, v in config["parameters"].items()]),
+        ),
         ("Settings", setting_list(config)),
     ]
     text = page(title, config["version"], sections)
@@ -164,20 +211,40 @@ def percent(value: float | None) -> str:
 def table(head: list[str], rows: list[list[str]]) -> str:
     """Cells are HTML already, but for the first of a row, which is text."""
     lines = ["".join(f"<th>{html.escape(h)}</th>" for h in head)]
-    lines += [f"<td>{html.escape(first)}</td>" + "".join(f"<td>{c}</td>" for c in cells) for first, *cells in rows]
-    return '<div class="wide"><table>' + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
+    lines += [
+        f"<td>{html.escape(first)}</td>" + "".join(f"<td>{c}</td>" for c in cells)
+        for first, *cells in rows
+    ]
+    return (
+        '<div class="wide"><table>'
+        + "".join(f"<tr>{line}</tr>" for line in lines)
+        + "</table></div>"
+    )
 
 
 def score_table(scores: dict, config: dict) -> str:
     """The means, also by the other labels, with the paper's row where it has one, then the classes."""
     parts = {"this run": scores}
-    parts |= {f"this run, {k.replace('_', ' ')}": scores[k] for k in ("full_labels", "eroded_labels") if k in scores}
-    means = [[name, *(percent(part[k]) for k in ("oa", "mf1", "miou", "kappa"))] for name, part in parts.items()]
+    parts |= {
+        f"this run, {k.replace('_', ' ')}": scores[k]
+        for k in ("full_labels", "eroded_labels")
+        if k in scores
+    }
+    means = [
+        [name, *(percent(part[k]) for k in ("oa", "mf1", "miou", "kappa"))]
+        for name, part in parts.items()
+    ]
     paper = PAPER_SCORES.get((config["data"], config["tuner"], config["encoder"]))
     if paper and not variant(config):
-        means.append(["the paper (best epoch on the test tiles)", *(f"{v:.2f}" for v in paper), "&ndash;"])
+        means.append(
+            ["the paper (best epoch on the test tiles)", *(f"{v:.2f}" for v in paper), "&ndash;"]
+        )
     classes = [
-        [row["name"], *(percent(row[k]) for k in ("iou", "f1", "precision", "recall")), f"{row['pixels']:,}"]
+        [
+            row["name"],
+            *(percent(row[k]) for k in ("iou", "f1", "precision", "recall")),
+            f"{row['pixels']:,}",
+        ]
         for row in scores["per_class"]
     ]
     convention = "; ".join([scores["convention"], *scores.get("notes", [])])
@@ -226,7 +293,10 @@ def curve(label: str, points: list[tuple[int, float]]) -> str:
         return f"{left + u * (width - left - 15):.1f},{height - 25 - v * (height - 25 - top):.1f}"
 
     line = " ".join(place(x, y) for x, y in points)
-    dots = "".join('<circle cx="{}" cy="{}" r="2.5" fill="#1f77b4"/>'.format(*place(x, y).split(",")) for x, y in points)
+    dots = "".join(
+        '<circle cx="{}" cy="{}" r="2.5" fill="#1f77b4"/>'.format(*place(x, y).split(","))
+        for x, y in points
+    )
     return (
         f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{label}" font-size="12" fill="#444">'
         f'<text x="{left}" y="16" font-weight="600">{label}</text>'
@@ -253,5 +323,9 @@ def picture(path: Path) -> str:
 
 def setting_list(config: dict) -> str:
     skipped = ("classes", "version", "parameters", "base")
-    items = [f"{k}: {v}" for k, v in config.items() if k not in skipped] + [f"base: {config['base']['weights']}"]
-    return '<div class="settings">' + "".join(f"<div>{html.escape(i)}</div>" for i in items) + "</div>"
+    items = [f"{k}: {v}" for k, v in config.items() if k not in skipped] + [
+        f"base: {config['base']['weights']}"
+    ]
+    return (
+        '<div class="settings">' + "".join(f"<div>{html.escape(i)}</div>" for i in items) + "</div>"
+    )

@@ -1,7 +1,7 @@
 """Crops for training and windows for prediction.
 
-Every random choice is a function of (seed, epoch, index): crops and flips have no state, so any number of workers and
-any resumed run draws the same samples.
+Every random choice is a function of (seed, epoch, index): crops and flips have no state, so any
+number of workers and any resumed run draws the same samples.
 
 Shapes: `H, W` pixels of a tile, `h, w` pixels of a crop or window.
 """
@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layouts import IGNORE
-from rasters import DataError
+from geodata.layouts import IGNORE
+from geodata.rasters import DataError
 
 if TYPE_CHECKING:
     from tiles import LoadedTile
 
-# --------------------------------------------------------------------------------------------------- crops for training
+
+# ------------------------------------------------------------------------------- crops for training
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,18 @@ class Crop:
 
 
 def draw_crop(
-    seed: int, epoch: int, index: int, sizes: list[tuple[int, int]], crop: int, last_pixel: bool = True
+    seed: int,
+    epoch: int,
+    index: int,
+    sizes: list[tuple[int, int]],
+    crop: int,
+    last_pixel: bool = True,
 ) -> Crop:
-    """A uniformly drawn tile, a uniformly drawn position, two coin flips: a function of its arguments alone.
+    """A uniformly drawn tile, a uniformly drawn position, two coin flips: a function of its
+    arguments alone.
 
-    differs: the published code never draws a tile's last row and column; here every position that fits is drawn,
-    unless `last_pixel` is False.
-    """
+    differs: the published code never draws a tile's last row and column; here every position that
+    fits is drawn, unless `last_pixel` is False."""
     rng = np.random.default_rng((seed, epoch, index))
     tile = int(rng.integers(len(sizes)))
     top, left = (int(rng.integers(max(n - crop + last_pixel, 1))) for n in sizes[tile])
@@ -51,9 +57,20 @@ class CropDataset(torch.utils.data.Dataset):
     """Training samples; the index is the pair (epoch, index)."""
 
     def __init__(
-        self, tiles: list[LoadedTile], crop: int, seed: int, modalities: tuple[str, ...], last_pixel: bool = True
+        self,
+        tiles: list[LoadedTile],
+        crop: int,
+        seed: int,
+        modalities: tuple[str, ...],
+        last_pixel: bool = True,
     ):
-        self.tiles, self.crop, self.seed, self.modalities, self.last_pixel = tiles, crop, seed, modalities, last_pixel
+        self.tiles, self.crop, self.seed, self.modalities, self.last_pixel = (
+            tiles,
+            crop,
+            seed,
+            modalities,
+            last_pixel,
+        )
         self.sizes = [tile.size for tile in tiles]
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], Tensor]:
@@ -67,9 +84,15 @@ class CropDataset(torch.utils.data.Dataset):
         rasters = []
         for kind in self.modalities:
             scale = tile.scale
-            raster = scale.image_input(tile.image[cut]) if kind == "image" else scale.height_input(tile.dsm[cut], cut)
+            raster = (
+                scale.image_input(tile.image[cut])
+                if kind == "image"
+                else scale.height_input(tile.dsm[cut], cut)
+            )
             rasters.append(_tensor(_fit(raster, self.crop, "reflect"), c))
-        return rasters, _tensor(_fit(tile.labels[cut], self.crop, "constant", constant_values=IGNORE), c).long()
+        return rasters, _tensor(
+            _fit(tile.labels[cut], self.crop, "constant", constant_values=IGNORE), c
+        ).long()
 
 
 def _fit(array: np.ndarray, size: int, mode: str, **options) -> np.ndarray:
@@ -85,13 +108,21 @@ def _tensor(array: np.ndarray, crop: Crop) -> Tensor:
 
 
 class CropOrder(torch.utils.data.Sampler):
-    """Batches of (epoch, index): `steps` batches of `batch` samples an epoch, from step `first` of the run on.
+    """Batches of (epoch, index): `steps` batches of `batch` samples an epoch, from step `first` of
+    the run on.
 
-    Of each batch only the share of process `rank` of `world` is listed, and that in `parts` batches of their own.
-    """
+    Of each batch only the share of process `rank` of `world` is listed, and that in `parts` batches
+    of their own."""
 
     def __init__(
-        self, epochs: int, steps: int, batch: int, first: int = 0, parts: int = 1, rank: int = 0, world: int = 1
+        self,
+        epochs: int,
+        steps: int,
+        batch: int,
+        first: int = 0,
+        parts: int = 1,
+        rank: int = 0,
+        world: int = 1,
     ):
         self.epochs, self.steps, self.batch, self.first = epochs, steps, batch, first
         self.parts, self.rank, self.world = parts, rank, world
@@ -108,16 +139,18 @@ class CropOrder(torch.utils.data.Sampler):
         return (self.epochs * self.steps - self.first) * self.parts
 
 
-# ------------------------------------------------------------------------------------------------- windows for prediction
+# --------------------------------------------------------------------------- windows for prediction
 
 
-def sliding_windows(height: int, width: int, window: int, stride: int) -> list[tuple[int, int, int]]:
+def sliding_windows(
+    height: int, width: int, window: int, stride: int
+) -> list[tuple[int, int, int]]:
     """(top, left, weight) of the windows that cover height x width pixels, row by row.
 
-    Windows start every `stride` pixels; one that would pass the edge is moved inwards. Each place is listed once, and
-    its weight says how often the published loop visits it (PAPER.md 2: at stride 32 the last row and column 8 times).
-    A side shorter than the window has the one place 0. Raises DataError for a stride that leaves gaps.
-    """
+    Windows start every `stride` pixels; one that would pass the edge is moved inwards. Each place
+    is listed once, and its weight says how often the published loop visits it (PAPER.md 2: at
+    stride 32 the last row and column 8 times). A side shorter than the window has the one place 0.
+    Raises DataError for a stride that leaves gaps."""
     rows, columns = window_places(height, window, stride), window_places(width, window, stride)
     return [(top, left, m * n) for top, m in rows for left, n in columns]
 

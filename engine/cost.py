@@ -1,4 +1,5 @@
-"""What the encoder has to multiply, counted from the shapes, and how fast this machine multiplies it.
+"""What the encoder has to multiply, counted from the shapes, and how fast this machine multiplies
+it.
 
 A product (n, a, b, c) stands for n matrix products of (a, b) by (b, c): 2 n a b c operations.
 
@@ -22,7 +23,9 @@ Product = tuple[int, int, int, int]
 
 
 def encoder_products(model: MFNet, batch: int, crop: int) -> Counter[Product]:
-    """The matrix products that the encoder's forward pass needs for `batch` images of crop x crop -> how often each."""
+    """The matrix products that the encoder's forward pass needs for `batch` images of crop x crop
+    -> how often each.
+    """
     encoder, M = model.image_encoder, model.modalities
     side = crop // encoder.patch_size
     T, C = M * batch * side * side, encoder.pos_embed.shape[-1]
@@ -43,7 +46,9 @@ def encoder_products(model: MFNet, batch: int, crop: int) -> Counter[Product]:
 
 
 def attention_products(attn: torch.nn.Module, images: int, side: int) -> Counter[Product]:
-    """Those of softmax(q k^T + bias) v on grids of side x side tokens: real queries, real keys, one key of padding."""
+    """Those of softmax(q k^T + bias) v on grids of side x side tokens: real queries, real keys, one
+    key of padding.
+    """
     heads, d, window = attn.num_heads, attn.rel_pos_h.shape[1], attn.window or side
     products: Counter[Product] = Counter()
     for h in whole_and_rest(side, window):
@@ -61,11 +66,14 @@ def operations(products: Counter[Product]) -> int:
     return sum(count * 2 * n * a * b * c for (n, a, b, c), count in products.items())
 
 
-def ceiling(products: Counter[Product], dtype: torch.dtype, device: torch.device, repeats: int) -> float:
-    """Seconds that the products take by themselves: of each the median of `repeats`, times how often it is needed.
+def ceiling(
+    products: Counter[Product], dtype: torch.dtype, device: torch.device, repeats: int
+) -> float:
+    """Seconds that the products take by themselves: of each the median of `repeats`, times how
+    often it is needed.
 
-    A product with a weight counts as the faster of a matrix product and of `linear`, which may go about it in another way.
-    """
+    A product with a weight counts as the faster of a matrix product and of `linear`, which may go
+    about it in another way."""
     seconds = 0.0
     for (n, a, b, c), count in products.items():
         x = torch.randn(n, a, b, device=device).to(dtype).squeeze(0)

@@ -1,4 +1,5 @@
-"""Rasters behind slices: `raster[rows, columns]` reads what is asked for, so that an orthophoto need not fit in memory.
+"""Rasters behind slices: `raster[rows, columns]` reads what is asked for, so that an orthophoto
+need not fit in memory.
 
     InFile      out of an uncompressed file, row by row
     Segments    out of a file in tiles or strips, compressed or not, keeping what the rows in use need
@@ -18,17 +19,29 @@ from typing import Callable
 import numpy as np
 import tifffile
 
-from rasters import UNCOMPRESSED, DataError, Grid, by_planes, check_bytes, check_overlap, is_tiff, places_in, read_raster
-from rasters import resample, unreadable
+from geodata.rasters import (
+    UNCOMPRESSED,
+    DataError,
+    Grid,
+    by_planes,
+    check_bytes,
+    check_overlap,
+    is_tiff,
+    places_in,
+    read_raster,
+    resample,
+    unreadable,
+)
 
 
 @dataclass
 class InFile:
-    """The pixels of an uncompressed file, read slice by slice: nothing of the file stays in the process.
+    """The pixels of an uncompressed file, read slice by slice: nothing of the file stays in the
+    process.
 
-    `decode` turns what was cut out into what is wanted; `shape` starts with H, W. Slices like an array. Rows are read
-    one by one, which takes a third of the time of a memory map, whose every row is a page fault.
-    """
+    `decode` turns what was cut out into what is wanted; `shape` starts with H, W. Slices like an
+    array. Rows are read one by one, which takes a third of the time of a memory map, whose every
+    row is a page fault."""
 
     path: Path
     dtype: np.dtype
@@ -46,13 +59,17 @@ class InFile:
             for row, into in zip(rows, pixels):
                 file.seek(self.offset + (row * self.stored[1] + columns.start) * pixel)
                 if file.readinto(into) < into.nbytes:
-                    raise DataError(f"{self.path}: truncated while it was in use; fetch the file again")
+                    raise DataError(
+                        f"{self.path}: truncated while it was in use; fetch the file again"
+                    )
         return self.decode(pixels)
 
 
 @dataclass
 class Held:
-    """Pixels in memory in the type of their file, decoded at each slice: uint8 heights take a quarter of float32."""
+    """Pixels in memory in the type of their file, decoded at each slice: uint8 heights take a
+    quarter of float32.
+    """
 
     array: np.ndarray
     decode: Callable[[np.ndarray], np.ndarray]
@@ -69,8 +86,12 @@ class Held:
         return self.decode(self.array[box])
 
 
-def raster_in_file(path: Path, shape: tuple[int, ...], decode: Callable[[np.ndarray], np.ndarray]) -> InFile | None:
-    """The file behind slices, or None where its pixels do not lie uncompressed, row by row, in one piece."""
+def raster_in_file(
+    path: Path, shape: tuple[int, ...], decode: Callable[[np.ndarray], np.ndarray]
+) -> InFile | None:
+    """The file behind slices, or None where its pixels do not lie uncompressed, row by row, in one
+    piece.
+    """
     if not is_tiff(path):
         return None
     try:
@@ -79,7 +100,9 @@ def raster_in_file(path: Path, shape: tuple[int, ...], decode: Callable[[np.ndar
         raise unreadable(path, error) from error
 
 
-def _in_one_piece(path: Path, shape: tuple[int, ...], decode: Callable[[np.ndarray], np.ndarray]) -> InFile | None:
+def _in_one_piece(
+    path: Path, shape: tuple[int, ...], decode: Callable[[np.ndarray], np.ndarray]
+) -> InFile | None:
     with tifffile.TiffFile(path) as tiff:
         page = tiff.pages[0]
         pieces = zip(page.dataoffsets, page.databytecounts, page.dataoffsets[1:])
@@ -93,7 +116,9 @@ def _in_one_piece(path: Path, shape: tuple[int, ...], decode: Callable[[np.ndarr
 
 
 def open_raster(path: Path) -> InFile | Segments | np.ndarray:
-    """(H, W) or (H, W, C) behind slices, in the type of the file: read in parts where the file can be, else in memory."""
+    """(H, W) or (H, W, C) behind slices, in the type of the file: read in parts where the file can
+    be, else in memory.
+    """
     if not is_tiff(path):
         return read_raster(path)
     try:
@@ -124,17 +149,26 @@ def _shape(page: tifffile.TiffPage) -> tuple[int, ...]:
 class Segments:
     """The pixels of a TIFF in tiles or strips, made for reading downwards.
 
-    Rows of tiles stay decoded until a slice begins below them, so windows that overlap decode each tile once.
-    """
+    Rows of tiles stay decoded until a slice begins below them, so windows that overlap decode each
+    tile once."""
 
     def __init__(self, path: Path):
         with tifffile.TiffFile(path) as tiff:
             page = tiff.pages[0]
-            self.path, self.shape, self.dtype, self.decode = path, _shape(page), page.dtype, page.decode
+            self.path, self.shape, self.dtype, self.decode = (
+                path,
+                _shape(page),
+                page.dtype,
+                page.decode,
+            )
             self.places = list(zip(page.dataoffsets, page.databytecounts))
             self.planes = page.samplesperpixel if by_planes(page) else 1
-            self.height = page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength)
-        self.across = len(self.places) // (self.planes * -(-self.shape[0] // self.height))  # tiles side by side
+            self.height = (
+                page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength)
+            )
+        self.across = len(self.places) // (
+            self.planes * -(-self.shape[0] // self.height)
+        )  # tiles side by side
         self.rows: dict[int, np.ndarray] = {}  # row of tiles -> (height, W, C)
 
     def __getitem__(self, box: tuple[slice, slice]) -> np.ndarray:
@@ -144,7 +178,9 @@ class Segments:
         for i in range(first, last + 1):
             if i not in self.rows:
                 self.rows[i] = self._read(i)
-        cut = np.concatenate([self.rows[i][:, columns.start : columns.stop] for i in range(first, last + 1)])
+        cut = np.concatenate(
+            [self.rows[i][:, columns.start : columns.stop] for i in range(first, last + 1)]
+        )
         top = rows.start - first * self.height
         return cut[top : top + len(rows)].reshape(len(rows), len(columns), *self.shape[2:])
 
@@ -157,7 +193,9 @@ class Segments:
         try:
             with open(self.path, "rb", buffering=0) as file:
                 for plane in range(self.planes):
-                    for index in range((plane * down + i) * self.across, (plane * down + i + 1) * self.across):
+                    for index in range(
+                        (plane * down + i) * self.across, (plane * down + i + 1) * self.across
+                    ):
                         offset, count = self.places[index]
                         if count == 0:  # GDAL leaves out tiles that hold nothing
                             continue
@@ -190,7 +228,9 @@ class Decoded:
 
 
 class OnGrid:
-    """Heights (h, w) float32, NaN where missing, on the grid of an image of `size`: `resample`, slice by slice."""
+    """Heights (h, w) float32, NaN where missing, on the grid of an image of `size`: `resample`,
+    slice by slice.
+    """
 
     def __init__(self, heights: Decoded, source: Grid, target: Grid, size: tuple[int, int]):
         check_overlap(source, target, heights.shape, size)
@@ -210,4 +250,9 @@ class OnGrid:
         if not all(part.stop for part in needed):
             return np.full(size, np.nan, np.float32)
         source = self.source.moved(needed[0].start, needed[1].start)
-        return resample(self.heights[needed[0], needed[1]], source, self.target.moved(cut[0].start, cut[1].start), size)
+        return resample(
+            self.heights[needed[0], needed[1]],
+            source,
+            self.target.moved(cut[0].start, cut[1].start),
+            size,
+        )

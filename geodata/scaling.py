@@ -1,6 +1,7 @@
 """From a tile's pixels and metres to what a network sees.
 
-`Scaling` is the choice, two plain strings that are kept with a run; `measure` turns it into the numbers of one tile.
+`Scaling` is the choice, two plain strings that are kept with a run; `measure` turns it into the
+numbers of one tile.
 
     heights   minmax       the tile's lowest is 0, its highest 1 (PAPER.md 1, Input)
               percentiles  the same between the 1st and 99th percentile, clipped
@@ -20,13 +21,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rasters import DataError, bilinear, row_strips
+from geodata.rasters import DataError, bilinear, row_strips
 
 SAM_MEAN, SAM_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of 255
+
+
 REFLECTANCE = 0.4  # what becomes 1: brighter than land without snow and cloud
+
+
 GROUND_WIDTH = 60.0  # metres: narrower things stand on the ground, wider ones are ground
+
+
 GROUND_SPAN = 30.0  # metres above the ground that become 1
+
+
 CELLS = 32  # of the ground's grid in GROUND_WIDTH
+
+
 HEIGHTS, IMAGES = ("minmax", "percentiles", "ground"), ("unit", "sam", "reflectance", "minmax")
 
 
@@ -38,7 +49,10 @@ class Scaling:
     images: str = "unit"
 
     def __post_init__(self):
-        for flag, value, names in (("--heights", self.heights, HEIGHTS), ("--image-scaling", self.images, IMAGES)):
+        for flag, value, names in (
+            ("--heights", self.heights, HEIGHTS),
+            ("--image-scaling", self.images, IMAGES),
+        ):
             if value not in names and fixed_range(value) is None:
                 raise DataError(f"{flag} {value}: give {', '.join(names)}, or a range LOW:HIGH")
 
@@ -60,7 +74,9 @@ class TileScale:
     clip_heights: bool = False
     ground: np.ndarray | None = None  # (h, w) metres, one value for `cell` x `cell` pixels
     cell: int = 1
-    image: tuple[np.ndarray, np.ndarray] | None = None  # per band: what becomes 0, and the span that becomes 1
+    image: tuple[np.ndarray, np.ndarray] | None = (
+        None  # per band: what becomes 0, and the span that becomes 1
+    )
     clip_image: bool = False
 
     def image_input(self, image: np.ndarray) -> np.ndarray:
@@ -74,17 +90,27 @@ class TileScale:
     def height_input(self, dsm: np.ndarray, box: tuple[slice, slice]) -> np.ndarray:
         """The metres (h, w) cut out of the tile by `box` -> (h, w) float32."""
         if self.ground is not None:
-            rows, columns = ((part.start + np.arange(n) + 0.5) / self.cell - 0.5 for part, n in zip(box, dsm.shape))
+            rows, columns = (
+                (part.start + np.arange(n) + 0.5) / self.cell - 0.5
+                for part, n in zip(box, dsm.shape)
+            )
             dsm = dsm - bilinear(self.ground, rows, columns)
         out = scale_heights(dsm, self.heights)
         return np.clip(out, 0, 1, out=out) if self.clip_heights else out
 
 
-def measure(scaling: Scaling, image: np.ndarray | None, dsm: np.ndarray | None, unit: float, pixel: float | None) -> TileScale:
-    """The numbers of a tile: image (H, W, C), dsm (H, W) in counts of `unit` metres, pixels of `pixel` metres.
+def measure(
+    scaling: Scaling,
+    image: np.ndarray | None,
+    dsm: np.ndarray | None,
+    unit: float,
+    pixel: float | None,
+) -> TileScale:
+    """The numbers of a tile: image (H, W, C), dsm (H, W) in counts of `unit` metres, pixels of
+    `pixel` metres.
 
-    Both may slice like arrays, and are read from top to bottom. Raises DataError where the numbers cannot be had.
-    """
+    Both may slice like arrays, and are read from top to bottom. Raises DataError where the numbers
+    cannot be had."""
     numbers = {}
     if dsm is not None:
         numbers |= _measure_heights(scaling.heights, dsm, unit, pixel)
@@ -99,14 +125,23 @@ def _measure_heights(choice: str, dsm: np.ndarray, unit: float, pixel: float | N
         return dict(heights=(low * unit, high * unit))
     if choice == "percentiles":
         (H, W), step = dsm.shape, max(1, dsm.shape[1] // 1000)
-        sparse = np.concatenate([dsm[row : row + 1, 0:W][:, ::step] for row in range(0, H, max(1, H // 1000))])
+        sparse = np.concatenate(
+            [dsm[row : row + 1, 0:W][:, ::step] for row in range(0, H, max(1, H // 1000))]
+        )
         low, high = (float(v) * unit for v in np.percentile(sparse, (1, 99)))
         return dict(heights=(low, high), clip_heights=True)
     if choice == "ground":
         if pixel is None:
-            raise DataError("--heights ground needs to know the size of a pixel; give GeoTIFFs, or another choice")
+            raise DataError(
+                "--heights ground needs to know the size of a pixel; give GeoTIFFs, or another choice"
+            )
         ground, cell = local_ground(dsm, GROUND_WIDTH / pixel)
-        return dict(heights=(0.0, GROUND_SPAN), clip_heights=True, ground=ground * np.float32(unit), cell=cell)
+        return dict(
+            heights=(0.0, GROUND_SPAN),
+            clip_heights=True,
+            ground=ground * np.float32(unit),
+            cell=cell,
+        )
     return dict(heights=fixed_range(choice), clip_heights=True)
 
 
@@ -122,7 +157,8 @@ def _measure_image(choice: str, image: np.ndarray) -> dict:
         low, high = (np.stack(values).astype(np.float64) for values in zip(*ends))
         low, high = low.min(axis=0), high.max(axis=0)
         return dict(image=(low, np.where(high > low, high - low, 1)))
-    # differs: the published code scales each image and band of MMHunan by itself, which is `minmax` (PAPER.md 3.10)
+    # differs: the published code scales each image and band of MMHunan by itself, which is `minmax`
+    # (PAPER.md 3.10)
     if choice == "reflectance" and image.dtype != np.uint8:
         full = REFLECTANCE * (10_000 if any(strip.max() > 10 for strip in row_strips(image)) else 1)
         return dict(image=(np.zeros(C), np.full(C, full)), clip_image=True)
@@ -144,16 +180,20 @@ def height_range(dsm: np.ndarray) -> tuple[float, float]:
 
 
 def scale_heights(dsm: np.ndarray, low_high: tuple[float, float]) -> np.ndarray:
-    """Metres -> [0, 1] float32 over the range of the tile (PAPER.md 1, Input); 0 where the tile is flat."""
+    """Metres -> [0, 1] float32 over the range of the tile (PAPER.md 1, Input); 0 where the tile is
+    flat.
+    """
     low, high = low_high
     return ((dsm - low) / (high - low if high > low else 1.0)).astype(np.float32)
 
 
-# ------------------------------------------------------------------------------------------------------ missing, ground
+# ---------------------------------------------------------------------------------- missing, ground
 
 
 def valid_heights(dsm: np.ndarray, nodata: float | None) -> np.ndarray:
-    """(H, W) bool: not NaN, infinite, absurd (below -1 km, from 10 km on) or the file's no-data value."""
+    """(H, W) bool: not NaN, infinite, absurd (below -1 km, from 10 km on) or the file's no-data
+    value.
+    """
     valid = (dsm < 10_000) & (dsm > -1_000)  # NaN is neither
     if nodata is not None:
         valid &= dsm != np.float32(nodata)
@@ -163,8 +203,8 @@ def valid_heights(dsm: np.ndarray, nodata: float | None) -> np.ndarray:
 def fill_missing_heights(dsm: np.ndarray, nodata: float | None) -> tuple[np.ndarray, int]:
     """Heights as float32, with those that are not valid set to the lowest valid one.
 
-    Returns the heights and the number of pixels that were filled. Raises DataError when none is valid.
-    """
+    Returns the heights and the number of pixels that were filled. Raises DataError when none is
+    valid."""
     dsm = dsm.astype(np.float32)
     valid = valid_heights(dsm, nodata)
     missing = valid.size - int(valid.sum())
@@ -176,7 +216,9 @@ def fill_missing_heights(dsm: np.ndarray, nodata: float | None) -> tuple[np.ndar
 
 
 def lowest_height(dsm, nodata: float | None) -> tuple[float, int]:
-    """The lowest valid height of what slices like (H, W), and the number of pixels without. Raises DataError for none."""
+    """The lowest valid height of what slices like (H, W), and the number of pixels without. Raises
+    DataError for none.
+    """
     lowest, missing = np.inf, 0
     for strip in row_strips(dsm):
         strip = (strip[..., 0] if strip.ndim == 3 else strip).astype(np.float32)
@@ -189,10 +231,11 @@ def lowest_height(dsm, nodata: float | None) -> tuple[float, int]:
 
 
 def local_ground(dsm: np.ndarray, width: float) -> tuple[np.ndarray, int]:
-    """The ground below (H, W) heights: a morphological opening by a square of `width` pixels -> (h, w) float32, cell.
+    """The ground below (H, W) heights: a morphological opening by a square of `width` pixels -> (h,
+    w) float32, cell.
 
-    It is computed on the lowest heights of cells of `cell` x `cell` pixels, 32 of which span the square.
-    """
+    It is computed on the lowest heights of cells of `cell` x `cell` pixels, 32 of which span the
+    square."""
     cell = max(1, round(width / CELLS))
     span = 2 * (round(width / cell) // 2) + 1
     H, W = dsm.shape
@@ -205,7 +248,9 @@ def local_ground(dsm: np.ndarray, width: float) -> tuple[np.ndarray, int]:
 
 
 def sliding_min(array: np.ndarray, span: int) -> np.ndarray:
-    """The lowest value of (h, w) in the square of `span` (odd) about each place, as far as it lies inside."""
+    """The lowest value of (h, w) in the square of `span` (odd) about each place, as far as it lies
+    inside.
+    """
     for axis in (0, 1):
         array = np.moveaxis(array, axis, 0)
         n, half = len(array), span // 2

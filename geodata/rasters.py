@@ -1,7 +1,8 @@
-"""Raster files: reading TIFF, PNG and JPEG, and laying one GeoTIFF on the grid of another. Knows no data set.
+"""Raster files: reading TIFF, PNG and JPEG, and laying one GeoTIFF on the grid of another. Knows no
+data set.
 
-Shapes: `H, W` pixels of a raster, `C` bands, bands last. Every mistake is a DataError of one line that names the file.
-"""
+Shapes: `H, W` pixels of a raster, `C` bands, bands last. Every mistake is a DataError of one line
+that names the file."""
 
 from __future__ import annotations
 
@@ -17,11 +18,36 @@ import tifffile
 from PIL import Image, UnidentifiedImageError
 
 TIFF_ENDINGS = (".tif", ".tiff")
+
+
 UNCOMPRESSED, DEFLATE = 1, (8, 32946)
-PIXEL_SCALE, TIE_POINT, TRANSFORMATION, GEO_KEYS, GEO_NUMBERS, GEO_TEXT = 33550, 33922, 34264, 34735, 34736, 34737
+
+
+PIXEL_SCALE, TIE_POINT, TRANSFORMATION, GEO_KEYS, GEO_NUMBERS, GEO_TEXT = (
+    33550,
+    33922,
+    34264,
+    34735,
+    34736,
+    34737,
+)
+
+
 GEO_TAGS = (PIXEL_SCALE, TIE_POINT, TRANSFORMATION, GEO_KEYS, GEO_NUMBERS, GEO_TEXT)
+
+
 NODATA = 42113  # GDAL's
-MODEL_TYPE, RASTER_TYPE, GEOGRAPHIC, PROJECTED, USER_DEFINED = 1024, 1025, 2048, 3072, 32767  # GeoTIFF keys, a value
+
+
+MODEL_TYPE, RASTER_TYPE, GEOGRAPHIC, PROJECTED, USER_DEFINED = (
+    1024,
+    1025,
+    2048,
+    3072,
+    32767,
+)  # GeoTIFF keys, a value
+
+
 STRIP = 512  # rows that are worked on at a time, so that temporary arrays stay small
 
 
@@ -35,14 +61,18 @@ def row_strips(raster):
 
 
 class DataError(ValueError):
-    """A mistake in the data or in what was asked of them; the message names the file and says what to do."""
+    """A mistake in the data or in what was asked of them; the message names the file and says what
+    to do.
+    """
 
 
-# -------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 def read_raster(path: Path) -> np.ndarray:
-    """(H, W) or (H, W, C) in the file's own type. tifffile first, Pillow for the rest. Raises DataError by file."""
+    """(H, W) or (H, W, C) in the file's own type. tifffile first, Pillow for the rest. Raises
+    DataError by file.
+    """
     try:
         if is_tiff(path):
             return _read_tiff(path)
@@ -60,7 +90,9 @@ def is_tiff(path: Path) -> bool:
 
 @contextmanager
 def open_picture(path: Path) -> Iterator[Image.Image]:
-    """A file as Pillow reads it, of any size: an orthophoto is larger than what Pillow takes for an attack."""
+    """A file as Pillow reads it, of any size: an orthophoto is larger than what Pillow takes for an
+    attack.
+    """
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with Image.open(path) as image:
@@ -88,10 +120,14 @@ def by_planes(page: tifffile.TiffPage) -> bool:
 
 
 def check_bytes(path: Path, tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> None:
-    """Raises DataError for a truncated file, and for one that holds more pixels than its header declares."""
+    """Raises DataError for a truncated file, and for one that holds more pixels than its header
+    declares.
+    """
     end = max(o + n for o, n in zip(page.dataoffsets, page.databytecounts))
     if end > tiff.filehandle.size:
-        raise DataError(f"{path}: truncated, {tiff.filehandle.size} bytes of {end}; fetch the file again")
+        raise DataError(
+            f"{path}: truncated, {tiff.filehandle.size} bytes of {end}; fetch the file again"
+        )
     if page.is_tiled:  # tiles are padded
         return
     bits = page.bitspersample * (1 if by_planes(page) else page.samplesperpixel)
@@ -117,7 +153,9 @@ def _read_by_pillow(path: Path, compression: str) -> np.ndarray:
         with open_picture(path) as image:
             return np.asarray(image)
     except (OSError, ValueError, UnidentifiedImageError) as error:
-        raise DataError(f"{path}: compressed by {compression}; pip install imagecodecs reads it") from error
+        raise DataError(
+            f"{path}: compressed by {compression}; pip install imagecodecs reads it"
+        ) from error
 
 
 def raster_size(path: Path) -> tuple[int, int]:
@@ -141,17 +179,25 @@ def raster_bytes(path: Path) -> int:
 
 
 def alpha_band(path: Path) -> int | None:
-    """Which band says how opaque a pixel is, from the header; None without. Raises DataError by file."""
+    """Which band says how opaque a pixel is, from the header; None without. Raises DataError by
+    file.
+    """
 
     def of_tiff(page: tifffile.TiffPage) -> int | None:
         extra = [int(kind) for kind in page.extrasamples]
         alpha = next((i for i, kind in enumerate(extra) if kind in (1, 2)), None)
         return None if alpha is None else page.samplesperpixel - len(extra) + alpha
 
-    return _header(path, of_tiff, lambda image: image.getbands().index("A") if "A" in image.getbands() else None)
+    return _header(
+        path,
+        of_tiff,
+        lambda image: image.getbands().index("A") if "A" in image.getbands() else None,
+    )
 
 
-def _header(path: Path, of_tiff: Callable[[tifffile.TiffPage], T], of_picture: Callable[[Image.Image], T]) -> T:
+def _header(
+    path: Path, of_tiff: Callable[[tifffile.TiffPage], T], of_picture: Callable[[Image.Image], T]
+) -> T:
     """What the header of a TIFF, or of another picture, tells. Raises DataError by file."""
     try:
         if is_tiff(path):
@@ -181,7 +227,9 @@ def nodata_value(path: Path) -> float | None:
 
 
 def geo_tags(path: Path) -> list[tuple]:
-    """The tags that say where a GeoTIFF lies, as tifffile writes them (code, type, count, value, True); [] without."""
+    """The tags that say where a GeoTIFF lies, as tifffile writes them (code, type, count, value,
+    True); [] without.
+    """
     if not is_tiff(path):
         return []
     try:
@@ -193,7 +241,9 @@ def geo_tags(path: Path) -> list[tuple]:
 
 
 def _tags(path: Path) -> dict[int, object]:
-    """The values of the tags that tell about places and no-data; empty for what is no TIFF. Raises DataError by file."""
+    """The values of the tags that tell about places and no-data; empty for what is no TIFF. Raises
+    DataError by file.
+    """
     if not is_tiff(path):
         return {}
     try:
@@ -204,18 +254,22 @@ def _tags(path: Path) -> dict[int, object]:
         raise unreadable(path, error) from error
 
 
-# ----------------------------------------------------------------------------------------------------------- GeoTIFF grids
+# ------------------------------------------------------------------------------------ GeoTIFF grids
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the pixels of a GeoTIFF lie: the outer corner of the first one, and a pixel's size, rows going south."""
+    """Where the pixels of a GeoTIFF lie: the outer corner of the first one, and a pixel's size,
+    rows going south.
+    """
 
     left: float
     top: float
     step_x: float
     step_y: float
-    system: int | None  # the EPSG number, None where the file describes its coordinate system by parameters
+    system: (
+        int | None
+    )  # the EPSG number, None where the file describes its coordinate system by parameters
     projected: bool | None  # metres or degrees, None where the file does not tell
 
     def pixel_size(self) -> float | None:
@@ -224,11 +278,15 @@ class Grid:
 
     def moved(self, rows: int, columns: int) -> Grid:
         """The same grid from another pixel on."""
-        return replace(self, left=self.left + columns * self.step_x, top=self.top - rows * self.step_y)
+        return replace(
+            self, left=self.left + columns * self.step_x, top=self.top - rows * self.step_y
+        )
 
 
 def read_grid(path: Path) -> Grid | None:
-    """The grid of a GeoTIFF (tags 33550 and 33922, or 34264), None without tags. Raises DataError for a rotated one."""
+    """The grid of a GeoTIFF (tags 33550 and 33922, or 34264), None without tags. Raises DataError
+    for a rotated one.
+    """
     tags = _tags(path)
     if PIXEL_SCALE in tags and TIE_POINT in tags:
         (step_x, step_y), tie = tags[PIXEL_SCALE][:2], tags[TIE_POINT]
@@ -236,12 +294,16 @@ def read_grid(path: Path) -> Grid | None:
     elif TRANSFORMATION in tags:
         m = tags[TRANSFORMATION]
         if m[1] or m[4]:
-            raise DataError(f"{path}: its grid is rotated (tag 34264); warp it to a grid that goes north")
+            raise DataError(
+                f"{path}: its grid is rotated (tag 34264); warp it to a grid that goes north"
+            )
         step_x, step_y, left, top = m[0], -m[5], m[3], m[7]
     else:
         return None
     if not (step_x > 0 and step_y > 0):
-        raise DataError(f"{path}: its pixels measure {step_x} x {step_y}; warp it to a grid that goes north")
+        raise DataError(
+            f"{path}: its pixels measure {step_x} x {step_y}; warp it to a grid that goes north"
+        )
     keys = _geo_keys(tags)
     if keys.get(RASTER_TYPE) == 2:  # the tie point is the middle of a pixel
         left, top = left - step_x / 2, top + step_y / 2
@@ -265,7 +327,9 @@ def _system(tags: dict, keys: dict[int, int]) -> int | None:
 
 
 def same_grid(one: Grid, other: Grid, size: tuple[int, int]) -> bool:
-    """Whether every pixel of a raster of `size` lies within less than a pixel of the other's pixel of that index."""
+    """Whether every pixel of a raster of `size` lies within less than a pixel of the other's pixel
+    of that index.
+    """
     H, W = size
     drift_x = abs(one.left - other.left) + W * abs(one.step_x - other.step_x)
     drift_y = abs(one.top - other.top) + H * abs(one.step_y - other.step_y)
@@ -273,37 +337,57 @@ def same_grid(one: Grid, other: Grid, size: tuple[int, int]) -> bool:
 
 
 def _one_system(one: Grid, other: Grid) -> bool:
-    """False where both files name their systems and these differ; what is not named is taken for the same."""
+    """False where both files name their systems and these differ; what is not named is taken for
+    the same.
+    """
     known = None not in (one.system, other.system) and one.system != other.system
     kinds = None not in (one.projected, other.projected) and one.projected != other.projected
     return not known and not kinds
 
 
 def places_in(source: Grid, target: Grid, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """The fractional rows (H,) and columns (W,) of the source at which the middles of the target's pixels lie."""
-    rows = (source.top - target.top + (np.arange(size[0]) + 0.5) * target.step_y) / source.step_y - 0.5
-    columns = (target.left - source.left + (np.arange(size[1]) + 0.5) * target.step_x) / source.step_x - 0.5
+    """The fractional rows (H,) and columns (W,) of the source at which the middles of the target's
+    pixels lie.
+    """
+    rows = (
+        source.top - target.top + (np.arange(size[0]) + 0.5) * target.step_y
+    ) / source.step_y - 0.5
+    columns = (
+        target.left - source.left + (np.arange(size[1]) + 0.5) * target.step_x
+    ) / source.step_x - 0.5
     return rows, columns
 
 
-def check_overlap(source: Grid, target: Grid, shape: tuple[int, ...], size: tuple[int, int]) -> None:
-    """Raises DataError when a raster of `shape` shares no coordinate system, or no pixel, with a target of `size`."""
+def check_overlap(
+    source: Grid, target: Grid, shape: tuple[int, ...], size: tuple[int, int]
+) -> None:
+    """Raises DataError when a raster of `shape` shares no coordinate system, or no pixel, with a
+    target of `size`.
+    """
     if not _one_system(source, target):
-        name = lambda g: f"EPSG:{g.system}" if g.system else "degrees" if g.projected is False else "metres"
-        raise DataError(f"lies in another coordinate system ({name(source)}) than the image ({name(target)}); warp it first")
+        name = lambda g: (
+            f"EPSG:{g.system}" if g.system else "degrees" if g.projected is False else "metres"
+        )
+        raise DataError(
+            f"lies in another coordinate system ({name(source)}) than the image ({name(target)}); warp it first"
+        )
     for places, n in zip(places_in(source, target, size), shape):
         if not ((places >= -0.5) & (places <= n - 0.5)).any():
-            raise DataError("does not overlap the image; their GeoTIFF tags say that they show different places")
+            raise DataError(
+                "does not overlap the image; their GeoTIFF tags say that they show different places"
+            )
 
 
 def resample(array: np.ndarray, source: Grid, target: Grid, size: tuple[int, int]) -> np.ndarray:
-    """Heights (h, w) float32, NaN where missing, laid bilinearly on the target's grid -> (H, W) float32.
+    """Heights (h, w) float32, NaN where missing, laid bilinearly on the target's grid -> (H, W)
+    float32.
 
-    A pixel is the weighted mean of its valid neighbours, NaN where there is none, and outside the source. Raises
-    DataError when the coordinate systems differ or the grids do not overlap.
-    """
+    A pixel is the weighted mean of its valid neighbours, NaN where there is none, and outside the
+    source. Raises DataError when the coordinate systems differ or the grids do not overlap."""
     rows, columns = places_in(source, target, size)
-    inside = [(places >= -0.5) & (places <= n - 0.5) for places, n in zip((rows, columns), array.shape)]
+    inside = [
+        (places >= -0.5) & (places <= n - 0.5) for places, n in zip((rows, columns), array.shape)
+    ]
     check_overlap(source, target, array.shape, size)
     valid = np.isfinite(array)
     known, weights = np.where(valid, array, 0).astype(np.float32), valid.astype(np.float32)
@@ -317,7 +401,9 @@ def resample(array: np.ndarray, source: Grid, target: Grid, size: tuple[int, int
 
 
 def bilinear(array: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """(h, w) at fractional places -> (len(rows), len(columns)) float32; places beyond the edge take its value."""
+    """(h, w) at fractional places -> (len(rows), len(columns)) float32; places beyond the edge take
+    its value.
+    """
     for axis, places in ((0, rows), (1, columns)):
         last = array.shape[axis] - 1
         places = np.clip(places, 0, last)

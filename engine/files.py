@@ -1,0 +1,33 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Callable
+
+
+def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write` with a temporary path beside `path` and renames it: the file is either the old
+    or the new one.
+    """
+    replace_together([path], write)
+
+
+def replace_together(paths: list[Path], write: Callable[..., None]) -> None:
+    """The same for files that belong together, with a temporary path for each: all are whole before
+    one is renamed.
+
+    What there is of the others is removed before the first takes its place, so that an interruption
+    at the worst moment leaves too few of them, and never one beside a file that it does not belong
+    to."""
+    temporary = [path.with_name(path.name + ".tmp") for path in paths]
+    try:
+        write(*temporary)
+        for path in paths[1:]:
+            path.unlink(missing_ok=True)
+        for finished, path in zip(temporary, paths):
+            os.replace(finished, path)
+    finally:
+        for path in temporary:
+            path.unlink(missing_ok=True)

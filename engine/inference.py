@@ -1,0 +1,176 @@
+"""A network over rasters of any size, window by window.
+
+`predict_strips` yields a class map from top to bottom; `predict_tile` is the same as one array. The
+probabilities of a pixel are the softmax of the mean of its windows' logits.
+
+Shapes: `H, W` pixels of the raster, `B` windows of a batch, `K` classes.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from engine.device import autocast
+from geodata.crops import window_places
+from geodata.scaling import TileScale, height_range
+from geodata.slices import Decoded
+
+Raster = np.ndarray | Decoded  # or whatever else slices like one of `slices.py`
+
+
+ROWS = 64  # of a strip at most: what is computed from it is small beside the logits that wait
+
+
+# ----------------------------------------------------------------------------------- sliding window
+
+
+@torch.inference_mode()
+def predict_strips(
+    model: nn.Module,
+    image: Raster | None,
+    dsm: Raster | None,
+    window: int = 256,
+    stride: int = 128,
+    batch_size: int = 8,
+    heights: tuple[float, float] | None = None,
+    repeat_border: bool = False,
+    precision: str = "fp32",
+    progress: Callable[[int, int], None] | None = None,
+    scale: TileScale | None = None,
+    blend: str = "mean",
+    flips: bool = False,
+    probabilities: bool = False,
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """The class map of `predict_tile` from top to bottom, in strips (n, W) uint8, each with the
+    probabilities of the classes (K, n, W) float32 if they are asked for.
+
+    Only the rows of logits that still wait for a window are kept, and of the rasters, which may
+    slice like arrays, one window at a time is asked for: memory grows with the width, and not with
+    the height."""
+    rasters = [r for r in (image, dsm) if r is not None]
+    H, W = rasters[0].shape[:2]
+    scale = scale or TileScale(heights or (None if dsm is None else height_range(dsm)))
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    side = BLENDS[blend](window).to(device)  # (window,)
+    share = side[:, None] * side  # (window, window)
+    rows, columns = window_places(H, window, stride), window_places(W, window, stride)
+    row_weights = weight_along(rows, side, H, repeat_border)  # (H,)
+    column_weights = weight_along(columns, side, W, repeat_border)  # (W,)
+    logits: Tensor | None = (
+        None  # (K, window, width) sums of the rows from the current window's top on
+    )
+    for i, (top, row_weight) in enumerate(rows):
+        for left_batch in _batches(columns, batch_size):
+            boxes = [np.s_[top : top + window, left : left + window] for left, _ in left_batch]
+            inputs = [_windows(r, boxes, window, scale).to(device) for r in rasters]
+            with autocast(precision, device):
+                out = (
+                    _all_flips(model, inputs) if flips else model(*inputs).float()
+                )  # (B, K, window, window)
+            if logits is None:
+                logits = out.new_zeros(out.shape[1], window, max(W, window))
+            for window_logits, (left, column_weight) in zip(out, left_batch):
+                weight = row_weight * column_weight if repeat_border else 1
+                logits[:, :, left : left + window] += weight * share * window_logits
+        below = rows[i + 1][0] if i + 1 < len(rows) else H
+        done = logits[:, : below - top, :W]
+        for sums, weights in zip(done.split(ROWS, dim=1), row_weights[top:below].split(ROWS)):
+            # The mean and the sum of a pixel's windows have the same largest class: the map has
+            # nothing to divide by.
+            classes = sums.argmax(dim=0).byte().cpu().numpy()
+            yield classes, softmax_of_mean(sums, weights, column_weights) if probabilities else None
+        kept = window - (below - top)
+        logits[:, :kept] = logits[:, below - top :].clone()
+        logits[:, kept:] = 0
+        if progress:
+            progress(i + 1, len(rows))
+
+
+def predict_tile(
+    model: nn.Module,
+    image: Raster | None,
+    dsm: Raster | None,
+    window: int = 256,
+    stride: int = 128,
+    batch_size: int = 8,
+    heights: tuple[float, float] | None = None,
+    **options,
+) -> np.ndarray:
+    """Class map (H, W) uint8 of a raster of any size, from overlapping windows whose logits are
+    averaged (paper IV-B).
+
+    image (H, W, 3), dsm (H, W) metres, both scaled by `scale`, by default the image over its type's
+    range and the heights over `heights` (by default their own lowest and highest); a network of one
+    modality gets the one that is not None. `repeat_border=True` counts the windows at the right and
+    lower edge as often as the published code visits them (PAPER.md 3.5). `blend="cosine"` trusts
+    the middle of a window more than its border; `flips` averages each window over its four
+    reflections, at four times the work. `progress(done, all)` is called after each row of windows.
+    These and the other `options` are those of `predict_strips`."""
+    strips = predict_strips(model, image, dsm, window, stride, batch_size, heights, **options)
+    return np.concatenate([classes for classes, _ in strips])
+
+
+def _cosine(window: int) -> Tensor:
+    """A bell (window,) that is 1 in the middle, and small but not 0 at the border."""
+    return torch.sin((torch.arange(window) + 0.5) * torch.pi / window) ** 2
+
+
+# How much a window counts along each of its sides, (window,): mean is the paper's.
+BLENDS = {"mean": torch.ones, "cosine": _cosine}
+
+
+def weight_along(places: list[tuple[int, int]], side: Tensor, length: int, repeat: bool) -> Tensor:
+    """What the windows at `places` weigh together at each pixel of a row or column: (length,).
+
+    A window weighs at (y, x) what its row weighs at y times what its column weighs at x, and every
+    row of windows has the same columns. So the sum over all windows is a product as well, and needs
+    no buffer of the raster's size."""
+    total = side.new_zeros(max(length, len(side)))
+    for start, times in places:
+        total[start : start + len(side)] += (times if repeat else 1) * side
+    return total[:length]
+
+
+def softmax_of_mean(sums: Tensor, row_weights: Tensor, column_weights: Tensor) -> np.ndarray:
+    """Probabilities (K, n, W) float32 out of the weighted sums of logits, and what was summed
+    weighs: (n,) and (W,).
+    """
+    return (sums / (row_weights[:, None] * column_weights)).softmax(dim=0).cpu().numpy()
+
+
+def percent(probabilities: np.ndarray) -> np.ndarray:
+    """0 to 1 -> uint8, 0 to 100."""
+    return np.rint(100 * probabilities).astype(np.uint8)
+
+
+def _all_flips(model: nn.Module, inputs: list[Tensor]) -> Tensor:
+    """The mean of what a model says of a batch and of its reflections, each turned back: (B, K, h,
+    w).
+    """
+    turns = ((), (-1,), (-2,), (-2, -1))
+    return sum(model(*(x.flip(axes) for x in inputs)).float().flip(axes) for axes in turns) / 4
+
+
+def _batches(items: list, size: int) -> list[list]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _windows(raster: Raster, boxes: list, window: int, scale: TileScale) -> Tensor:
+    """The windows of one raster as a network input, (B, 3, w, w) or (B, w, w); reflected where the
+    raster ends.
+    """
+    windows = []
+    for box in boxes:
+        array = (
+            scale.image_input(raster[box])
+            if len(raster.shape) == 3
+            else scale.height_input(raster[box], box)
+        )
+        missing = [(0, 0)] * (array.ndim - 2) + [(0, window - n) for n in array.shape[-2:]]
+        windows.append(np.pad(array, missing, mode="reflect"))
+    return torch.from_numpy(np.stack(windows))

@@ -1,0 +1,1 @@
+"""Files to arrays, and maps back to files. Knows no model."""

@@ -1,0 +1,1 @@
+"""Tables, pages and pictures out of a run's files and arrays. Knows no network."""
