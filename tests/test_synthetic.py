@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from geodata import city, synthetic
+from geodata import city as drawing
+from geodata import synthetic
 from geodata.city import BUILDING, CAR, IMPERVIOUS, LOW, PALETTE, TREE, make_tile
 from geodata.synthetic import (
     IGNORE,
@@ -149,8 +150,8 @@ def test_much_low_vegetation_has_the_colours_of_crowns_and_much_has_not(scenes):
 def test_a_roof_and_a_yard_of_the_same_draws_look_the_same():
     def picture(label, height, caster):
         canvas = city.Canvas(np.random.default_rng(9), 200, 200)
-        city.slab(canvas, 9.0, 9.0, 0.4, 9.0, 8.0, label, height, caster)
-        return city.photograph(canvas), city.measure_heights(canvas), canvas.labels
+        drawing.slab(canvas, 9.0, 9.0, 0.4, 9.0, 8.0, label, height, caster)
+        return drawing.photograph(canvas), drawing.measure_heights(canvas), canvas.labels
 
     (roof, high, as_roof), (yard, low, as_yard) = (
         picture(BUILDING, 5.0, 5.0),
