@@ -2,7 +2,6 @@
 
     python predict.py --run runs/NAME --image ortho.tif --dsm heights.tif --out map.tif
     python predict.py --image ortho.tif --dsm heights.tif --out map.png --stride 64 --blend cosine --flips
-    python predict.py --image ortho.tif --dsm heights.tif --explain FOLDER --at 512,256    a page about one window
     python predict.py --image ortho.tif --dsm heights.tif --out map.tif --confidence sure.tif --probabilities classes.tif
 
 The map is a PNG or a GeoTIFF, by the ending of --out: class indices with a colour table, laid where
@@ -39,9 +38,9 @@ from reports.inside import corner, write_explanation
 __all__ = ["predict_strips", "predict_tile"]  # from engine/inference.py, for users
 
 
-def tile_of(args: Namespace, run: Path, settings: dict, classes: list) -> Tile:
+def tile_of(args: Namespace, run: Path, s: Settings, classes: list) -> Tile:
     """The rasters of the command line as a tile that is read and scaled as the run's own were."""
-    modalities = MODALITIES[settings["modalities"]]
+    modalities = MODALITIES[s.modalities]
     paths = {
         kind: path
         for kind, path in (("image", args.image), ("dsm", args.dsm))
@@ -57,11 +56,11 @@ def tile_of(args: Namespace, run: Path, settings: dict, classes: list) -> Tile:
         label,
         paths,
         tuple((name, tuple(color)) for name, color in classes),
-        scaling=scaling_of(settings),
+        scaling=scaling_of(s),
     )
-    layout = LAYOUTS.get(settings["data"])
+    layout = LAYOUTS.get(s.data)
     if "image" in paths:
-        tile.bands = image_bands(layout, settings.get("bands", ""), raster_bands(args.image))
+        tile.bands = image_bands(layout, s.bands, raster_bands(args.image))
     if layout is not None:
         tile.pixel = layout.pixel
         tile.height_unit = next(
@@ -80,15 +79,15 @@ def bands_of(strips: Iterator, confidence: bool, probabilities: bool) -> Iterato
         yield np.concatenate([classes[None], *sure, *([percent(shares)] if probabilities else [])])
 
 
-def stride_of(args: Namespace, settings: dict) -> int:
-    return settings["eval_stride"] if args.stride is None else args.stride
+def stride_of(args: Namespace, s: Settings) -> int:
+    return s.eval_stride if args.stride is None else args.stride
 
 
 def write_prediction(
     args: Namespace,
     paths: dict[str, Path],
     model: nn.Module,
-    settings: dict,
+    s: Settings,
     tile: Tile,
     loaded: LoadedTile,
 ) -> None:
@@ -99,9 +98,9 @@ def write_prediction(
         model,
         loaded.image,
         loaded.dsm,
-        settings["crop"],
-        stride_of(args, settings),
-        precision=settings["precision"],
+        s.crop,
+        stride_of(args, s),
+        precision=s.precision,
         progress=Ticker("rows of windows"),
         scale=loaded.scale,
         blend=args.blend,
@@ -184,9 +183,9 @@ def main() -> None:
     model, settings, classes = load_model(
         run / "model.pt", args.weights, Ticker("fetching SAM's weights, bytes")
     )
-    store_frozen_weights(model, settings["precision"], device)
-    tile = tile_of(args, run, settings, classes)
-    loaded = tile.open(MODALITIES[settings["modalities"]])
+    store_frozen_weights(model, s.precision, device)
+    tile = tile_of(args, run, s, classes)
+    loaded = tile.open(MODALITIES[s.modalities])
     if min(loaded.size) < MIN_SIZE:
         H, W = loaded.size
         raise DataError(
@@ -195,8 +194,8 @@ def main() -> None:
     for note in tile.notes:
         print(f"note: {note}")
     if args.explain:
-        with autocast(settings["precision"], device):
-            what = model.to(device), loaded, settings["crop"], args.at, tile.classes, str(run)
+        with autocast(s.precision, device):
+            what = model.to(device), loaded, s.crop, args.at, tile.classes, str(run)
             page = write_explanation(args.explain, *what)
         print(f"{page}: what {run} does with one window")
     if args.out:
@@ -204,7 +203,7 @@ def main() -> None:
         listed = ", ".join(map(str, paths.values()))
         size = f"{loaded.size[1]} x {loaded.size[0]} pixels"
         print(
-            f"{listed}: {size} by {run}, windows of {settings['crop']}, stride {stride_of(args, settings)}"
+            f"{listed}: {size} by {run}, windows of {settings['crop']}, stride {stride_of(args, s)}"
         )
 
 
