@@ -239,29 +239,3 @@ def tuner_names(encoder: ImageEncoderViT) -> list[str]:
     if encoder.tuner == "full":
         return [n for n, _ in encoder.named_parameters()]
     return list(encoder.added_names)
-
-
-# SHIM until the lead's tuners.py lands
-def tuner_options(name: str) -> dict:
-    import inspect
-
-    if name not in TUNERS:
-        raise ValueError(f"unknown tuner {name!r}; there are {', '.join(TUNERS)}")
-    parameters = inspect.signature(TUNERS[name]).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
-
-
-def parse_option(name: str, text: str) -> tuple:
-    key, _, value = text.partition("=")
-    defaults = tuner_options(name)
-    if key not in defaults:
-        raise ValueError(f"{name} has no option {key}; there are {', '.join(defaults) or 'none'}")
-    kind = type(defaults[key])
-    if kind is bool:
-        if value.lower() not in ("true", "false"):
-            raise ValueError(f"{key}={value}: give true or false")
-        return key, value.lower() == "true"
-    try:
-        return key, kind(value)
-    except ValueError:
-        raise ValueError(f"{key}={value}: a value of {kind.__name__} is needed") from None
