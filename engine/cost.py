@@ -15,8 +15,8 @@ from typing import Callable
 
 import torch
 
-from attention import whole_and_rest
-from linear import linear
+from fast import split_sizes as whole_and_rest
+from fast import linear
 from mfnet import MFNet
 
 Product = tuple[int, int, int, int]

@@ -142,6 +142,6 @@ def wrap_distributed(model: nn.Module, team: Team) -> nn.Module:
                 norm = SyncBatchNorm2d(child.num_features, child.eps, child.momentum)
                 norm.to(child.weight).load_state_dict(child.state_dict())
                 setattr(module, name, norm)
-            elif isinstance(child, nn.Dropout2d):
+            elif type(child) is nn.Dropout2d:
                 setattr(module, name, ShardedDropout2d(child.p, team.rank, team.world))
     return nn.parallel.DistributedDataParallel(model)
