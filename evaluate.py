@@ -82,7 +82,9 @@ def evaluate(run: Path, args: argparse.Namespace) -> None:
     print(f"{run}: {s.encoder}, {s.tuner}, {s.modalities}, fusion {s.fusion}")
     print(format_scores(scores))
     if "unfinished" in name:
-        print(f"note: {run} was not trained to its end; go on: python train.py --resume --out {run}")
+        print(
+            f"note: {run} was not trained to its end; go on: python train.py --resume --out {run}"
+        )
     try:
         if panels:
             raise OSError(panels[0])
@@ -106,7 +108,13 @@ def main() -> None:
     add("--as-published", action="store_true", help="the published code's stride, border windows")
     add("--weights", help="where SAM's weights are now; by default as the run found them")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--table", nargs="*", type=Path, metavar="DIR", help="print the runs in these folders, or all")
+    add(
+        "--table",
+        nargs="*",
+        type=Path,
+        metavar="DIR",
+        help="print the runs in these folders, or all",
+    )
     args = parser.parse_args()
     if args.table is None:
         return evaluate(args.run or newest_run(), args)

@@ -136,9 +136,9 @@ def encode_in_parts(model: MFNet, parts: int) -> None:
         )
     whole = encoder.forward
 
-    def forward(x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return whole(x)
+    def forward(x: Tensor, seen: dict | None = None) -> Tensor:
+        if seen is not None or not torch.is_grad_enabled():
+            return whole(x, seen)
         chunks = x.unflatten(0, (M, -1)).chunk(parts, dim=1)  # parts of (M, B / parts, 3, H, W)
         maps = [checkpoint(whole, part.flatten(0, 1), use_reentrant=False) for part in chunks]
         return torch.cat([y.unflatten(0, (M, -1)) for y in maps], dim=1).flatten(0, 1)

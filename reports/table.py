@@ -15,14 +15,9 @@ import statistics
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from engine.settings import (
-    AS_PUBLISHED,
-    AS_PUBLISHED_WITH,
-    FREE_ON_RESUME,
-    PUBLISHED_STRIDES,
-    RECIPES,
-    Settings,
-)
+from engine.commandline import FREE_ON_RESUME
+from engine.recipes import AS_PUBLISHED, AS_PUBLISHED_WITH, PUBLISHED_STRIDES, RECIPES
+from engine.settings import Settings
 from geodata.layouts import VAIHINGEN_TEST_PIXELS
 from geodata.rasters import DataError
 
@@ -145,7 +140,8 @@ def finished(folder: Path, config: dict, scores: dict, log: list[dict]) -> Finis
     """
     left_out = {*FREE, *(CHOICE if config["select"] == "last" else ())}
     traits = {
-        f.name: config.get(f.name, f.default) for f in fields(Settings) if f.name not in left_out
+        f.name: config.get(f.name, {} if f.name in ("plugin", "tuner_option") else f.default)
+        for f in fields(Settings) if f.name not in left_out
     }
     traits["data"] = "hunan" if config["data"] == "mmhunan" else config["data"]
     random = config["base"]["weights"] == "random"  # its tensors are a function of the seed
