@@ -180,18 +180,22 @@ def restore_model(
     """The network of what `path` holds; see `load_model`."""
     base, classes = content["base"], content["classes"]
     check_form(base, classes, path)
-    if IN_EVERY_BASE in content["state"]:
-        model = build_network(s, len(classes))
-    else:
-        place = base_place(path, s, weights)
-        model, found, _ = build_model(replace(s, weights=place), len(classes), progress)
-        if found["sha256"] != base["sha256"]:
-            raise WeightsError(
-                f"{path} was trained on {base['weights']} (sha256 {base['sha256']}), not on "
-                f"{found['weights']} (sha256 {found['sha256']}); give the base it was trained on by "
-                "--weights, or a whole file (python -m engine.checkpoints --whole FILE, where the "
-                "base is)"
-            )
+    whole = IN_EVERY_BASE in content["state"]
+    place = "none" if whole else base_place(path, s, weights)
+    try:
+        if whole:
+            model = build_network(s, len(classes))
+        else:
+            model, found, _ = build_model(replace(s, weights=place), len(classes), progress)
+    except Mistake as error:
+        raise Mistake(f"{path}: {error}") from None
+    if not whole and found["sha256"] != base["sha256"]:
+        raise WeightsError(
+            f"{path} was trained on {base['weights']} (sha256 {base['sha256']}), not on "
+            f"{found['weights']} (sha256 {found['sha256']}); give the base it was trained on by "
+            "--weights, or a whole file (python -m engine.checkpoints --whole FILE, where the "
+            "base is)"
+        )
     load_trained_state(model, content["state"], str(path))
     return model.eval()
 

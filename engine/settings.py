@@ -200,7 +200,10 @@ class Settings:
                 raise Mistake(f"{flag(f.name)} {getattr(self, f.name)}: give {', '.join(choices)}")
         self.tuner_option = complete_options(self.tuner, self.tuner_option)
         check_ranges(self)
-        Scaling(self.heights, self.image_scaling)
+        try:
+            Scaling(self.heights, self.image_scaling)
+        except ValueError as error:
+            raise Mistake(str(error)) from error
 
 
 # What config.json holds besides the settings.
