@@ -16,7 +16,6 @@ import torch.nn as nn
 from torch import Tensor
 
 
-
 @dataclass(frozen=True)
 class Team:
     rank: int = 0

@@ -18,8 +18,8 @@ from torch import Tensor
 from engine.checkpoints import load_trained_state, trained_state
 from engine.device import autocast
 from engine.distributed import Team, form_team
-from fast import accelerate
 from engine.settings import Settings, class_weights, learning_rate
+from fast import accelerate
 from geodata.layouts import IGNORE
 from mfnet import MFNet
 
