@@ -196,29 +196,32 @@ def one_run(
     if given is not None:
         folder = RunFolder(Path(s.out or unfinished_run()))
         s = resumed_settings(stored_settings(folder), given, folder.path, lengthen)
-        if team.is_main:
-            folder.hold()
         if (
             folder.is_finished()
             and read_last(folder.path)["progress"]["step"] == s.epochs * s.steps
         ):
             print(f"{folder} is finished; python evaluate.py --run {folder} scores it again")
-            return folder.release()
+            return
+        if team.is_main:
+            folder.hold()
     elif s.out:
         check_new(Path(s.out))
     try:
         run = Run(s, open_data(s, team), team, device, folder)
+        folder = run.folder
         with noted_signals() as noted:
             start = time.monotonic()
             train(run, noted)
             used, took = peak_memory(device), clock(time.monotonic() - start)
             run.say(f"trained in {took}" + (f", peak memory {used:,.0f} MB" if used else ""))
             finish(run, noted)
-        run.folder.release()
     except (RuntimeError, MemoryError) as error:
         if (stopped := explain_failure(error, s, device)) is None:
             raise
         raise stopped from error
+    finally:
+        if folder is not None:
+            folder.release()
 
 
 def stored_settings(folder: RunFolder) -> Settings:

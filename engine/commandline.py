@@ -136,6 +136,6 @@ def resumed_settings(
             raise Mistake(
                 f"{flag(name)} {value} contradicts the run in {folder}, which has {ours}; leave it out"
             )
-    settings = replace(stored, **free, out=str(folder))
+    settings = replace(stored, **{**free, "out": str(folder)})
     settings.complete()
     return settings
