@@ -98,6 +98,7 @@ def end_epoch(run: Run, seconds: float, speed: float, noted: list[int]) -> None:
             f"no pixel of epoch {epoch} had a label that counts; look at the labels: "
             f"python data.py --data {s.data} --root {s.root}"
         )
+    run.trainer.check_weights()
     rate = learning_rate(progress.step - 1, s)
     run.say(f"epoch {epoch}/{s.epochs}: loss {loss:.4f}, lr {rate:.3g}, {speed:.3g} images/s")
     progress.loss_sum = progress.scored = 0.0

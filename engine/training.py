@@ -209,12 +209,14 @@ class Trainer:
             )
 
     def check_weights(self) -> None:
-        """Raises TrainingStopped for weights that are no numbers: they are not to be saved."""
+        """Raises TrainingStopped for weights that are not finite, or whose squares are not: they
+        are not to be saved.
+        """
         with torch.no_grad():
             norms = torch.stack([p.norm() for p in self.trained()])
         if not norms.isfinite().all():
             raise TrainingStopped(
-                f"the weights are no numbers after step {self.progress.step}; try a smaller --lr, or "
+                f"the weights are not finite after step {self.progress.step}; try a smaller --lr, or "
                 "--clip 1"
             )
 

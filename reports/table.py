@@ -141,7 +141,8 @@ def finished(folder: Path, config: dict, scores: dict, log: list[dict]) -> Finis
     left_out = {*FREE, *(CHOICE if config["select"] == "last" else ())}
     traits = {
         f.name: config.get(f.name, {} if f.name in ("plugin", "tuner_option") else f.default)
-        for f in fields(Settings) if f.name not in left_out
+        for f in fields(Settings)
+        if f.name not in left_out
     }
     traits["data"] = "hunan" if config["data"] == "mmhunan" else config["data"]
     random = config["base"]["weights"] == "random"  # its tensors are a function of the seed
