@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import tuners
-from engine.settings import AS_PUBLISHED, parse_settings
+from engine.commandline import parse_settings
+from engine.recipes import AS_PUBLISHED
 from mfnet import build_mfnet, trained_names
 
 ROOT = Path(tuners.__file__).resolve().parent

@@ -218,8 +218,8 @@ def test_as_published_is_scored_at_the_published_stride_unless_another_is_given(
         scores = json.loads(Path(f"copy/scores_stride{stride}_border.json").read_text())
         assert status == 0 and (scores["stride"], scores["repeat_border"]) == (stride, True)
         assert (
-            f"windows of 64 at stride {stride}, logits averaged, border windows counted as published"
-            in scores["convention"]
+            f"windows of 64 at stride {stride}, logits averaged, border windows counted as"
+            " published" in scores["convention"]
         )
         assert scores["convention"] in out
 
@@ -405,8 +405,8 @@ def test_confidence_and_probabilities_belong_to_the_same_map_and_lie_where_it_li
     assert script("predict.py", *words, "--out", "map.tif", "--confidence", "sure.png")[0] == 0
     assert np.array_equal(read_raster(Path("sure.png")), sure)
     assert files_below(tmp_path) == [
-        "all.tif", "alone.tif", "alone.tif.aux.xml", "image.tif", "map.tif", "map.tif.aux.xml", "sure.pgw", "sure.png",
-        "sure.png.aux.xml", "sure.tif",
+        "all.tif", "alone.tif", "alone.tif.aux.xml", "image.tif", "map.tif", "map.tif.aux.xml",
+        "sure.pgw", "sure.png", "sure.png.aux.xml", "sure.tif",
     ]  # fmt: skip
 
 
@@ -518,7 +518,7 @@ def test_every_kind_of_network_trains_is_scored_again_and_predicts(script, tmp_p
     assert read_raster(tmp_path / "map.png").shape == (80, 80)
 
 
-def test_tiles_smaller_than_the_window_are_trained_on_and_scored_and_rasters_of_64_pixels_are_mapped(
+def test_tiles_smaller_than_the_window_are_trained_on_and_rasters_of_64_pixels_are_mapped(
     script, tmp_path
 ):
     write_own_tiles(tmp_path / "mine", size=50)

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.settings import AS_PUBLISHED, PUBLISHED_STRIDES, RECIPES, Settings
+from engine.recipes import AS_PUBLISHED, PUBLISHED_STRIDES, RECIPES
+from engine.settings import Settings
 from geodata.layouts import VAIHINGEN_TEST_PIXELS
 from geodata.rasters import DataError
 from mfnet import build_mfnet, count_parameters
