@@ -149,7 +149,7 @@ def test_much_low_vegetation_has_the_colours_of_crowns_and_much_has_not(scenes):
 
 def test_a_roof_and_a_yard_of_the_same_draws_look_the_same():
     def picture(label, height, caster):
-        canvas = city.Canvas(np.random.default_rng(9), 200, 200)
+        canvas = drawing.Canvas(np.random.default_rng(9), 200, 200)
         drawing.slab(canvas, 9.0, 9.0, 0.4, 9.0, 8.0, label, height, caster)
         return drawing.photograph(canvas), drawing.measure_heights(canvas), canvas.labels
 
