@@ -23,7 +23,7 @@ from geodata.crops import sliding_windows
 from geodata.layouts import MODALITIES
 from geodata.rasters import DataError
 from geodata.tiles import LoadedTile, Tile
-from reports.report import save_panel
+from reports.panels import save_panel
 
 
 class ConfusionMatrix:
