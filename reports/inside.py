@@ -7,7 +7,6 @@ Shapes: `H, W` pixels of the window, `M` modalities, `C` channels, `h, w` places
 
 from __future__ import annotations
 
-import html
 import math
 from argparse import ArgumentTypeError
 from dataclasses import replace
@@ -19,7 +18,7 @@ from PIL import Image
 from geodata.layouts import Classes
 from geodata.rasters import DataError, one_line
 from geodata.tiles import LoadedTile, labels_to_colors
-from reports.page import figure, line_chart, note, table, write_page
+from reports.page import figure, legend, line_chart, note, table, write_page
 from reports.panels import raster_pictures
 
 MORE, LESS = np.array((27, 120, 55)), np.array((118, 42, 131))  # than an equal part, in white
@@ -166,14 +165,15 @@ def figures(pictures: dict[str, np.ndarray]) -> str:
 
 
 def window_section(cut: LoadedTile, pred: np.ndarray, classes: Classes) -> str:
-    pictures, legend = raster_pictures(cut), ""
+    pictures = raster_pictures(cut)
     pictures["predicted classes"] = labels_to_colors(pred, [color for _, color in classes])
-    for (name, color), n in zip(classes, np.bincount(pred.ravel(), minlength=len(classes))):
-        if n:
-            square = f'<span style="background:rgb{tuple(color)}"></span>'
-            text = f"{html.escape(name)} {100 * n / pred.size:.1f} %"
-            legend += f'<span class="key">{square}{text}</span> '
-    return f'{figures(pictures)}<p class="note">{legend}</p>'
+    counts = np.bincount(pred.ravel(), minlength=len(classes))
+    present = {
+        f"{name} {100 * count / pred.size:.1f} %": f"rgb{tuple(color)}"
+        for (name, color), count in zip(classes, counts)
+        if count
+    }
+    return figures(pictures) + legend(present)
 
 
 def feature_section(fused: list[np.ndarray], size: tuple[int, int]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 import math
 import statistics
 from collections.abc import Callable
@@ -51,7 +52,7 @@ figure { margin: 0 0 1rem; } figcaption { font-size: .9rem; }
 @media print { body { max-width: none; } .wide img { min-width: 0; } h2 { break-after: avoid; } }
 """
 
-COLORS = ("#3987c2", "#d95f02", "#2ca02c", "#a57bc9", "#a8756a", "#d971b8")  # of a chart's lines
+COLORS = ("#3987c2", "#d95f02", "#2ca02c", "#a57bc9", "#a8756a", "#d971b8")  # of lines, in turn
 
 
 def write_page(path: Path, title: str, sections: dict[str, str]) -> None:
@@ -106,13 +107,22 @@ def figure(caption: str, picture: Image.Image, format: str = "PNG") -> str:
     return f'<figure><img alt="{text}" src="{data}"><figcaption>{text}</figcaption></figure>'
 
 
+def legend(colors: dict[str, str]) -> str:
+    """Squares of CSS colours, by the text beside them."""
+    keys = (
+        f'<span class="key"><span style="background:{color}"></span>{html.escape(text)}</span> '
+        for text, color in colors.items()
+    )
+    return f'<p class="note">{"".join(keys)}</p>'
+
+
 def line_chart(
     title: str, lines: dict[str, list[tuple[float, float]]], low: float, high: float, x_name: str
 ) -> str:
     """Lines of (x, y) by name as inline SVG, over y from `low` to `high` with a tick in the middle;
-    points that are not finite are left out. One line alone needs no name.
+    points that are not finite are left out. A legend where there is more than one.
     """
-    width, left, right, top, bottom = 480, 60, 465, 44, 200
+    width, left, right, top, bottom = 360, 46, 352, 30, 190
     lines = {
         name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in lines.items()
     }
@@ -128,16 +138,17 @@ def line_chart(
         height = place(first, y)[1]
         drawn.append(f'<path d="M{left} {height:g}H{right}"/>')
         drawn.append(f'<text x="{left - 6}" y="{height + 4:g}" text-anchor="end">{y:.3g}</text>')
-    for i, (name, points) in enumerate(lines.items()):
-        color = COLORS[i % len(COLORS)]
-        places = [place(x, y) for x, y in points]
-        joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        drawn.append(f'<polyline points="{joined}" stroke="{color}"/>')
-        drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{color}"/>' for x, y in places]
-        start = left + i * (right - left) / len(lines)
-        drawn.append(f'<text x="{start:g}" y="33" fill="{color}">{html.escape(name)}</text>')
+    colors = dict(zip(lines, itertools.cycle(COLORS)))
+    for name, points in lines.items():
+        places = [f"{x:.1f},{y:.1f}" for x, y in (place(x, y) for x, y in points)]
+        drawn.append(f'<polyline points="{" ".join(places)}" stroke="{colors[name]}"/>')
+        drawn += [
+            '<circle cx="{}" cy="{}" r="2.5" fill="{}"/>'.format(*xy.split(","), colors[name])
+            for xy in places
+        ]
     foot = f'y="{bottom + 17}"'
     drawn.append(f'<text x="{left}" {foot}>{html.escape(x_name)} {first:g}</text>')
     drawn.append(f'<text x="{right}" {foot} text-anchor="end">{last:g}</text>')
     label = f'role="img" aria-label="{html.escape(title)}"'
-    return f'<svg viewBox="0 0 {width} 225" width="{width}" {label}>{"".join(drawn)}</svg>'
+    svg = f'<svg viewBox="0 0 {width} 215" width="{width}" {label}>{"".join(drawn)}</svg>'
+    return f"<div>{svg}{legend(colors) if len(lines) > 1 else ''}</div>"
