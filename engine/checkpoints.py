@@ -26,7 +26,7 @@ from sam_vit import (
     ImageEncoderViT,
     LoadReport,
     WeightsError,
-    check_total,
+    check_keys_match,
     first_line,
     load_sam_weights,
     read_tensors,
@@ -112,7 +112,7 @@ def load_trained_state(model: MFNet, state: dict[str, Tensor], what: str) -> Non
     fits."""
     target = model.state_dict()
     names = target if IN_EVERY_BASE in state else changed_names(model)
-    check_total({n: target[n] for n in names}, state, what)
+    check_keys_match({n: target[n] for n in names}, state, what)
     with torch.no_grad():
         for name, tensor in state.items():
             target[name].copy_(tensor)

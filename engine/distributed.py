@@ -15,8 +15,6 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
-from mfnet import Dropout2d
-
 
 @dataclass(frozen=True)
 class Team:
@@ -110,6 +108,21 @@ class TeamBatchNorm2d(nn.BatchNorm2d):
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
+class ShardedDropout2d(nn.Dropout2d):
+    """Drops whole channels: each process draws the masks of the whole batch and takes its own."""
+
+    def __init__(self, p: float, rank: int, world: int):
+        super().__init__(p)
+        self.rank, self.world = rank, world
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        B, C = x.shape[:2]
+        masks = nn.functional.dropout2d(x.new_ones(self.world * B, C, 1, 1), self.p)
+        return x * masks[self.rank * B : (self.rank + 1) * B]
+
+
 def form_team(model: nn.Module, team: Team) -> nn.Module:
     """Prepares a model for its share of the batch, in place, and returns what to call when training
     it.
@@ -124,6 +137,6 @@ def form_team(model: nn.Module, team: Team) -> nn.Module:
                 )
                 norm.load_state_dict(child.state_dict())
                 setattr(module, name, norm)
-            elif isinstance(child, Dropout2d):
-                child.share = (team.rank, team.world)
+            elif type(child) is nn.Dropout2d:
+                setattr(module, name, ShardedDropout2d(child.p, team.rank, team.world))
     return nn.parallel.DistributedDataParallel(model)

@@ -19,6 +19,7 @@ from engine.checkpoints import load_trained_state, trained_state
 from engine.device import autocast
 from engine.distributed import Team, form_team
 from engine.settings import Settings, class_weights, learning_rate
+from fast import accelerate
 from geodata.layouts import IGNORE
 from mfnet import MFNet
 
@@ -86,10 +87,10 @@ class Trainer:
     def __init__(self, model: MFNet, s: Settings, team: Team, num_classes: int):
         self.model, self.s, self.team = model, s, team
         self.device = next(model.parameters()).device
+        accelerate(model, s.checkpointing)
         if s.compile:
             for block in model.image_encoder.blocks:
                 block.compile()  # in place: state-dict names stay
-        model.image_encoder.activation_checkpointing = s.checkpointing
         self.forward = form_team(model, team)
         self.optimizer = build_optimizer(model, s)
         weights = class_weights(s, num_classes)
