@@ -73,16 +73,20 @@ def origin(config: dict) -> str:
 
 
 def averaged(scores: dict, config: dict) -> list[int]:
-    """The classes that mF1 and mIoU average: the data set's scored ones, as far as they occur."""
-    layout = LAYOUTS.get(config.get("data"))
-    rows = scores["per_class"]
+    """The classes that mF1 and mIoU average: the data set's scored ones, as far as they occur; []
+    where the mean does not confirm it, as of a data set that is not known here.
+    """
+    layout, rows = LAYOUTS.get(config.get("data")), scores["per_class"]
     scored = layout.scored if layout else range(len(rows))
-    return [k for k in scored if k < len(rows) and rows[k]["iou"] is not None]
+    found = [k for k in scored if k < len(rows) and rows[k]["iou"] is not None]
+    total = sum(rows[k]["iou"] for k in found)
+    return found if found and math.isclose(total / len(found), scores["miou"] or 0) else []
 
 
 def mean_labels(scores: dict, config: dict) -> list[str]:
     count = len(averaged(scores, config))
-    return [f"{name} ({count} classes)" if name[0] == "m" else name for name in MEANS.values()]
+    of = f" ({count} classes)" if count else ""
+    return [name + of if key in ("mf1", "miou") else name for key, name in MEANS.items()]
 
 
 def big_numbers(scores: dict, config: dict) -> str:
@@ -115,7 +119,7 @@ def score_tables(scores: dict, config: dict) -> str:
         + table(
             ["class", "IoU", "F1", "precision", "recall", "pixels"],
             classes,
-            lambda row, column: "" if row in inside else ' class="dim"',
+            lambda row, column: ' class="dim"' if inside and row not in inside else "",
         )
         + note(f"{convention}; {scores['pixels']:,} pixels.")
     )

@@ -8,6 +8,7 @@ from argparse import ArgumentTypeError
 import numpy as np
 import pytest
 import torch
+from conftest import TINY, randomise
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -17,6 +18,7 @@ from test_report import Reader
 from geodata.rasters import DataError
 from geodata.scaling import TileScale
 from geodata.tiles import LoadedTile, labels_to_colors
+from mfnet import build_mfnet
 from reports.inside import (
     contributions,
     corner,
@@ -304,3 +306,25 @@ def test_a_corner_is_two_whole_numbers():
     for text in ("", "1", "1,2,3", "1.5,2", "a,b"):
         with pytest.raises(ArgumentTypeError, match="X,Y"):
             corner(text)
+
+
+@pytest.mark.parametrize("fusion", ["dfm", "sum"])
+@torch.inference_mode()
+def test_the_network_s_own_intermediates_make_the_page(tmp_path, fusion):
+    torch.manual_seed(0)
+    model = randomise(build_mfnet(TINY, "lora", 3, 2, fusion)).eval()
+    tile, box, seen, mixing = a_tile("image+dsm"), np.s_[0:70, 0:100], {}, {}
+    cut = cut_window(tile, box)
+    image = torch.from_numpy(cut.scale.image_input(cut.image))[None]
+    logits = model(image, torch.from_numpy(cut.scale.height_input(cut.dsm, box))[None], seen=seen)
+    for block in model.image_encoder.blocks:
+        for layer, weights in block.mixing_weights().items():
+            mixing.setdefault(layer, []).append(weights.tolist())
+    path = write_inside(tmp_path, cut, box, seen, mixing, CLASSES, "x")
+    shown = pictures_of(path.read_text(encoding="utf-8"))
+    colors = labels_to_colors(logits[0].argmax(0).numpy(), [color for _, color in CLASSES])
+    assert np.array_equal(shown["predicted classes"], colors)
+    strides = [int(name.split()[1][:-1]) for name in shown if re.match(r"stride \d+: ", name)]
+    assert strides == ([4, 8, 16, 32] if fusion == "dfm" else [16])
+    numbers = [w for blocks in mixing.values() for weights in blocks for w in weights]
+    assert len(numbers) == 8 and all(f"{w:.3f}" in path.read_text() for w in numbers)

@@ -100,7 +100,7 @@ def test_the_means_say_how_many_classes_they_average_and_the_others_are_grey(run
     folder, _ = run
     assert "mIoU (2 classes)" in page_of(folder).text
     matrix = ConfusionMatrix(6, scored=range(5))
-    matrix.update(np.arange(6), np.array([0, 1, 2, 3, 3, 5]))
+    matrix.update(np.array([0, 1, 2, 3, 4, 5, 1]), np.array([0, 1, 2, 3, 3, 5, 0]))
     scores = json.loads((folder / "scores.json").read_text())
     scores |= matrix.scores()
     for row in scores["per_class"]:
@@ -110,9 +110,13 @@ def test_the_means_say_how_many_classes_they_average_and_the_others_are_grey(run
     assert "mIoU (5 classes)" in page.text and "mF1 (5 classes)" in page.text
     assert (folder / "report.html").read_text().count('class="dim"') == 6  # clutter's row
     matrix.counts[:, 4] = matrix.counts[4] = 0  # a class that occurs nowhere is in no mean
-    scores |= {"per_class": [{**row, "name": "k"} for row in matrix.scores()["per_class"]]}
+    scores |= matrix.scores()
+    for row in scores["per_class"]:
+        row["name"] = "k"
     (folder / "scores.json").write_text(json.dumps(scores))
     assert "mIoU (4 classes)" in page_of(folder).text
+    edit(folder / "config.json", data="of a plugin")  # which classes it averages is not known
+    assert "classes)" not in page_of(folder).text
 
 
 def test_random_weights_the_command_and_the_date_stand_above_the_scores(run):
@@ -175,7 +179,7 @@ def test_an_empty_log_null_scores_and_a_broken_picture_are_shown_as_what_they_ar
     nothing = dict(oa=None, mf1=None, miou=None, kappa=None, per_class=rows, pixels=0)
     edit(folder / "scores.json", **nothing, confusion=[[0, 0], [0, 0]])
     text = page_of(folder).text
-    assert "mIoU (0 classes)" in text and "test tile 7: cannot be read" in text
+    assert "classes)" not in text and "test tile 7: cannot be read" in text
     assert "Training" not in text and "another split" not in text and "train tile" not in text
 
 

@@ -438,7 +438,7 @@ def test_no_text_of_a_run_s_files_opens_a_line_a_cell_or_a_tag(data, tuner, vers
     assert len(cells(text)) == 1 and shape(text) == shape(calm)
     folders = text[text.rindex("\n- ") :]  # a folder stands in code, where a tag is none
     assert "<" not in text.removesuffix(folders).replace("\\<", "")
-    assert folders.split("Scores in percent")[0].replace("\\`", "").count("`") == 2
+    assert re.match(r"\n- .*: `[^`\n]*`\n\n", folders)
 
 
 @given(HOSTILE)
