@@ -148,9 +148,8 @@ def write_inside(
         folder.mkdir(parents=True, exist_ok=True)
         write_page(path, title, sections)
     except OSError as error:
-        raise DataError(
-            f"{folder}: cannot be written ({one_line(error)}); give another folder"
-        ) from error
+        reason = f"cannot be written ({one_line(error)})"
+        raise DataError(f"{folder}: {reason}; give another folder") from error
     return path
 
 

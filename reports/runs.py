@@ -109,10 +109,8 @@ def read_runs(folders: list[Path]) -> tuple[list[Result], list[str]]:
     for folder in folders:
         files = [path for name in ("config.json", "scores.json") for path in folder.rglob(name)]
         if not files:
-            raise DataError(
-                f"{folder}: there is no run in it or below it; train one, or name folders: "
-                "--table DIR"
-            )
+            ways = "train one, or name folders: --table DIR"
+            raise DataError(f"{folder}: there is no run in it or below it; {ways}")
         for path in sorted({path.parent for path in files}):
             found.setdefault(path.resolve(), path)
     runs, skipped = [], []
@@ -122,7 +120,6 @@ def read_runs(folders: list[Path]) -> tuple[list[Result], list[str]]:
         except DataError as error:
             skipped.append(f"skipped {folder}: {error}")
     if not runs:
-        listed = ", ".join(map(str, folders))
-        message = f"of {len(skipped)} runs below {listed} none can be shown: {skipped[0]}"
-        raise DataError(message)
+        below = f"{len(skipped)} runs below {', '.join(map(str, folders))}"
+        raise DataError(f"of {below} none can be shown: {skipped[0]}")
     return runs, skipped
