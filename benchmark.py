@@ -133,7 +133,7 @@ def prepare(case: Case, model: MFNet) -> Callable[[], Tensor]:
         return torch.from_numpy(predict_tile(model, *rasters, *sizes, **options))
 
     def forward() -> Tensor:
-        with torch.inference_mode(), autocast(precision, device):
+        with torch.no_grad(), autocast(precision, device):
             if case.task == "encoder":
                 return torch.cat(model.encode(image, dsm))
             return model(image, dsm) if case.task == "network" else tile()

@@ -38,12 +38,8 @@ class Tuner(Block):
 
     def __init__(self, block: Block, modalities: int):
         nn.Module.__init__(self)
-        self.norm1, self.attn, self.norm2, self.mlp = (
-            block.norm1,
-            block.attn,
-            block.norm2,
-            block.mlp,
-        )
+        for name in ("norm1", "attn", "norm2", "mlp"):
+            setattr(self, name, getattr(block, name))
 
     @property
     def width(self) -> int:
@@ -241,6 +237,21 @@ class LoRA(nn.Module):
         return f"{text}, scale={self.scale:g}, {describe_mixing(self.mixing)}"
 
 
+def add_lora(
+    block: Tuner, M: int, rank: int, qv_scale: float, mlp_scale: float, mixing: bool
+) -> None:
+    """Puts a LoRA on q and v, unmixed, and one on each layer of the MLP, in place."""
+    if rank < 1:
+        raise ValueError(f"the rank of a LoRA is at least 1, not {rank}")
+    C = block.width
+    query_and_value = [slice(0, C), slice(2 * C, 3 * C)]
+    block.attn.qkv = LoRA(block.attn.qkv, M, rank, qv_scale, query_and_value, mixing=False)
+    for name in ("lin1", "lin2"):
+        linear = getattr(block.mlp, name)
+        whole = [slice(0, linear.out_features)]
+        setattr(block.mlp, name, LoRA(linear, M, rank, mlp_scale, whole, mixing))
+
+
 class MMLoRA(Tuner):
     """LoRA on q and v, each modality's its own, and on both MLP layers, where they are mixed
     (docs/method.md, MMLoRA).
@@ -251,19 +262,8 @@ class MMLoRA(Tuner):
     def __init__(
         self, block: Block, modalities: int, rank: int = 4, alpha: float = 1.0, mixing: bool = True
     ):
-        self.adopt(block, modalities, rank, alpha / max(rank, 1), 1.0, mixing)
-
-    def adopt(self, block: Block, M: int, rank: int, qv_scale: float, mlp_scale: float, mix: bool):
-        Tuner.__init__(self, block, M)
-        if rank < 1:
-            raise ValueError(f"the rank of a LoRA is at least 1, not {rank}")
-        C = self.attn.qkv.in_features
-        query_and_value = [slice(0, C), slice(2 * C, 3 * C)]
-        self.attn.qkv = LoRA(self.attn.qkv, M, rank, qv_scale, query_and_value, mixing=False)
-        for name in ("lin1", "lin2"):
-            linear = getattr(self.mlp, name)
-            whole = [slice(0, linear.out_features)]
-            setattr(self.mlp, name, LoRA(linear, M, rank, mlp_scale, whole, mix))
+        super().__init__(block, modalities)
+        add_lora(self, modalities, rank, alpha / max(rank, 1), 1.0, mixing)
 
     def added_products(self, tokens: int) -> list[tuple[int, int, int, int]]:
         products = []
@@ -278,8 +278,9 @@ class StandardLoRA(MMLoRA):
     """MMLoRA unmixed, with all updates scaled by alpha / rank: "standard LoRA" of Table IV."""
 
     def __init__(self, block: Block, modalities: int, rank: int = 4, alpha: float = 1.0):
+        Tuner.__init__(self, block, modalities)
         scale = alpha / max(rank, 1)
-        self.adopt(block, modalities, rank, scale, scale, mix=False)
+        add_lora(self, modalities, rank, scale, scale, mixing=False)
 
 
 # ---------------------------------------------------------------------------------------- applying
