@@ -1,6 +1,8 @@
 """The page of a run: everything in it, nothing from outside."""
 
+import base64
 import html.parser
+import io
 import json
 import subprocess
 import sys
@@ -10,12 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from engine.scoring import ConfusionMatrix
 from geodata.rasters import DataError
 from geodata.scaling import TileScale
 from geodata.tiles import LoadedTile
-from reports.page import percent, table
+from reports.page import figure, percent, table
 from reports.panels import save_panel
 from reports.report import text_on, write_report
 
@@ -245,3 +248,22 @@ def test_pages_and_panels_load_no_network():
     root = Path(__file__).resolve().parent.parent
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert process.stdout == "False\n", process.stderr
+
+
+def test_a_caption_is_text_and_the_picture_is_exact():
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    page = Reader()
+    page.feed(figure('<b>"a"', Image.fromarray(pixels)))
+    assert page.tags == ["figure", "img", "figcaption"] and page.text == '<b>"a"'
+    found = base64.b64decode(page.links[0].removeprefix("data:image/png;base64,"))
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(found))), pixels)
+
+
+def test_a_class_is_never_drawn_in_the_mean_colour_of_two(tmp_path):
+    truth = (np.indices((900, 700)).sum(0) % 2).astype(np.uint8)  # shown smaller
+    tile = LoadedTile("a", None, truth.astype(np.float32), truth, None, TileScale((0.0, 1.0)))
+    classes = (("a", (200, 30, 0)), ("b", (0, 30, 200)))
+    save_panel(tmp_path / "a.png", tile, truth, np.full(truth.shape, 100, np.uint8), classes)
+    pixels = np.asarray(Image.open(tmp_path / "a.png")).reshape(-1, 3)
+    mixed = (pixels[:, 1] == 30) & ~(pixels[:, None] == [c for _, c in classes]).all(-1).any(-1)
+    assert not mixed.any() and (pixels == classes[1][1]).all(-1).sum() > 1000

@@ -414,6 +414,16 @@ def test_a_run_is_read_once_however_often_its_folder_is_named(tmp_path):
         read_runs([folder, tmp_path / "nowhere"])
 
 
+def test_memory_is_the_highest_and_speed_the_mean_of_all_epochs():
+    memories, seconds = (1024.0, 3072.0, None, 2048.0), (1.0, 2.0, 3.0, 4.0)
+    log = [
+        dict(images_per_second=10 * t, seconds=t, peak_memory_mb=m)
+        for t, m in zip(seconds, memories)
+    ]
+    (row,) = cells(markdown([run_of(log=log)]))
+    assert (row["memory, GiB"], row["images/s"]) == ("3.00", "30")
+
+
 def test_labels_of_one_kind_and_null_scores_are_results_and_unknown_figures_are_empty(tmp_path):
     log = [dict(epoch=50, images_per_second=0.0, seconds=0, peak_memory_mb=None)]
     own = dict(log=log, values=(0.5, None, None, None), scored=dict(labels="all labels (official)"))
