@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Iterator
 
 import numpy as np
+import torch
 import torch.nn as nn
 
 from data import image_bands, scaling_of
@@ -34,7 +35,7 @@ from geodata.maps import Output, check_outputs, cut_out, without_data, write_map
 from geodata.rasters import DataError, one_line, raster_bands
 from geodata.tiles import LoadedTile, Tile
 from mfnet import MIN_SIZE
-from reports.inside import corner, write_explanation
+from reports.inside import corner, cut_window, place_window, write_inside
 
 __all__ = ["predict_strips", "predict_tile"]  # from engine/inference.py, for users
 
@@ -195,9 +196,20 @@ def main() -> None:
     for note in tile.notes:
         print(f"note: {note}")
     if args.explain:
-        with autocast(settings["precision"], device):
-            what = model.to(device), loaded, settings["crop"], args.at, tile.classes, str(run)
-            page = write_explanation(args.explain, *what)
+        box, seen, mixing = place_window(loaded.size, settings["crop"], args.at), {}, {}
+        cut, rasters = cut_window(loaded, box), []
+        if cut.image is not None:
+            rasters.append(cut.scale.image_input(cut.image))
+        if cut.dsm is not None:
+            rasters.append(cut.scale.height_input(cut.dsm, box))
+        rasters = [torch.from_numpy(raster)[None].to(device) for raster in rasters]
+        with autocast(settings["precision"], device), torch.inference_mode():
+            model.to(device)(*rasters, seen=seen)
+        for block in model.image_encoder.blocks:
+            for layer, weights in block.mixing_weights().items():
+                mixing.setdefault(layer, []).append(weights.tolist())
+        title = f"Inside {run}"
+        page = write_inside(args.explain, cut, box, seen, mixing, tile.classes, title)
         print(f"{page}: what {run} does with one window")
     if args.out:
         write_prediction(args, paths, model.to(device), settings, tile, loaded)

@@ -149,7 +149,7 @@ def write_inside(
         write_page(path, title, sections)
     except OSError as error:
         reason = f"cannot be written ({one_line(error)})"
-        raise DataError(f"{folder}: {reason}; give another folder") from error
+        raise DataError(f"--out {folder}: {reason}; give another folder") from error
     return path
 
 

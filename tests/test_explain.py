@@ -295,7 +295,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     tile, box = a_tile("image"), np.s_[0:90, 0:100]
     seen = what_was_seen(1, (90, 100))
     with pytest.raises(
-        DataError, match="file: cannot be written .*; give another folder"
+        DataError, match="--out .*file: cannot be written .*; give another folder"
     ) as caught:
         write_inside(tmp_path / "file", tile, box, seen, {}, CLASSES, "x")
     assert "\n" not in str(caught.value)
