@@ -19,6 +19,7 @@ from torch.distributed.nn.functional import all_reduce
 
 from engine.console import Mistake
 
+
 @dataclass(frozen=True)
 class Team:
     """The processes of a run, as one of them knows them."""

@@ -237,11 +237,7 @@ def test_an_option_that_a_tuner_does_not_have_is_refused_with_those_it_has(words
 
 # -------------------------------------------------------------------------------- files and resume
 
-values = {
-    int: st.integers(1, 100),
-    float: st.floats(1e-6, 0.9),
-    bool: st.booleans(),
-}
+values = {int: st.integers(1, 100), float: st.floats(1e-6, 0.9), bool: st.booleans()}
 
 
 @given(st.integers(1, 50), st.floats(1e-6, 1), st.booleans(), st.sampled_from(sorted(TUNERS)))

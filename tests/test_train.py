@@ -298,6 +298,7 @@ def test_dropout_in_a_tuner_is_the_same_again_under_checkpointing_and_in_parts(m
             return super().forward(x) * self.drop(self.scale.expand_as(x))
 
     monkeypatch.setitem(TUNERS, "dropping", Dropping)
+
     def gradients(parts=1, checkpointing=False):
         torch.manual_seed(0)
         model = accelerate(build_mfnet(TINY, "dropping"), checkpointing=checkpointing)
