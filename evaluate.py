@@ -34,7 +34,8 @@ from engine.scoring import ConfusionMatrix, format_scores, score_split, scores_n
 from engine.settings import held_out_tiles
 from fast import accelerate
 from geodata.rasters import DataError, one_line
-from reports.report import save_panel, write_report
+from reports.panels import save_panel
+from reports.report import write_report
 from reports.table import markdown, read_runs
 from sam_vit import WeightsError
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from data import tile_of_files
 from engine.checkpoints import load_model, newest_run
 from engine.console import Parser, Ticker, run_script
@@ -18,9 +20,18 @@ from engine.device import autocast, pick_device, store_frozen_weights
 from fast import accelerate
 from geodata.layouts import MODALITIES
 from geodata.rasters import DataError
-from mfnet import MIN_SIZE
-from reports.inside import corner, write_explanation
+from mfnet import MIN_SIZE, MFNet
+from reports.inside import corner, cut_window, place_window, write_inside
 from sam_vit import WeightsError
+
+
+def learned_mixing(model: MFNet) -> dict[str, list[list[float]]]:
+    """The layers of a block that mix -> for each block the M weights; {} if none does."""
+    found: dict[str, list[list[float]]] = {}
+    for block in model.image_encoder.blocks:
+        for layer, weights in block.mixing_weights().items():
+            found.setdefault(layer, []).append(weights.tolist())
+    return found
 
 
 def main() -> None:
@@ -57,8 +68,16 @@ def main() -> None:
         )
     for note in tile.notes:
         print(f"note: {note}")
-    with autocast(s.precision, device):
-        page = write_explanation(args.out, model, loaded, s.crop, args.at, tile.classes, str(run))
+    box = place_window(loaded.size, s.crop, args.at)
+    cut, rasters, seen = cut_window(loaded, box), [], {}
+    if cut.image is not None:
+        rasters.append(cut.scale.image_input(cut.image))
+    if cut.dsm is not None:
+        rasters.append(cut.scale.height_input(cut.dsm, box))
+    with autocast(s.precision, device), torch.inference_mode():
+        model(*(torch.from_numpy(raster)[None].to(device) for raster in rasters), seen=seen)
+    mixing = learned_mixing(model)
+    page = write_inside(args.out, cut, box, seen, mixing, tile.classes, f"Inside {run}")
     print(f"{page}: what {run} does with one window")
 
 

@@ -40,7 +40,8 @@ from engine.training import TrainingStopped, learning_rate
 from geodata.crops import CropDataset, CropOrder
 from geodata.layouts import MODALITIES
 from geodata.rasters import DataError
-from reports.report import save_panel, write_report
+from reports.panels import save_panel
+from reports.report import write_report
 from reports.table import markdown, read_runs
 from sam_vit import WeightsError
 
