@@ -208,7 +208,7 @@ class Settings:
 
 
 # What config.json holds besides the settings.
-BESIDE_SETTINGS = ("base", "classes", "version", "processes", "parameters")
+BESIDE_SETTINGS = ("base", "classes", "version", "processes", "parameters", "lengthened")
 
 
 def flag(name: str) -> str:
