@@ -31,8 +31,8 @@ SCRIPTS = (
 TINY = "--encoder vit_t --weights none --batch-size 2 --crop 64 --eval-stride 64 --device cpu"
 
 
-class Understood(Exception):
-    """Raised in place of what a script does once it has read its command line."""
+class ParserReached(Exception):
+    """Raised in place of what a script does with its command line."""
 
 
 def commands(text):
@@ -64,24 +64,20 @@ def a_folder_with_the_readme_s_tuner(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def parsed(monkeypatch):
-    """Reads a command line as a script does, without what the script does then -> its parser."""
+def parser_of(monkeypatch):
+    """The parser of a script, as it stands before it reads the command line."""
 
-    def read(name, *words):
-        seen, parse = [], argparse.ArgumentParser.parse_args
+    def find(name):
+        def stop(self, *args):
+            raise ParserReached(self)
 
-        def parse_only(self, *args):
-            seen.append(self)
-            parse(self, *args)
-            raise Understood
-
-        monkeypatch.setattr(sys, "argv", [name, *words])
-        with monkeypatch.context() as patch, pytest.raises(Understood):
-            patch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+        monkeypatch.setattr(sys, "argv", [name])
+        with monkeypatch.context() as patch, pytest.raises(ParserReached) as reached:
+            patch.setattr(argparse.ArgumentParser, "parse_args", stop)
             importlib.import_module(name).main()
-        return seen[-1]
+        return reached.value.args[0]
 
-    return read
+    return find
 
 
 def run_as_shown(folder, *words):
@@ -129,21 +125,19 @@ def test_the_tuner_of_the_readme_trains_its_own_parameters_and_no_others(options
 @pytest.mark.parametrize(
     "name, words", COMMANDS, ids=lambda part: part if type(part) is str else ""
 )
-def test_every_command_that_is_shown_is_understood(name, words, parsed):
+def test_every_command_that_is_shown_is_understood(name, words, parser_of):
     if name == "train":
         importlib.import_module("train").parse_settings(list(words))
     else:
-        parsed(name, *words)
+        parser_of(name).parse_args(words)
 
 
 def test_the_commands_of_every_script_are_shown():
     assert {name for name, _ in COMMANDS} == set(SCRIPTS)
 
 
-def test_every_flag_that_is_named_is_one_of_the_scripts(parsed):
-    known = {
-        flag for name in SCRIPTS for flag in parsed(name, "--root", "x")._option_string_actions
-    }
+def test_every_flag_that_is_named_is_one_of_the_scripts(parser_of):
+    known = {flag for name in SCRIPTS for flag in parser_of(name)._option_string_actions}
     for page, text in PAGES.items():
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
         assert named - known - {"--include", "--nproc"} == set(), page
