@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import tuners
+from engine.console import Parser
 from geodata import synthetic
 from mfnet import build_mfnet, trained_names
 
@@ -73,7 +74,8 @@ def parser_of(monkeypatch):
 
         monkeypatch.setattr(sys, "argv", [name])
         with monkeypatch.context() as patch, pytest.raises(ParserReached) as reached:
-            patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+            for kind in (Parser, argparse.ArgumentParser):
+                patch.setattr(kind, "parse_args", stop)
             importlib.import_module(name).main()
         return reached.value.args[0]
 
