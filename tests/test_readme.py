@@ -43,7 +43,7 @@ def commands(text):
     inline = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", plain)]
     for line in [*lines.splitlines(), *inline]:
         found = re.match(r"\s*(?:python|torchrun .*?)(?: -m)? ([\w.]+?)(?:\.py)?( .*)?$", line)
-        if found and found[1] in SCRIPTS:
+        if found and found[1] in SCRIPTS and (found[2] or line not in inline):  # not a mere mention
             words = (found[2] or "").split(" #")[0].replace("$seed", "0")
             yield found[1], tuple(shlex.split(words))
 
