@@ -34,7 +34,8 @@ from engine.cost import Product, ceiling, encoder_products, machine, operations,
 from engine.device import autocast, peak_memory, pick_device, store_frozen_weights, version
 from engine.files import replace_atomically
 from engine.inference import predict_tile
-from engine.settings import RECIPES, Settings
+from engine.recipes import RECIPES
+from engine.settings import Settings
 from engine.training import segmentation_loss
 from fast import accelerate
 from geodata.crops import sliding_windows

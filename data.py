@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.console import Parser, run_script
+from engine.settings import Settings
 from geodata import synthetic
 from geodata.crops import Crop, CropDataset, CropOrder, draw_crop, sliding_windows, window_places
 from geodata.doctor import check_dataset
@@ -28,7 +29,7 @@ from geodata.layouts import (
     Classes,
     Layout,
 )
-from geodata.rasters import DataError, one_line, read_raster
+from geodata.rasters import DataError, one_line, raster_bands, read_raster
 from geodata.scaling import Scaling, fill_missing_heights, height_range, image_input, scale_heights
 from geodata.tiles import (
     LoadedTile,
@@ -214,21 +215,41 @@ def labels_note(layout: Layout, full_labels: bool, labels: str, splits: str) -> 
     return note + (" (official split)" if splits == "official" else "")
 
 
-def open_from_settings(settings: dict, root: str | Path | None = None) -> Dataset:
+def open_from_settings(s: Settings, root: str | Path | None = None) -> Dataset:
     """The data set of a run, read as the run reads it; `root` where it lies elsewhere now. Raises
     DataError.
     """
-    check_bands(LAYOUTS.get(settings["data"]), settings.get("bands", ""))
-    names = ("bands", "labels", "full_labels", "splits")
-    choices = {name: settings[name] for name in names if name in settings}
-    return open_dataset(
-        settings["data"], root or settings["root"], scaling=scaling_of(settings), **choices
-    )
+    check_bands(LAYOUTS.get(s.data), s.bands)
+    scaling = scaling_of(s)
+    return open_dataset(s.data, root or s.root, s.bands, s.labels, s.full_labels, s.splits, scaling)
 
 
-def scaling_of(settings: dict) -> Scaling:
-    """The scaling of a run; runs from before there was a choice have the defaults."""
-    return Scaling(settings.get("heights", "minmax"), settings.get("image_scaling", "unit"))
+def scaling_of(s: Settings) -> Scaling:
+    return Scaling(s.heights, s.image_scaling)
+
+
+def tile_of_files(
+    s: Settings, name: str, image: Path | None, dsm: Path | None, classes: list, run: str
+) -> Tile:
+    """Rasters as a tile that is read and scaled as those of a run. Raises DataError where one that
+    the run was trained on is missing.
+    """
+    given = {"image": image, "dsm": dsm}
+    paths = {kind: given[kind] for kind in MODALITIES[s.modalities]}
+    for kind, path in paths.items():
+        if path is None or not path.is_file():
+            what = "missing" if path is None else f"{path} is no file"
+            raise DataError(f"--{kind}: {what}; {run} was trained on it")
+    named = tuple((name, tuple(color)) for name, color in classes)
+    tile = Tile(name, paths, named, scaling=scaling_of(s))
+    layout = LAYOUTS.get(s.data)
+    if "image" in paths:
+        tile.bands = image_bands(layout, s.bands, raster_bands(image))
+    if layout is not None:
+        tile.pixel = layout.pixel
+        units = (u for p, u in layout.dsm if dsm and Path(p).suffix == dsm.suffix.lower())
+        tile.height_unit = next(units, 1.0)
+    return tile
 
 
 def image_bands(layout: Layout | None, bands: str, count: int) -> tuple[int, ...]:
@@ -472,4 +493,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, DataError)

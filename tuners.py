@@ -38,12 +38,8 @@ class Tuner(Block):
 
     def __init__(self, block: Block, modalities: int):
         nn.Module.__init__(self)
-        self.norm1, self.attn, self.norm2, self.mlp = (
-            block.norm1,
-            block.attn,
-            block.norm2,
-            block.mlp,
-        )
+        for name in ("norm1", "attn", "norm2", "mlp"):
+            setattr(self, name, getattr(block, name))
 
     @property
     def width(self) -> int:

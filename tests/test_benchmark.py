@@ -62,9 +62,7 @@ def test_the_counted_products_are_those_that_run(tuner, crop):
 
 
 @pytest.mark.parametrize("crop, times", [(224, 1.0), (448, 4.0), (672, 9.0)])
-def test_crops_of_whole_windows_need_products_in_proportion_to_their_pixels(
-    crop, times
-):
+def test_crops_of_whole_windows_need_products_in_proportion_to_their_pixels(crop, times):
     with torch.device("meta"):
         model = build_mfnet(SIZES["vit_b"] | {"global_attn_indexes": ()}, "adapter")
     one, many = (operations(encoder_products(model, 1, size)) for size in (224, crop))

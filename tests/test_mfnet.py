@@ -197,6 +197,20 @@ def test_a_forward_pass_tells_its_intermediates_on_request(fusion, modalities):
     assert_close(F.interpolate(head, (96, 128), mode="bilinear")[..., :70, :100], logits)
 
 
+def test_the_decoder_s_activations_end_at_6():
+    layer = mfnet.conv_bn_relu(1, 1, 1).eval()
+    with torch.no_grad():
+        layer[0].weight.fill_(1.0)
+        out = layer(torch.tensor([-1.0, 5.0, 60.0]).view(1, 1, 1, 3))
+    assert_close(out.flatten(), torch.tensor([0.0, 5.0, 6.0]), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("channels", [0, 2, 4])
+def test_another_number_of_channels_than_one_or_three_is_refused(channels):
+    with pytest.raises(ValueError, match="one or three channels"):
+        build_mfnet(TINY, "frozen")(torch.rand(1, channels, 64, 64), torch.rand(1, 64, 64))
+
+
 def test_only_the_first_pyramid_normalises_by_layer():
     norms = [type(pyramid.up4[1]) for pyramid in DeepFusionModule(16, 3).pyramids]
     assert norms == [LayerNorm2d, nn.BatchNorm2d, nn.BatchNorm2d]
