@@ -125,7 +125,7 @@ def inside(world, monkeypatch, tmp_path):
     monkeypatch.setitem(LAYOUTS, "other", dataclasses.replace(VAIHINGEN, image=image))
 
 
-# ---------------------------------------------------------------------------------------- the stages
+# -------------------------------------------------------------------------------------- the stages
 
 
 def first_batches(run):
