@@ -17,6 +17,7 @@ from engine.console import Parser, run_script
 from geodata import synthetic
 from geodata.crops import Crop, CropDataset, CropOrder, draw_crop, sliding_windows, window_places
 from geodata.doctor import check_dataset
+from geodata.labels import colors_to_labels, labels_to_colors
 from geodata.layouts import (
     DATASETS,
     IGNORE,
@@ -30,15 +31,7 @@ from geodata.layouts import (
 )
 from geodata.rasters import DataError, one_line, read_raster
 from geodata.scaling import Scaling, fill_missing_heights, height_range, image_input, scale_heights
-from geodata.tiles import (
-    LoadedTile,
-    Tile,
-    colors_to_labels,
-    fingerprint,
-    labels_to_colors,
-    load_tiles,
-    memory_line,
-)
+from geodata.tiles import LoadedTile, Tile, facts_of, fingerprint, load_tiles, memory_line
 
 # What users need of the rooms below, importable from here.
 __all__ = [
@@ -67,6 +60,7 @@ __all__ = [
     "LoadedTile",
     "Tile",
     "colors_to_labels",
+    "facts_of",
     "fingerprint",
     "labels_to_colors",
     "load_tiles",
@@ -95,6 +89,7 @@ class Dataset:
     splits: str = "paper"  # or official
     scaling: Scaling = Scaling()
     held_out: tuple[str, ...] = ()  # tiles of `train` that are the split `val`
+    heights_kind: str = ""  # of the layout's kinds of heights; "": that of `chosen_heights`
 
     @property
     def palette(self) -> list[tuple[int, int, int]]:
@@ -128,6 +123,29 @@ class Dataset:
             return find(self, split, modalities, split != "train")
         tiles, missing = find(self, "train", modalities, split == "val")
         return [tile for tile in tiles if (tile.name in self.held_out) == (split == "val")], missing
+
+    def chosen_heights(self) -> tuple[str, float]:
+        """The kind of the heights, one for all splits, to be kept with a run, and the metres of one
+        count. Normalised and absolute heights are not mixed: of several kinds it is the first that
+        is there for every tile, or else the first."""
+        if self.layout is None:
+            return "", 1.0
+        kinds = {self.heights_kind: ...} if self.heights_kind else self.layout.dsm
+        for kind in kinds if len(kinds) > 1 else ():
+            patterns = self.layout.dsm[kind][1]
+            splits = self.layout.listed or self.layout.splits[self.splits]
+            found = (_tile_names(self, split) for split in splits)
+            if all(_find(root, patterns, *n)[2] for root, names in found for n in names):
+                return kind, self.layout.dsm[kind][0]
+        kind = next(iter(kinds))
+        return kind, self.layout.dsm[kind][0]
+
+    def check(self, modalities: tuple[str, ...]) -> None:
+        """Looks into the files of all tiles that are not trained on, which are needed only after
+        the training. Raises DataError."""
+        for split in ("val", "test") if self.held_out else ("test",):
+            for tile in self.tiles(split, modalities):
+                tile.check(modalities)
 
     def with_other_labels(self) -> Dataset | None:
         """The same, scored with full labels for eroded ones, or the reverse; None where there is
@@ -171,6 +189,7 @@ def open_dataset(
     full_labels: bool = False,
     splits: str = "paper",
     scaling: Scaling = Scaling(),
+    heights_kind: str = "",
 ) -> Dataset:
     """A data set by name: one of `LAYOUTS` (synthetic is made on first use), or tiles (own files).
     Raises DataError.
@@ -185,10 +204,13 @@ def open_dataset(
             synthetic.ensure_city(root)
         except ValueError as error:
             raise DataError(str(error)) from error
+    layout = LAYOUTS.get(name)
+    if heights_kind and (layout is None or heights_kind not in layout.dsm):
+        raise DataError(f"{name} has no heights of the kind {heights_kind!r}")
     choices = dict(
         bands=bands, labels=labels, full_labels=full_labels, splits=splits, scaling=scaling
     )
-    layout = LAYOUTS.get(name)
+    choices["heights_kind"] = heights_kind
     if splits not in (layout.splits if layout else ("paper",)):
         raise DataError(
             f"--splits {splits}: {name} has {', '.join(layout.splits) if layout else 'the folders of its own'}"
@@ -219,7 +241,7 @@ def open_from_settings(settings: dict, root: str | Path | None = None) -> Datase
     DataError.
     """
     check_bands(LAYOUTS.get(settings["data"]), settings.get("bands", ""))
-    names = ("bands", "labels", "full_labels", "splits")
+    names = ("bands", "labels", "full_labels", "splits", "heights_kind")
     choices = {name: settings[name] for name in names if name in settings}
     return open_dataset(
         settings["data"], root or settings["root"], scaling=scaling_of(settings), **choices
@@ -270,16 +292,9 @@ def _layout_tiles(
     root, names = _tile_names(dataset, split)
     labels = layout.test_labels if scored and not dataset.full_labels else layout.labels
     kinds = {"image": _image_patterns(dataset), "labels": labels}
-    unit = 1.0
-    if "dsm" in modalities:
-        # Normalised and absolute heights are not mixed: of several kinds, the first that is there
-        # for every tile.
-        by_unit = {unit: tuple(p for p, u in layout.dsm if u == unit) for _, unit in layout.dsm}
-        complete = (
-            u for u, patterns in by_unit.items() if all(_find(root, patterns, *n)[2] for n in names)
-        )
-        unit = next(complete, layout.dsm[0][1])
-        kinds["dsm"] = by_unit[unit]
+    heights_kind, unit = dataset.chosen_heights() if "dsm" in modalities else ("", 1.0)
+    if heights_kind:
+        kinds["dsm"] = layout.dsm[heights_kind][1]
     tiles, missing = [], []
     for folder, name in names:
         found = {kind: _find(root, patterns, folder, name) for kind, patterns in kinds.items()}
@@ -367,7 +382,8 @@ def _number(stem: str) -> str:
 
 # ---------------------------------------------------------------------------------------- own tiles
 
-IMAGE_ENDINGS = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
+IMAGE_ENDINGS = (".tif", ".tiff", ".gtiff", ".png", ".jpg", ".jpeg")
+FOREIGN = (".jp2", ".img", ".vrt", ".asc", ".ecw", ".bil")  # found, to be refused with what helps
 
 
 OWN_TREE = "classes.json and {train,val,test}/{images,dsm,labels}/NAME.{tif,png,jpg}"
@@ -378,7 +394,7 @@ def _open_own_tiles(root: Path) -> Dataset:
     if not path.is_file():
         raise DataError(f"{path} is missing; own tiles are expected below --root as {OWN_TREE}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         classes = tuple(
             (str(c["name"]), tuple(int(v) for v in c["color"])) for c in content["classes"]
         )
@@ -396,6 +412,9 @@ def _open_own_tiles(root: Path) -> Dataset:
         )
     if len(set(colors)) < len(colors):
         raise DataError(f"{path}: two classes have the same colour; give each its own")
+    names = [name for name, _ in classes]
+    if len(set(names)) < len(names):
+        raise DataError(f"{path}: two classes have the same name; give each its own")
     return Dataset(
         "tiles", root, classes, tuple(range(len(classes))), "all labels", ignore_index=ignore
     )
@@ -437,9 +456,13 @@ def _own_tiles(
 
 
 def _files_by_stem(folder: Path) -> dict[str, Path]:
-    if not folder.is_dir():
-        return {}
-    return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in IMAGE_ENDINGS}
+    found = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.suffix.lower() in (*IMAGE_ENDINGS, *FOREIGN) and not path.name.startswith("."):
+            other = found.setdefault(path.stem, path)
+            if other != path:
+                raise DataError(f"{path}: is the same tile as {other.name}; delete one of them")
+    return found
 
 
 def main() -> None:

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from dfm import SumFusion
 from engine.files import replace_atomically
+from geodata.labels import labels_to_colors
 from geodata.layouts import Classes
 from geodata.rasters import DataError, one_line
-from geodata.tiles import LoadedTile, labels_to_colors
+from geodata.tiles import LoadedTile
 from mfnet import SIZE_STEP, MFNet, round_up
 from reports.report import page, shade_heights, table, visible
 

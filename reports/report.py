@@ -16,8 +16,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from engine.files import replace_atomically
+from geodata.labels import labels_to_colors
 from geodata.scaling import height_range
-from geodata.tiles import LoadedTile, labels_to_colors
+from geodata.tiles import LoadedTile
 from reports.table import PAPER_SCORES, variant
 
 MAX_SIDE = 640  # pixels: larger tiles are shown smaller

@@ -15,10 +15,11 @@ from PIL import Image
 
 from data import open_dataset
 from geodata.crops import CropDataset, CropOrder, draw_crop, sliding_windows
+from geodata.labels import colors_to_labels, labels_to_colors
 from geodata.layouts import ISPRS_CLASSES
 from geodata.rasters import DataError, read_raster
 from geodata.scaling import fill_missing_heights, height_range, image_input, scale_heights
-from geodata.tiles import LoadedTile, Tile, colors_to_labels, labels_to_colors
+from geodata.tiles import LoadedTile, Tile
 
 GOLDENS = Path(__file__).parent / "goldens"
 PALETTE = [color for _, color in ISPRS_CLASSES]

@@ -23,10 +23,11 @@ from engine.settings import Settings
 from evaluate import as_published
 from geodata import synthetic
 from geodata.crops import sliding_windows
+from geodata.labels import colors_to_labels
 from geodata.layouts import ISPRS_CLASSES
 from geodata.rasters import read_raster
 from geodata.scaling import Scaling
-from geodata.tiles import LoadedTile, colors_to_labels
+from geodata.tiles import LoadedTile
 from reports.report import (
     RIGHT,
     SURE,

@@ -15,9 +15,8 @@ from data import image_bands, open_dataset, open_from_settings
 from geodata import synthetic
 from geodata.crops import CropDataset, CropOrder, draw_crop
 from geodata.layouts import HUNAN, ISPRS_CLASSES, POTSDAM, VAIHINGEN
-from geodata.rasters import DataError, read_raster
+from geodata.rasters import DataError, View, read_raster
 from geodata.scaling import Scaling
-from geodata.slices import Held, InFile
 from geodata.tiles import fingerprint, load_tiles, memory_line
 
 PALETTE = np.array([color for _, color in ISPRS_CLASSES], np.uint8)
@@ -468,9 +467,9 @@ def test_crops_are_the_same_from_memory_from_files_and_from_plain_arrays(city, n
     plain = [tile.load(BOTH) for tile in tiles]
     roomy, tight = load_tiles(tiles, BOTH, 1), load_tiles(tiles, BOTH, 18 * 64 * 64 * 1.5e-9)
     assert all(isinstance(t.image, np.ndarray) and isinstance(t.labels, np.ndarray) for t in roomy)
-    assert all(isinstance(t.dsm, Held if normalised else np.ndarray) for t in roomy)
-    assert all(isinstance(t.image, InFile) for t in tight)
-    assert any(isinstance(t.labels if normalised else t.dsm, InFile) for t in tight)
+    assert all(isinstance(t.dsm, View if normalised else np.ndarray) for t in roomy)
+    assert all(isinstance(t.image, View) for t in tight)
+    assert any(isinstance(t.labels if normalised else t.dsm, View) for t in tight)
     assert sum(
         t.nbytes() for t in tight
     ) <= 18 * 64 * 64 * 1.5 and "read crop by crop" in memory_line(tight)
@@ -506,7 +505,7 @@ def test_every_pixel_of_a_tile_can_be_drawn():
 def test_a_budget_below_the_compressed_files_is_one_line_that_names_one(city):
     tiles = open_dataset("potsdam", city("potsdam")).tiles("train")
     with pytest.raises(
-        DataError, match="lastools.jpg: only uncompressed.*18 files.*--memory-gb"
+        DataError, match="lastools.jpg: only TIFFs.*18 files.*--memory-gb"
     ) as caught:
         load_tiles(tiles, BOTH, 1e-6)
     assert "\n" not in str(caught.value)

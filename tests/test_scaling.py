@@ -45,9 +45,8 @@ def tile_of(folder, scaling=Scaling(), **arrays):
 
 
 def heights_by(choice, dsm, unit=1.0, pixel=0.5):
-    return measure(Scaling(choice), None, dsm, unit, pixel).height_input(
-        dsm * np.float32(unit), WHOLE
-    )
+    dsm = dsm * np.float32(unit)
+    return measure(Scaling(choice), dsm=dsm, pixel=pixel).height_input(dsm, WHOLE)
 
 
 def test_each_choice_of_heights_is_what_its_name_says():
@@ -127,9 +126,7 @@ def test_height_above_ground_without_the_size_of_a_pixel_is_one_line_that_names_
 
 
 def image_by(choice, image):
-    return np.moveaxis(
-        measure(Scaling(images=choice), image, None, 1, None).image_input(image), 0, -1
-    )
+    return np.moveaxis(measure(Scaling(images=choice), image).image_input(image), 0, -1)
 
 
 def test_each_choice_of_images_is_what_its_name_says():

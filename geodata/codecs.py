@@ -1,0 +1,182 @@
+"""The bytes of a TIFF's segments (strips or tiles) -> pixels.
+
+Deflate is Python's own. LZW, PackBits, LZMA, ZSTD and 8-bit JPEG are left to the libtiff inside
+Pillow: a segment is wrapped as a TIFF of one strip in memory, of which Pillow gives back the bytes.
+Predictors, byte order and packed bits are undone here in numpy. Whatever else tifffile can decode
+with the package imagecodecs is decoded by it.
+
+Shapes: `h, w` pixels of a segment, `S` samples of a pixel in it."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Iterator
+
+import numpy as np
+import tifffile
+from PIL import Image
+
+NONE, DEFLATE, JPEG, LERC = 1, (8, 32946), 7, 34887
+BY_LIBTIFF = (5, 32773, 34925, 50000)  # LZW, PackBits, LZMA, ZSTD: bytes in, bytes out
+BY_BYTES = (NONE, *DEFLATE, *BY_LIBTIFF)
+FLOATING_POINT = 3  # the predictor for floats
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How the segments of a TIFF are packed."""
+
+    path: Path
+    compression: int
+    predictor: int
+    bits: int
+    dtype: np.dtype  # of a sample in the file, with its byte order
+    samples: int  # S: all bands, or 1 where the file holds band after band
+    photometric: int
+    tables: bytes | None = None  # those that all JPEG segments share
+    subsampling: tuple[int, int] = (1, 1)  # of JPEG's chroma
+    tiled: bool = False
+
+    def problem(self) -> str | None:
+        """Why segments cannot be decoded, with what helps; None where they can."""
+        name = tifffile.COMPRESSION(self.compression).name if self.compression in _NAMES else None
+        if self.compression in BY_BYTES:
+            floats = self.dtype.kind == "f" and self.bits == 8 * self.dtype.itemsize
+            if self.predictor == 1 or self.bits in (8, 16, 32, 64) and self.predictor == 2:
+                return None
+            if self.predictor == FLOATING_POINT and floats:
+                return None
+            return f"packed with predictor {self.predictor}; rewrite it: {REWRITE}"
+        if self.compression == JPEG and self.bits == 8 and self.samples <= 4:
+            return None
+        if name is None:
+            return f"packed by the unknown compression {self.compression}; rewrite it: {REWRITE}"
+        if find_spec("imagecodecs") is None:
+            return f"compressed by {name}; pip install imagecodecs, or rewrite it: {REWRITE}"
+        return None
+
+    def unpack(self, data: bytes, h: int, w: int, index: int, most: int) -> np.ndarray:
+        """Segment `index` as (h, w, S) in the file's type; one of strips may hold up to `most`
+        rows, of which the first h count. Raises ValueError for any other number of bytes."""
+        if self.compression == JPEG and self.bits == 8:
+            return self._jpeg(data, h, w)
+        if self.compression not in BY_BYTES:
+            return self._by_tifffile(data, h, w, index)
+        row = -(-w * self.samples * self.bits // 8)
+        raw = self._bytes(data, row, h)
+        rows, rest = divmod(len(raw), row)
+        if rest or not h <= rows <= most:
+            raise ValueError(
+                f"a segment holds {len(raw)} bytes of pixels where the header declares {row * h}"
+            )
+        raw = np.frombuffer(raw, np.uint8, row * h)
+        if self.predictor == FLOATING_POINT:
+            return self._unpredict_floats(raw.reshape(h, -1, self.samples), w)
+        if self.bits < 8 * self.dtype.itemsize:
+            return self._unpack_bits(raw.reshape(h, row), w)
+        pixels = raw.view(self.dtype).reshape(h, w, self.samples)
+        if self.predictor == 1:
+            return pixels
+        whole = np.dtype(f"u{self.dtype.itemsize}")  # differences are of bits, of floats too
+        native = pixels.astype(self.dtype.newbyteorder("="), copy=False).view(whole)
+        return np.cumsum(native, axis=1, dtype=whole).view(self.dtype.newbyteorder("="))
+
+    def _bytes(self, data: bytes, row: int, h: int) -> bytes:
+        if self.compression == NONE:
+            return data
+        if self.compression in DEFLATE:
+            return zlib.decompress(data)
+        return np.asarray(_by_libtiff(data, row, h, self.compression)).tobytes()
+
+    def _unpredict_floats(self, raw: np.ndarray, w: int) -> np.ndarray:
+        """(h, n, S) bytes: differences of the planes of bytes, the most significant one first."""
+        h, size = len(raw), self.dtype.itemsize
+        planes = np.cumsum(raw, axis=1, dtype=np.uint8).reshape(h, size, -1)
+        pixels = np.ascontiguousarray(planes.transpose(0, 2, 1)).view(self.dtype.newbyteorder(">"))
+        return pixels.reshape(h, w, self.samples)
+
+    def _unpack_bits(self, raw: np.ndarray, w: int) -> np.ndarray:
+        """(h, bytes of a row): samples of fewer bits than their type, the highest bit first."""
+        bits = np.unpackbits(raw, axis=1)[:, : w * self.samples * self.bits]
+        bits = bits.reshape(len(raw), w, self.samples, self.bits)
+        native = self.dtype.newbyteorder("=")
+        return bits @ (1 << np.arange(self.bits)[::-1]).astype(native)
+
+    def _jpeg(self, data: bytes, h: int, w: int) -> np.ndarray:
+        with open_picture(io.BytesIO(data), "JPEG") as picture:  # of its own header
+            if picture.size != (w, h):
+                raise ValueError(f"a JPEG segment of {picture.size} pixels for one of {w, h}")
+        tags = {262: (self.photometric,), 277: (self.samples,), 258: (8,) * self.samples}
+        if self.tables:
+            tags[347] = self.tables
+        if self.photometric == tifffile.PHOTOMETRIC.YCBCR:
+            tags[530] = self.subsampling
+        if self.samples in (2, 4):
+            tags[338] = (2,)  # read as it is: Pillow drops a fourth sample of no meaning
+        pixels = np.asarray(_by_libtiff(data, w, h, JPEG, tags))
+        return pixels.reshape(h, w, self.samples)
+
+    def _by_tifffile(self, data: bytes, h: int, w: int, index: int) -> np.ndarray:
+        if self.compression == LERC:
+            import imagecodecs
+
+            pixels, valid = imagecodecs.lerc_decode(data, masks=True)
+            pixels = pixels.reshape(h, w, self.samples).astype(self.dtype.newbyteorder("="))
+            if self.dtype.kind == "f" and valid is not None:
+                valid = np.moveaxis(valid, 0, -1) if valid.ndim == 3 else valid[..., None]
+                pixels[np.broadcast_to(valid == 0, pixels.shape)] = np.nan
+            return pixels
+        with tifffile.TiffFile(self.path) as tiff:
+            pixels = tiff.pages[0].decode(data, index, jpegtables=self.tables)[0]
+        return pixels[0, :h, :w]
+
+
+_NAMES = {int(code) for code in tifffile.COMPRESSION}
+REWRITE = "gdal_translate -co COMPRESS=DEFLATE IN.tif OUT.tif"
+
+
+def _by_libtiff(
+    data: bytes, w: int, h: int, compression: int, tags: dict | None = None
+) -> Image.Image:
+    """Packed bytes as a TIFF of one strip, read by Pillow: (h, w) bytes, unless `tags` (code ->
+    shorts or bytes) say otherwise."""
+    tags = {258: (8,), 262: (1,), 277: (1,)} | (tags or {})
+    tags |= {256: w, 257: h, 259: (compression,), 278: h, 279: len(data), 273: 0}
+    after = 8 + 2 + 12 * len(tags) + 4
+    entries, tail = [], b""
+    for code, value in sorted(tags.items()):
+        if isinstance(value, int):
+            entries.append((code, 4, 1, struct.pack("<I", value)))
+            continue
+        raw = value if isinstance(value, bytes) else struct.pack(f"<{len(value)}H", *value)
+        field = raw.ljust(4, b"\0")
+        if len(raw) > 4:
+            field, tail = struct.pack("<I", after + len(tail)), tail + raw + b"\0" * (len(raw) % 2)
+        entries.append((code, 7 if isinstance(value, bytes) else 3, len(value), field))
+    start = struct.pack("<I", after + len(tail))
+    directory = b"".join(
+        struct.pack("<HHI", code, kind, count) + (start if code == 273 else field)
+        for code, kind, count, field in entries
+    )
+    head = b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + directory + b"\0\0\0\0"
+    with open_picture(io.BytesIO(head + tail + data), "TIFF") as picture:
+        picture.load()
+        return picture
+
+
+@contextmanager
+def open_picture(file, *formats: str) -> Iterator[Image.Image]:
+    """A file as Pillow reads it, of any size: an orthophoto is larger than what Pillow takes for an
+    attack."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with Image.open(file, formats=formats) as image:
+            yield image
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
