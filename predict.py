@@ -30,8 +30,8 @@ from engine.console import Parser, Ticker, run_script
 from engine.device import autocast, pick_device, store_frozen_weights
 from engine.inference import BLENDS, percent, predict_strips, predict_tile
 from geodata.layouts import LAYOUTS, MODALITIES
-from geodata.maps import Output, check_outputs, cut_out, without_data, write_maps
-from geodata.rasters import DataError, one_line, raster_bands
+from geodata.maps import Output, check_outputs, cut_out, write_maps
+from geodata.rasters import DataError, one_line, open_raster
 from geodata.tiles import LoadedTile, Tile
 from mfnet import MIN_SIZE
 from reports.inside import corner, write_explanation
@@ -61,13 +61,11 @@ def tile_of(args: Namespace, run: Path, settings: dict, classes: list) -> Tile:
     )
     layout = LAYOUTS.get(settings["data"])
     if "image" in paths:
-        tile.bands = image_bands(layout, settings.get("bands", ""), raster_bands(args.image))
+        tile.bands = image_bands(layout, settings.get("bands", ""), open_raster(args.image).bands)
     if layout is not None:
         tile.pixel = layout.pixel
-        tile.height_unit = next(
-            (u for p, u in layout.dsm if args.dsm and Path(p).suffix == args.dsm.suffix.lower()),
-            1.0,
-        )
+        if "dsm" in paths:
+            tile.use_heights_of(layout, settings.get("heights_kind", ""))
     return tile
 
 
@@ -109,8 +107,7 @@ def write_prediction(
         probabilities=len(paths) > 1,
     )
     strips = bands_of(strips, bool(args.confidence), bool(args.probabilities))
-    if loaded.image is not None:
-        strips = cut_out(strips, without_data(args.image, loaded.image.raw))
+    strips = cut_out(strips, tile.without_data())
     names = tuple(name for name, _ in tile.classes)
     bands = {"--out": ("class",), "--confidence": ("confidence",), "--probabilities": names}
     outputs = [
@@ -192,7 +189,7 @@ def main() -> None:
         raise DataError(
             f"{args.image or args.dsm}: {W} x {H} pixels are too few; give a raster of {MIN_SIZE} and more"
         )
-    for note in tile.notes:
+    for note in [*tile.notes, *tile.far_from(settings.get("facts", {}))]:
         print(f"note: {note}")
     if args.explain:
         with autocast(settings["precision"], device):

@@ -18,9 +18,9 @@ from torch import Tensor
 from engine.device import autocast
 from geodata.crops import window_places
 from geodata.scaling import TileScale, height_range
-from geodata.slices import Decoded
+from geodata.rasters import View
 
-Raster = np.ndarray | Decoded  # or whatever else slices like one of `slices.py`
+Raster = np.ndarray | View  # or whatever else slices like one of `slices.py`
 
 
 ROWS = 64  # of a strip at most: what is computed from it is small beside the logits that wait
