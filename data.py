@@ -61,6 +61,7 @@ __all__ = [
     "Tile",
     "colors_to_labels",
     "facts_of",
+    "facts_of_run",
     "fingerprint",
     "labels_to_colors",
     "load_tiles",
@@ -251,6 +252,14 @@ def open_from_settings(settings: dict, root: str | Path | None = None) -> Datase
 def scaling_of(settings: dict) -> Scaling:
     """The scaling of a run; runs from before there was a choice have the defaults."""
     return Scaling(settings.get("heights", "minmax"), settings.get("image_scaling", "unit"))
+
+
+def facts_of_run(run: Path) -> dict:
+    """What `facts_of` told of a run's training tiles; {} for a run that did not keep it."""
+    try:
+        return dict(json.loads((run / "config.json").read_text(encoding="utf-8"))["facts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def image_bands(layout: Layout | None, bands: str, count: int) -> tuple[int, ...]:

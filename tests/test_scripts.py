@@ -22,7 +22,8 @@ from PIL import Image
 
 from engine.console import Ticker, clock
 from geodata import synthetic
-from geodata.rasters import read_grid, read_raster
+from geodata.grids import read_grid
+from geodata.rasters import read_raster
 
 HOME = Path(__file__).parent.parent
 TINY = (
@@ -829,7 +830,7 @@ def test_a_run_of_other_classes_than_the_data_s_is_one_line_and_leaves_the_score
         ({"--explain": "/proc/inside"}, ["--explain /proc/inside", "another folder"]),
         ({"--explain": None, "--at": "5,5"}, ["--out", "--explain"]),
         ({"--explain": None, "--at": "5,5", "--out": "map.tif"}, ["--at", "--explain"]),
-        ({"--image": "tiny.tif", "--dsm": "tiny.tif"}, ["132 x 60", "64"]),
+        ({"--image": "tiny.tif", "--dsm": "tiny_dsm.tif"}, ["132 x 60", "64"]),
         ({"--dsm": "short.tif"}, ["short.tif", "128 x 132"]),
     ],
     ids=str,
@@ -839,6 +840,7 @@ def test_a_mistake_in_looking_inside_is_one_line_and_writes_no_page(
 ):
     _, run, _ = trained
     tifffile.imwrite("short.tif", np.zeros((125, 132), np.float32))
+    tifffile.imwrite("tiny_dsm.tif", np.zeros((60, 132), np.float32))
     tifffile.imwrite(
         "tiny.tif", np.arange(60 * 132 * 3, dtype=np.uint16).reshape(60, 132, 3), photometric="rgb"
     )
