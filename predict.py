@@ -24,7 +24,7 @@ from typing import Iterator
 import numpy as np
 import torch.nn as nn
 
-from data import image_bands, scaling_of
+from data import facts_of_run, image_bands, scaling_of
 from engine.checkpoints import load_model, newest_run
 from engine.console import Parser, Ticker, run_script
 from engine.device import autocast, pick_device, store_frozen_weights
@@ -189,7 +189,7 @@ def main() -> None:
         raise DataError(
             f"{args.image or args.dsm}: {W} x {H} pixels are too few; give a raster of {MIN_SIZE} and more"
         )
-    for note in [*tile.notes, *tile.far_from(settings.get("facts", {}))]:
+    for note in [*tile.notes, *tile.far_from(facts_of_run(run))]:
         print(f"note: {note}")
     if args.explain:
         with autocast(settings["precision"], device):

@@ -49,7 +49,7 @@ from engine.training import Trainer, TrainingStopped
 from geodata.crops import CropDataset, CropOrder
 from geodata.layouts import MODALITIES
 from geodata.rasters import DataError
-from geodata.tiles import fingerprint, load_tiles, memory_line
+from geodata.tiles import facts_of, fingerprint, load_tiles, memory_line
 from mfnet import MFNet, count_parameters, trained_names
 from reports.report import write_report
 
@@ -69,9 +69,9 @@ class Run:
         self.s, self.dataset, self.team = s, dataset, team
         modalities = MODALITIES[s.modalities]
         tiles = dataset.tiles("train", modalities)
-        dataset.tiles(
-            "test", modalities
-        )  # a missing test tile is to be found now, not after the training
+        dataset.check(modalities)  # a broken test tile is to be found now, not after the training
+        if "dsm" in modalities:
+            s.heights_kind, _ = dataset.chosen_heights()
         self.tiles = load_tiles(tiles, modalities, s.memory_gb)
         self.data = fingerprint(self.tiles)
         self.classes = [[name, list(color)] for name, color in dataset.classes]
@@ -116,6 +116,7 @@ class Run:
             "classes": self.classes,
             "version": version(),
             "processes": team.world,
+            "facts": facts_of(tiles),
         }
         config["parameters"] = count_parameters(model)
         if team.leads:

@@ -62,6 +62,9 @@ class Settings:
     heights: str = option(
         "minmax", "scaling of heights: minmax, percentiles, ground, or metres LOW:HIGH"
     )
+    heights_kind: str = option(
+        "", "kind of heights where a data set has several (potsdam: normalised, absolute)"
+    )
     image_scaling: str = option(
         "unit", "scaling of images: unit, sam, reflectance, minmax, or LOW:HIGH"
     )
