@@ -57,6 +57,8 @@ class Codec:
             return None
         if name is None:
             return f"packed by the unknown compression {self.compression}; rewrite it: {REWRITE}"
+        if self.dtype.byteorder == ">":
+            return f"compressed by {name} in big-endian order; rewrite it: {REWRITE}"  # of unsure order
         if find_spec("imagecodecs") is None:
             return f"compressed by {name}; pip install imagecodecs, or rewrite it: {REWRITE}"
         return None
@@ -112,7 +114,8 @@ class Codec:
         with open_picture(io.BytesIO(data), "JPEG") as picture:  # of its own header
             if picture.size != (w, h):
                 raise ValueError(f"a JPEG segment of {picture.size} pixels for one of {w, h}")
-        tags = {262: (self.photometric,), 277: (self.samples,), 258: (8,) * self.samples}
+        photometric = self.photometric if self.samples > 2 else 1  # a band is grey by itself
+        tags = {262: (photometric,), 277: (self.samples,), 258: (8,) * self.samples}
         if self.tables:
             tags[347] = self.tables
         if self.photometric == tifffile.PHOTOMETRIC.YCBCR:

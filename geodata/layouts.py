@@ -23,7 +23,9 @@ class Layout:
     image: dict[
         str, tuple[tuple[str, tuple[int, ...]], ...]
     ]  # name of the bands -> pattern, bands; the first is default
-    dsm: dict[str, tuple[float, tuple[str, ...]]]  # kind of heights -> metres of one count, patterns
+    dsm: dict[
+        str, tuple[float, tuple[str, ...]]
+    ]  # kind of heights -> metres of one count, patterns
     labels: tuple[str, ...]  # for training
     test_labels: tuple[str, ...]  # for scoring
     labels_note: str  # how the scored labels are to be called beside a score
