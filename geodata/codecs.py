@@ -22,8 +22,8 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-NONE, DEFLATE, JPEG, LERC = 1, (8, 32946), 7, 34887
-BY_LIBTIFF = (5, 32773, 34925, 50000)  # LZW, PackBits, LZMA, ZSTD: bytes in, bytes out
+NONE, DEFLATE, JPEG, PACKBITS, LERC = 1, (8, 32946), 7, 32773, 34887
+BY_LIBTIFF = (5, PACKBITS, 34925, 50000)  # LZW, PackBits, LZMA, ZSTD: bytes in, bytes out
 BY_BYTES = (NONE, *DEFLATE, *BY_LIBTIFF)
 FLOATING_POINT = 3  # the predictor for floats
 
@@ -48,10 +48,14 @@ class Codec:
         name = tifffile.COMPRESSION(self.compression).name if self.compression in _NAMES else None
         if self.compression in BY_BYTES:
             floats = self.dtype.kind == "f" and self.bits == 8 * self.dtype.itemsize
-            if self.predictor == 1 or self.bits in (8, 16, 32, 64) and self.predictor == 2:
+            if self.predictor == 1:
                 return None
-            if self.predictor == FLOATING_POINT and floats:
-                return None
+            # Of what is packed by none or PackBits, some programs undo a predictor and some do not.
+            if self.compression not in (NONE, PACKBITS):
+                if self.predictor == 2 and self.bits in (8, 16, 32, 64):
+                    return None
+                if self.predictor == FLOATING_POINT and floats:
+                    return None
             return f"packed with predictor {self.predictor}; rewrite it: {REWRITE}"
         if self.compression == JPEG and self.bits == 8 and self.samples <= 4:
             return None

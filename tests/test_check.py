@@ -109,7 +109,10 @@ UNUSABLE = {
     "another size": (dict(labels=np.ones((17, 20), np.uint8)), "more than two pixels"),
     "one band": (dict(images=np.zeros((20, 20), np.uint8)), "three or more bands"),
     "all no-data": (dict(dsm=np.full((20, 20), -9999, np.float32)), "no valid height"),
-    "no class": (dict(labels=np.full((20, 20), 255, np.uint8)), "no pixel of any train tile is scored"),
+    "no class": (
+        dict(labels=np.full((20, 20), 255, np.uint8)),
+        "no pixel of any train tile is scored",
+    ),
     "no class fits": (dict(labels=np.full((20, 20), 77, np.uint8)), "no pixel has the colour"),
     "float image": (dict(images=np.full((20, 20, 3), 700, np.float32)), "--image-scaling"),
 }

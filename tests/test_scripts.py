@@ -847,7 +847,10 @@ def test_a_mistake_in_looking_inside_is_one_line_and_writes_no_page(
     words = {"--run": run, "--image": tile[0], "--dsm": tile[1], "--explain": "inside"} | flags
     given = [word for pair in words.items() if pair[1] is not None for word in pair]
     assert_refused(script("predict.py", *given), *parts)
-    assert files_below(tmp_path) == ["short.tif", "tiny.tif", "tiny_dsm.tif"] and not Path("inside").exists()
+    assert (
+        files_below(tmp_path) == ["short.tif", "tiny.tif", "tiny_dsm.tif"]
+        and not Path("inside").exists()
+    )
 
 
 # ---------------------------------------------------------------------------------------- benchmark
