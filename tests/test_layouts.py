@@ -17,7 +17,7 @@ from geodata.crops import CropDataset, CropOrder, draw_crop
 from geodata.layouts import HUNAN, ISPRS_CLASSES, POTSDAM, VAIHINGEN
 from geodata.rasters import DataError, View, read_raster
 from geodata.scaling import Scaling
-from geodata.tiles import fingerprint, load_tiles, memory_line
+from geodata.tiles import Tile, fingerprint, load_tiles, memory_line
 
 PALETTE = np.array([color for _, color in ISPRS_CLASSES], np.uint8)
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -168,6 +168,42 @@ def test_absolute_heights_serve_where_normalised_ones_are_not_complete(city):
     assert {tile.paths["dsm"].parent.name for tile in tiles.values()} == {"1_DSM"}
     number = synthetic.POTSDAM_TILES.index("7_8")
     assert np.array_equal(tiles["7_8"].read_dsm(), scene(number).dsm)
+
+
+def test_one_kind_of_heights_serves_all_splits_and_is_kept_by_name(city):
+    root = city("potsdam")
+    normalised = open_dataset("potsdam", root)
+    assert normalised.chosen_heights() == ("normalised", 0.1)
+    (root / LASTOOLS.format("07_08")).unlink()  # a training tile's
+    dataset = open_dataset("potsdam", root)
+    assert dataset.chosen_heights() == ("absolute", 1.0)
+    for split in ("train", "test"):
+        tiles = dataset.tiles(split)
+        assert {tile.paths["dsm"].parent.name for tile in tiles} == {"1_DSM"}
+    kept = open_from_settings(dict(data="potsdam", root=str(root), heights_kind="normalised"))
+    assert {tile.height_unit for tile in kept.tiles("test")} == {0.1}
+    with pytest.raises(DataError, match="1 files of the train split are missing.*07_08"):
+        kept.tiles("train")
+    with pytest.raises(DataError, match="no heights of the kind 'mine'"):
+        open_dataset("potsdam", root, heights_kind="mine")
+
+
+@pytest.mark.parametrize("dtype, metres", [(np.uint8, 4.2), (np.float32, 42.0), (np.uint16, 42.0)])
+@pytest.mark.parametrize("kind", ["normalised", "absolute"])
+def test_heights_to_predict_from_are_in_the_unit_of_their_own_kind(tmp_path, dtype, metres, kind):
+    tifffile.imwrite(tmp_path / "d.tif", np.full((8, 8), 42, dtype))
+    tile = Tile("a", {"dsm": tmp_path / "d.tif"}, ISPRS_CLASSES)
+    tile.use_heights_of(POTSDAM, kind)
+    assert np.allclose(tile.read_dsm(), metres if kind == "normalised" else 42)
+
+
+def test_the_pixel_of_a_layout_gives_way_to_that_of_a_geotiff(tmp_path):
+    tags = [(33550, "d", 3, (0.2, 0.2, 0.0), True), (33922, "d", 6, (0, 0, 0, 0, 9.0, 0), True)]
+    tifffile.imwrite(tmp_path / "d.tif", np.ones((8, 8), np.float32), extratags=tags)
+    tile = Tile("a", {"dsm": tmp_path / "d.tif"}, ISPRS_CLASSES, pixel=POTSDAM.pixel)
+    assert tile.pixel_size() == 0.2
+    tile.one_grid = True  # the benchmark's own
+    assert tile.pixel_size() == POTSDAM.pixel
 
 
 def test_bands_are_chosen_by_name_or_number_whatever_file_is_there(city):

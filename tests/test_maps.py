@@ -181,6 +181,65 @@ def test_strips_are_written_as_they_come_and_not_gathered(tmp_path, monkeypatch)
     assert waiting[25] > 600_000 and waiting[-1] > 1.8 * waiting[25]
 
 
+@pytest.mark.parametrize("H, W", [(256, 512), (513, 300), (1500, 2100)])
+def test_a_large_map_holds_smaller_copies_in_the_order_of_a_cloud_optimised_geotiff(
+    tmp_path, image, H, W
+):
+    outputs, bands = all_three(tmp_path), random_bands(6, H, W)
+    write_maps(outputs, [bands], (H, W), image)
+    for output, wanted in zip(outputs, (bands[:1], bands[1:2], bands[2:])):
+        with tifffile.TiffFile(output.path) as tiff:
+            pages = list(tiff.pages)
+            assert [page.subfiletype for page in pages] == [0] + [1] * (len(pages) - 1)
+            assert max(pages[-1].shape[-2:]) <= 512 and pages[0].offset <= 16
+            assert max(page.offset for page in pages) < min(min(p.dataoffsets) for p in pages)
+            starts = [min(page.dataoffsets) for page in pages]
+            assert starts == sorted(starts, reverse=True)
+            for level, page in enumerate(pages):
+                found = page.asarray().reshape(len(wanted), *page.shape[-2:])
+                assert np.array_equal(found, wanted[:, :: 2**level, :: 2**level])
+                assert page.tags[42113].value == "255" and page.photometric == pages[0].photometric
+
+
+@pytest.mark.parametrize("stale", ["map.tif.ovr", "map.tfw", "map.tif.msk"])
+def test_what_lay_beside_an_earlier_map_does_not_speak_for_the_new_one(tmp_path, image, stale):
+    for _ in range(2):
+        (tmp_path / stale).write_bytes(b"stale")
+        write_map(tmp_path / "map.tif", [random_map(5, 6)], (5, 6), CLASSES, image)
+        assert files_in(tmp_path) == ["image.tif", "map.tif", "map.tif.aux.xml"]
+
+
+def test_the_world_file_of_the_image_itself_is_not_taken_for_the_map_s(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tiff", np.zeros((5, 6, 3), np.uint8), photometric="rgb")
+    (tmp_path / "a.tfw").write_text("1\n0\n0\n-1\n10.5\n19.5\n")
+    write_map(tmp_path / "a.tif", [random_map(5, 6)], (5, 6), CLASSES, tmp_path / "a.tiff")
+    assert (tmp_path / "a.tfw").is_file() and read_grid(tmp_path / "a.tif").left == 10
+
+
+def test_files_of_the_user_s_are_left_alone(tmp_path, image):
+    for name in ("map.tif.tmp", "map.tif.aux.xml.tmp", "map.png.tmp"):
+        (tmp_path / name).write_bytes(b"mine")
+    for name in ("map.tif", "map.png"):
+        write_map(tmp_path / name, [random_map(5, 6)], (5, 6), CLASSES, image)
+    assert (
+        (tmp_path / "map.tif.tmp").read_bytes()
+        == b"mine"
+        == (tmp_path / "map.png.tmp").read_bytes()
+    )
+    assert (tmp_path / "map.tif.aux.xml.tmp").read_bytes() == b"mine"
+
+
+def test_a_link_is_followed(tmp_path, image):
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "map.tif"
+    link.symlink_to(tmp_path / "disk" / "far.tif")
+    for seed in (0, 1):
+        write_map(link, [random_map(5, 6, seed)], (5, 6), CLASSES, image)
+        assert link.is_symlink() and not (tmp_path / "disk" / "far.tif").is_symlink()
+        assert np.array_equal(read_raster(tmp_path / "disk" / "far.tif"), random_map(5, 6, seed))
+    assert files_in(tmp_path / "disk") == ["far.tif"]
+
+
 # ---------------------------------------------------------------------------- several from one pass
 
 
