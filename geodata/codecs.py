@@ -1,6 +1,6 @@
 """The bytes of a TIFF's segments (strips or tiles) -> pixels.
 
-Deflate is Python's own. LZW, PackBits, LZMA, ZSTD and 8-bit JPEG are left to the libtiff inside
+Deflate and LZMA are Python's own. LZW, PackBits, ZSTD and 8-bit JPEG are left to the libtiff inside
 Pillow: a segment is wrapped as a TIFF of one strip in memory, of which Pillow gives back the bytes.
 Predictors, byte order and packed bits are undone here in numpy. Whatever else tifffile can decode
 with the package imagecodecs is decoded by it.
@@ -10,10 +10,12 @@ Shapes: `h, w` pixels of a segment, `S` samples of a pixel in it."""
 from __future__ import annotations
 
 import io
+import lzma
 import struct
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Iterator
@@ -23,8 +25,8 @@ import tifffile
 from PIL import Image
 
 NONE, DEFLATE, JPEG, PACKBITS, LERC = 1, (8, 32946), 7, 32773, 34887
-BY_LIBTIFF = (5, PACKBITS, 34925, 50000)  # LZW, PackBits, LZMA, ZSTD: bytes in, bytes out
-BY_BYTES = (NONE, *DEFLATE, *BY_LIBTIFF)
+LZW, LZMA, ZSTD = 5, 34925, 50000
+BY_BYTES = (NONE, *DEFLATE, LZW, PACKBITS, LZMA, ZSTD)  # bytes in, bytes out
 FLOATING_POINT = 3  # the predictor for floats
 
 
@@ -46,7 +48,7 @@ class Codec:
     def problem(self) -> str | None:
         """Why segments cannot be decoded, with what helps; None where they can."""
         name = tifffile.COMPRESSION(self.compression).name if self.compression in _NAMES else None
-        if self.compression in BY_BYTES:
+        if self.compression in BY_BYTES[:-1] or self.compression == ZSTD and libtiff_knows_zstd():
             floats = self.dtype.kind == "f" and self.bits == 8 * self.dtype.itemsize
             if self.predictor == 1:
                 return None
@@ -98,6 +100,10 @@ class Codec:
             return data
         if self.compression in DEFLATE:
             return zlib.decompress(data)
+        if self.compression == LZMA:
+            return lzma.decompress(data)
+        if self.compression == ZSTD and not libtiff_knows_zstd():
+            return tifffile.TIFF.DECOMPRESSORS[ZSTD](data)
         return np.asarray(_by_libtiff(data, row, h, self.compression)).tobytes()
 
     def _unpredict_floats(self, raw: np.ndarray, w: int) -> np.ndarray:
@@ -146,6 +152,39 @@ class Codec:
 
 _NAMES = {int(code) for code in tifffile.COMPRESSION}
 REWRITE = "gdal_translate -co COMPRESS=DEFLATE IN.tif OUT.tif"
+
+
+@cache
+def libtiff_knows_zstd() -> bool:
+    """Whether Pillow was built with ZSTD."""
+    try:
+        _by_libtiff(bytes.fromhex("28b52ffd200109000061"), 1, 1, ZSTD)
+    except OSError:
+        return False
+    return True
+
+
+def lzw_size(data: bytes) -> int:
+    """Bytes that LZW unpacks to. libtiff stops without a word where a header declares fewer."""
+    sizes, first = [1] * 258, True
+    total = held = bits = last = 0
+    width = 9
+    for byte in data:
+        held, bits = held << 8 | byte, bits + 8
+        if bits < width:
+            continue
+        bits -= width
+        code, held = held >> bits, held & (1 << bits) - 1
+        if code == 257:
+            break
+        if code == 256:
+            sizes, first, width = [1] * 258, True, 9
+            continue
+        if not first:
+            sizes.append(sizes[last] + 1)
+            width = min(12, len(sizes).bit_length() + (len(sizes) & len(sizes) + 1 == 0))
+        total, last, first = total + sizes[code], code, False
+    return total
 
 
 def _by_libtiff(

@@ -20,7 +20,7 @@ import numpy as np
 import tifffile
 from tifffile import PHOTOMETRIC
 
-from geodata.codecs import JPEG, NONE, REWRITE, Codec, open_picture
+from geodata.codecs import JPEG, LZW, NONE, REWRITE, Codec, lzw_size, open_picture
 
 GEO_TAGS = (
     33550,
@@ -31,6 +31,7 @@ GEO_TAGS = (
     34737,
 )  # scale, tie point, matrix; keys, their values
 GDAL_METADATA, NODATA = 42112, 42113
+LARGE = 1 << 18  # bytes of a segment of LZW beyond which its size is taken on trust
 MASK = 4  # the bit of NewSubfileType
 STRIP = 512  # rows that are worked on at a time, so that temporary arrays stay small
 PNG, JFIF = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
@@ -109,6 +110,11 @@ class Raster:
         return self.bands if self.codec and self.codec.samples < self.bands else 1
 
     @property
+    def across(self) -> int:
+        """Segments side by side."""
+        return -(-self.shape[1] // self.segment[1])
+
+    @property
     def in_parts(self) -> bool:
         """Whether slices cost about what they hold: whether segments are small."""
         pixels = self.segment[0] * self.segment[1] * self.bands // self.planes
@@ -151,7 +157,7 @@ class Raster:
     def _from_blocks(self, rows: range, columns: range) -> np.ndarray:
         out = np.empty((len(rows), len(columns), self.bands), self.dtype)
         (height, width), samples = self.segment, self.bands // self.planes
-        across, down = (-(-n // part) for n, part in zip(self.shape[1::-1], (width, height)))
+        down = -(-self.shape[0] // height)
         # Made for reading downwards: segments above a slice go, and those far below it, so that
         # overlapping windows decode each once and random crops keep few.
         first, last = rows.start // height, (rows.stop + STRIP) // height
@@ -164,7 +170,7 @@ class Raster:
                     for part, start, n in ((rows, top, height), (columns, left, width))
                 ))  # fmt: skip
                 for plane in range(self.planes):
-                    index = (plane * down + i) * across + j
+                    index = (plane * down + i) * self.across + j
                     if (i, index) not in self.blocks:
                         self.blocks[i, index] = self._decode(index, top)
                     bands = slice(plane * samples, (plane + 1) * samples)
@@ -177,17 +183,17 @@ class Raster:
             return _picture_pixels(self.path, self.shape)
         h, w = self.segment
         h = h if self.codec.tiled else min(h, self.shape[0] - top)
+        if not self.places[index, 1]:  # left out, which means no data
+            fill = 0 if self.nodata is None else self.nodata
+            return np.full((h, w, self.codec.samples), fill, self.dtype)
+        return self.codec.unpack(self.packed(index), h, w, index, self.segment[0])
+
+    def packed(self, index: int) -> bytes:
+        """A segment as it is in the file."""
         offset, count = map(int, self.places[index])
-        if not count:
-            return np.full((h, w, self.codec.samples), self._fill(), self.dtype)
         with open(self.path, "rb", buffering=0) as file:
             file.seek(offset)
-            data = file.read(count)
-        return self.codec.unpack(data, h, w, index, self.segment[0])
-
-    def _fill(self) -> float:
-        """What stands where the file leaves out a segment."""
-        return 0 if self.nodata is None else self.nodata
+            return file.read(count)
 
     def valid(self, box: tuple[slice, slice], pixels: np.ndarray) -> np.ndarray | None:
         """(h, w) bool, where `pixels`, the slice of `box`, are data; None for a raster without such
@@ -283,7 +289,7 @@ def read_raster(path: Path) -> np.ndarray:
 
 
 def _open_tiff(path: Path) -> Raster:
-    with _silent(), tifffile.TiffFile(path) as tiff:
+    with _strict(), tifffile.TiffFile(path) as tiff:
         raster = _of_page(path, tiff, tiff.pages[0])
         for page in tiff.pages[1:]:
             if page.subfiletype == MASK and page.shape[:2] == raster.shape[:2]:
@@ -352,20 +358,26 @@ def _places(path: Path, tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> np.
 
 
 def _check_sizes(raster: Raster) -> None:
-    """Raises DataError where uncompressed segments are not of the bytes that the header declares."""
+    """Raises DataError where segments are not of the bytes that the header declares: all those that
+    are not compressed, and of LZW, of which that shows nowhere else, the first."""
     codec, (height, width) = raster.codec, raster.segment
-    if codec.compression != NONE:
-        return
     row, down = -(-width * codec.samples * codec.bits // 8), -(-raster.shape[0] // height)
-    counts = raster.places[:, 1].reshape(raster.planes, down, -1)
-    least = np.full((down, 1), row * height)
+    most = np.full((raster.planes, down, raster.across), row * height)
+    least = most.copy()
     if not codec.tiled:
-        least[-1] = row * (raster.shape[0] - height * (down - 1))
-    if ((counts > 0) & ((counts < least) | (counts > row * height))).any():
+        least[:, -1] = row * (raster.shape[0] - height * (down - 1))
+    sizes = raster.places[:, 1].reshape(least.shape)
+    if codec.compression == LZW:
+        first = int(np.argmax(sizes > 0))
+        packed = b"" if sizes.flat[first] > LARGE else raster.packed(first)
+        sizes = np.zeros_like(least)
+        sizes.flat[first] = lzw_size(packed)
+    elif codec.compression != NONE:
+        return
+    if ((sizes > 0) & ((sizes < least) | (sizes > most))).any():
         raise DataError(
-            f"{raster.path}: holds {counts.sum()} bytes of pixels where its header declares "
-            f"{raster.planes * least.sum() * counts.shape[2]} ({codec.bits}-bit); the pixels are of "
-            f"more bits or columns than declared, write the file again"
+            f"{raster.path}: segments hold {sizes.max()} bytes of pixels where its header declares "
+            f"{most.flat[0]} ({codec.bits}-bit, {raster.shape[1]} columns); write the file again"
         )
 
 
@@ -475,12 +487,14 @@ def _mask_beside(raster: Raster) -> Raster | None:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
-    """tifffile logs what it stumbles over; what matters of it is checked here."""
-    logger = logging.getLogger("tifffile")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
+def _strict() -> Iterator[None]:
+    """tifffile logs what it stumbles over and reads on: an error of a header is one here."""
+    logger, heard = logging.getLogger("tifffile"), []
+    logger.addFilter(hear := lambda record: heard.append(record) or False)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(hear)
+    for record in heard:
+        if record.levelno >= logging.ERROR:
+            raise ValueError(f"its header is damaged: {record.getMessage()}")
