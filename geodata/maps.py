@@ -236,8 +236,7 @@ def cut_out(
 
 def check_outputs(paths: dict[str, Path], sources: Iterable[Path]) -> None:
     """Raises DataError, by flag, for a map that could not be written, or would overwrite another or
-    a source of it.
-    """
+    a source of it."""
     taken = {}
     for flag, path in paths.items():
         place = path.resolve()

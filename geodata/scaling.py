@@ -26,23 +26,11 @@ from geodata.grids import bilinear
 from geodata.rasters import DataError, Raster, row_strips, strip_boxes
 
 SAM_MEAN, SAM_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of 255
-
-
 REFLECTANCE = 0.4  # what becomes 1: brighter than land without snow and cloud
-
-
 GROUND_WIDTH = 60.0  # metres: narrower things stand on the ground, wider ones are ground
-
-
 GROUND_SPAN = 30.0  # metres above the ground that become 1
-
-
 CELLS = 32  # of the ground's grid in GROUND_WIDTH
-
-
 ABSURD = 3  # different absurd heights: fewer stand for no data, as -9999 does
-
-
 HEIGHTS, IMAGES = ("minmax", "percentiles", "ground"), ("unit", "sam", "reflectance", "minmax")
 
 
@@ -194,8 +182,7 @@ def height_range(dsm: np.ndarray) -> tuple[float, float]:
 
 def scale_heights(dsm: np.ndarray, low_high: tuple[float, float]) -> np.ndarray:
     """Metres -> [0, 1] float32 over the range of the tile (PAPER.md 1, Input); 0 where the tile is
-    flat.
-    """
+    flat."""
     low, high = low_high
     return ((dsm - low) / (high - low if high > low else 1.0)).astype(np.float32)
 
