@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.console import Parser, run_script
+from engine.settings import Settings
 from geodata import synthetic
 from geodata.crops import Crop, CropDataset, CropOrder, draw_crop, sliding_windows, window_places
 from geodata.doctor import check_dataset
@@ -29,7 +30,7 @@ from geodata.layouts import (
     Classes,
     Layout,
 )
-from geodata.rasters import DataError, one_line, read_raster
+from geodata.rasters import DataError, one_line, open_raster, read_raster
 from geodata.scaling import Scaling, fill_missing_heights, height_range, image_input, scale_heights
 from geodata.tiles import LoadedTile, Tile, facts_of, fingerprint, load_tiles, memory_line
 
@@ -108,7 +109,8 @@ class Dataset:
             tree = OWN_TREE if self.layout is None else self.layout.describe()
             source = f"; the data come from {self.layout.source}" if self.layout else ""
             raise DataError(
-                f"{self.name}: {len(missing)} files of the {split} split are missing, first {first}; "
+                f"{self.name}: {len(missing)} files of the {split} split are missing, first "
+                f"{first}; "
                 f"expected below {self.root}: {tree}{source}"
             )
         return tiles
@@ -177,7 +179,8 @@ class Dataset:
         unknown = sorted(set(names) - set(train))
         if unknown or not 0 < len(set(names)) < len(train):
             raise DataError(
-                f"validation tiles {', '.join(names) or '(none)'}: give some but not all of the training tiles {', '.join(train)}"
+                f"validation tiles {', '.join(names) or '(none)'}: give some but not all of the "
+                f"training tiles {', '.join(train)}"
             )
         return replace(self, held_out=tuple(names))
 
@@ -214,7 +217,8 @@ def open_dataset(
     choices["heights_kind"] = heights_kind
     if splits not in (layout.splits if layout else ("paper",)):
         raise DataError(
-            f"--splits {splits}: {name} has {', '.join(layout.splits) if layout else 'the folders of its own'}"
+            f"--splits {splits}: {name} has "
+            f"{', '.join(layout.splits) if layout else 'the folders of its own'}"
         )
     image_bands(layout, bands, 99)
     if layout is None:
@@ -237,21 +241,42 @@ def labels_note(layout: Layout, full_labels: bool, labels: str, splits: str) -> 
     return note + (" (official split)" if splits == "official" else "")
 
 
-def open_from_settings(settings: dict, root: str | Path | None = None) -> Dataset:
+def open_from_settings(s: Settings, root: str | Path | None = None) -> Dataset:
     """The data set of a run, read as the run reads it; `root` where it lies elsewhere now. Raises
     DataError.
     """
-    check_bands(LAYOUTS.get(settings["data"]), settings.get("bands", ""))
-    names = ("bands", "labels", "full_labels", "splits", "heights_kind")
-    choices = {name: settings[name] for name in names if name in settings}
-    return open_dataset(
-        settings["data"], root or settings["root"], scaling=scaling_of(settings), **choices
-    )
+    check_bands(LAYOUTS.get(s.data), s.bands)
+    scaling, kind = scaling_of(s), s.heights_kind
+    names = s.data, root or s.root, s.bands, s.labels, s.full_labels, s.splits
+    return open_dataset(*names, scaling, kind)
 
 
-def scaling_of(settings: dict) -> Scaling:
-    """The scaling of a run; runs from before there was a choice have the defaults."""
-    return Scaling(settings.get("heights", "minmax"), settings.get("image_scaling", "unit"))
+def scaling_of(s: Settings) -> Scaling:
+    return Scaling(s.heights, s.image_scaling)
+
+
+def tile_of_files(
+    s: Settings, name: str, image: Path | None, dsm: Path | None, classes: list, run: str
+) -> Tile:
+    """Rasters as a tile that is read and scaled as those of a run. Raises DataError where one that
+    the run was trained on is missing.
+    """
+    given = {"image": image, "dsm": dsm}
+    paths = {kind: given[kind] for kind in MODALITIES[s.modalities]}
+    for kind, path in paths.items():
+        if path is None or not path.is_file():
+            what = "missing" if path is None else f"{path} is no file"
+            raise DataError(f"--{kind}: {what}; {run} was trained on it")
+    named = tuple((name, tuple(color)) for name, color in classes)
+    tile = Tile(name, paths, named, scaling=scaling_of(s))
+    layout = LAYOUTS.get(s.data)
+    if "image" in paths:
+        tile.bands = image_bands(layout, s.bands, open_raster(image).bands)
+    if layout is not None:
+        tile.pixel = layout.pixel
+    if layout is not None and "dsm" in paths:
+        tile.use_heights_of(layout, s.heights_kind)
+    return tile
 
 
 def facts_of_run(run: Path) -> dict:
@@ -290,7 +315,8 @@ def check_bands(layout: Layout | None, bands: str) -> None:
     count = len(image_bands(layout, bands, 99))
     if count != 3:
         raise DataError(
-            f"--bands {bands}: a network takes three bands, not {count}; give {_band_choices(layout)}"
+            f"--bands {bands}: a network takes three bands, not {count}; give "
+            f"{_band_choices(layout)}"
         )
 
 
@@ -369,7 +395,8 @@ def _tile_names(dataset: Dataset, split: str) -> tuple[Path, list[tuple[str, str
             empty = [folder for folder in folders if not any(f == folder for f, _ in listed)]
             if empty:
                 raise DataError(
-                    f"{base / empty[0] / 'lc'}: no labels; the {split} split takes {', '.join(folders)}"
+                    f"{base / empty[0] / 'lc'}: no labels; the {split} split takes "
+                    f"{', '.join(folders)}"
                 )
             return base, sorted(
                 listed, key=lambda item: (folders.index(item[0]), len(item[1]), item[1])
@@ -380,7 +407,8 @@ def _tile_names(dataset: Dataset, split: str) -> tuple[Path, list[tuple[str, str
             return base, [("", name) for name in sorted(chosen, key=lambda name: (len(name), name))]
     where = " or ".join(f"{folder}/lc/lc_NUMBER.tif" for folder in layout.listed[split])
     raise DataError(
-        f"{root}: no tiles of the {split} split; expected {where} with s2, topo beside lc, or images_png, dsm_pngs, "
+        f"{root}: no tiles of the {split} split; expected {where} with s2, topo beside lc, or "
+        f"images_png, dsm_pngs, "
         f"masks_png; the data come from {layout.source}"
     )
 
@@ -504,4 +532,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, DataError)

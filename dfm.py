@@ -1,5 +1,4 @@
-"""Deep Fusion Module (paper section III-C; PAPER.md 1): a pyramid of each modality, fused level by
-level.
+"""Deep Fusion Module (paper section III-C): a pyramid of each modality, fused level by level.
 
 The encoder gives one map of one scale for each modality. From each a pyramid of four scales is made
 by transposed convolutions and pooling; on each level the modalities are reweighted channel by
@@ -20,6 +19,8 @@ class Pyramid(nn.Module):
     """(B, C, h, w) -> four maps of C channels at strides 1/4, 1/2, 1 and 2: 4h, 2h, h and h/2 rows.
 
     `norm` builds the normalisation between the two upsampling steps of the finest level.
+
+    differs: the paper shrinks by a strided convolution, its code by a maximum.
     """
 
     def __init__(self, channels: int, norm: type[nn.Module]):
@@ -39,7 +40,7 @@ def upsample2(channels: int) -> nn.ConvTranspose2d:
 
 
 class SqueezeExcitation(nn.Module):
-    """Each channel times a weight in (0, 1) that is computed from the means of all channels."""
+    """A gate in (0, 1) for each channel, computed from the means of all channels."""
 
     def __init__(self, channels: int, reduction: int = 16):
         super().__init__()
@@ -51,19 +52,32 @@ class SqueezeExcitation(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.fc(x.mean(dim=(2, 3), keepdim=True))
+        return self.fc(x.mean(dim=(2, 3), keepdim=True))  # (B, C, h, w) -> (B, C, 1, 1)
 
 
 class SEFusion(nn.Module):
-    """The modalities of one level, each squeezed and excited on its own, then added."""
+    """The modalities of one level, each times its own gates, then added.
+
+    One modality alone is passed on as it is, as in the published code.
+    """
 
     def __init__(self, channels: int, modalities: int):
         super().__init__()
-        self.se = nn.ModuleList(SqueezeExcitation(channels) for _ in range(modalities))
+        count = modalities if modalities > 1 else 0
+        self.se = nn.ModuleList(SqueezeExcitation(channels) for _ in range(count))
 
-    def forward(self, maps: list[Tensor]) -> Tensor:
-        first, *others = (se(x) for se, x in zip(self.se, maps))
-        return sum(others, first)
+    def forward(self, maps: list[Tensor], seen: dict | None = None) -> Tensor:
+        """M maps (B, C, h, w) -> (B, C, h, w). For `seen` see `DeepFusionModule.forward`."""
+        gates = [se(x) for se, x in zip(self.se, maps)]  # M times (B, C, 1, 1)
+        parts = [gate * x for gate, x in zip(gates, maps)] if gates else maps
+        if seen is not None:
+            seen.setdefault("levels", []).append({"parts": parts, "gates": gates})
+        return add(parts)
+
+
+def add(maps: list[Tensor]) -> Tensor:
+    first, *others = maps
+    return sum(others, first)
 
 
 class DeepFusionModule(nn.Module):
@@ -74,22 +88,21 @@ class DeepFusionModule(nn.Module):
 
     def __init__(self, channels: int = 256, modalities: int = 2):
         super().__init__()
-        self.pyramids = nn.ModuleList(
-            Pyramid(channels, norm=LayerNorm2d if m == 0 else nn.BatchNorm2d)
-            for m in range(modalities)
-        )
+        norms = [LayerNorm2d, *[nn.BatchNorm2d] * (modalities - 1)]
+        self.pyramids = nn.ModuleList(Pyramid(channels, norm) for norm in norms)
         self.levels = nn.ModuleList(SEFusion(channels, modalities) for _ in range(4))
 
-    def forward(self, maps: tuple[Tensor, ...]) -> list[Tensor]:
+    def forward(self, maps: tuple[Tensor, ...], seen: dict | None = None) -> list[Tensor]:
+        """Into `seen`, if given, goes "levels": for each level, finest first, "parts", the M maps
+        (B, C, ., .) that are added, and "gates", M times (B, C, 1, 1), [] for one modality."""
         pyramids = [pyramid(x) for pyramid, x in zip(self.pyramids, maps)]
-        return [fuse(list(level)) for fuse, level in zip(self.levels, zip(*pyramids))]
+        return [fuse(list(level), seen) for fuse, level in zip(self.levels, zip(*pyramids))]
 
 
 class SumFusion(nn.Module):
-    """ "Without DFM" of the paper's ablation: the maps are added, one scale, no skips for the
-    decoder.
-    """
+    """ "Without DFM" of Table V: the maps are added, one scale, no skips for the decoder."""
 
-    def forward(self, maps: tuple[Tensor, ...]) -> list[Tensor]:
-        first, *others = maps
-        return [sum(others, first)]
+    def forward(self, maps: tuple[Tensor, ...], seen: dict | None = None) -> list[Tensor]:
+        if seen is not None:
+            seen["levels"] = [{"parts": list(maps), "gates": []}]
+        return [add(list(maps))]

@@ -1,13 +1,15 @@
 """Scores a run on a split.
 
     python evaluate.py                       the newest run, on its test tiles
-    python evaluate.py --run DIR --split train --stride 64
-    python evaluate.py --as-published        windows and border windows as the published code counts them
-    python evaluate.py --table [DIR ...]     all runs in a table beside the paper's rows; see table.py
+    python evaluate.py --run DIR --split train
+    python evaluate.py --run DIR --stride 64 --full-labels
+    python evaluate.py --as-published        windows, border windows as the published code counts them
+    python evaluate.py --table [DIR ...]     all runs in a table beside the paper's rows
 
-Prints the scores with the convention they follow, and writes them to the run's `scores.json`
-(another split: `scores_SPLIT.json`). The same run on the same machine gives the same digits.
-ISPRS's test tiles have eroded and full labels: the score is that of the eroded ones (with
+Prints the scores with the convention they follow. The run's `scores.json` is rewritten where it was
+scored by its own protocol at its end; any other score goes to a file that says how it was made, as
+`scores_stride64.json` or `scores_train.json`. The same run on the same machine gives the same
+digits. ISPRS's test tiles have eroded and full labels: the score is that of the eroded ones (with
 --full-labels: of the full), and the other one is stored beside it.
 
 Every number comes from one int64 confusion matrix, rows truth, columns prediction. OA and kappa
@@ -16,30 +18,28 @@ without clutter), without those that appear neither in the truth nor in the pred
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from data import open_from_settings
-from engine.checkpoints import load_model, newest_run
+from engine.checkpoints import is_finished, load_model, newest_run
 from engine.console import Parser, Ticker, run_script
 from engine.device import pick_device, store_frozen_weights
-from engine.scoring import ConfusionMatrix, format_scores, score_run, score_split
-from engine.settings import PUBLISHED_STRIDES, held_out_tiles
-from geodata.rasters import DataError
+from engine.files import replace_atomically
+from engine.recipes import published_protocol
+from engine.scoring import ConfusionMatrix, format_scores, score_split, scores_name
+from engine.settings import held_out_tiles
+from fast import accelerate
+from geodata.rasters import DataError, one_line
+from reports.panels import save_panel
 from reports.report import write_report
 from reports.table import markdown, read_runs
+from sam_vit import WeightsError
 
 __all__ = ["ConfusionMatrix", "score_split"]  # from engine/scoring.py, for users
-
-
-def as_published(settings: dict) -> dict:
-    """The settings of a run, with the windows that the published code scores with (PAPER.md 2,
-    3.5).
-
-    A data set that was not published keeps the run's stride.
-    """
-    _, stride = PUBLISHED_STRIDES.get(settings["data"], (0, settings["eval_stride"]))
-    return {**settings, "repeat_border": True, "eval_stride": stride}
 
 
 def print_table(folders: list[Path]) -> None:
@@ -49,31 +49,67 @@ def print_table(folders: list[Path]) -> None:
     print(markdown(runs))
 
 
+def evaluate(run: Path, args: argparse.Namespace) -> None:
+    """Scores a run, prints the scores, and writes them where its folder can be written."""
+    ticker = Ticker("fetching SAM's weights, bytes")
+    model, ran, classes = load_model(run / "model.pt", args.weights, ticker)
+    s = published_protocol(ran) if args.as_published else replace(ran)
+    s.full_labels = s.full_labels or args.full_labels
+    s.root = args.root or s.root
+    if s.data == "synthetic" and not Path(s.root).is_dir():
+        raise DataError(f"{s.root}: no such folder; give that of the synthetic city by --root")
+    dataset = open_from_settings(s)
+    if (names := [name for name, _ in classes]) != dataset.class_names:
+        listed = f"{', '.join(names)}, and {dataset.name} has {', '.join(dataset.class_names)}"
+        raise DataError(f"{run} tells apart {listed}; score it on tiles of its own classes")
+    if s.val:
+        dataset = dataset.hold_out(held_out_tiles(s.val))
+    device = pick_device(args.device)
+    store_frozen_weights(model, s.precision, device)
+    accelerate(model.to(device))
+    stride, panels = s.eval_stride if args.stride is None else args.stride, []
+    name = scores_name(ran, s, args.split, stride, is_finished(run / "model.pt"))
+
+    def keep(*panel) -> None:
+        path = run / "pictures" / f"{args.split}_{panel[0].name}.png"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            save_panel(path, *panel, dataset.classes)
+        except OSError as error:
+            panels.append(one_line(error))
+
+    own_panels = name in ("scores.json", f"scores_{args.split}.json")
+    scores = score_split(model, dataset, args.split, s, stride, keep if own_panels else None)
+    print(f"{run}: {s.encoder}, {s.tuner}, {s.modalities}, fusion {s.fusion}")
+    print(format_scores(scores))
+    if "unfinished" in name:
+        print(
+            f"note: {run} was not trained to its end; go on: python train.py --resume --out {run}"
+        )
+    try:
+        if panels:
+            raise OSError(panels[0])
+        text = json.dumps(scores, indent=1)
+        replace_atomically(run / name, lambda p: p.write_text(text, encoding="utf-8"))
+        if name == "scores.json" and (run / "config.json").exists():
+            write_report(run)
+        print(f"{run / name}")
+    except OSError as error:
+        print(f"note: the scores are not kept, {run} cannot be written ({one_line(error)})")
+
+
 def main() -> None:
     parser = Parser(prog="evaluate.py", description="Scores a run on a split.")
-    parser.add_argument(
-        "--run", type=Path, help="folder of a run; by default the newest below runs/"
-    )
-    parser.add_argument(
-        "--split", default="test", help="test (default), train, or another split of the data set"
-    )
-    parser.add_argument("--root", help="folder of the data set; by default where the run found it")
-    parser.add_argument(
-        "--stride", type=int, help="pixels between windows; by default as the run was scored"
-    )
-    parser.add_argument(
-        "--full-labels",
-        action="store_true",
-        help="score by the full labels first, not the eroded ones",
-    )
-    parser.add_argument(
-        "--as-published", action="store_true", help="the published code's stride and border windows"
-    )
-    parser.add_argument(
-        "--weights", help="where SAM's weights are now; by default as the run found them"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--run", type=Path, help="folder of a run; by default the newest below runs/")
+    add("--split", default="test", help="test (default), train, or another split of the data set")
+    add("--root", help="folder of the data set; by default where the run found it")
+    add("--stride", type=int, help="pixels between windows; by default as the run was scored")
+    add("--full-labels", action="store_true", help="score by the full labels, not the eroded ones")
+    add("--as-published", action="store_true", help="the published code's stride, border windows")
+    add("--weights", help="where SAM's weights are now; by default as the run found them")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add(
         "--table",
         nargs="*",
         type=Path,
@@ -81,41 +117,14 @@ def main() -> None:
         help="print the runs in these folders, or all",
     )
     args = parser.parse_args()
-    if args.table is not None:
-        for name, value in vars(args).items():
-            if name not in ("run", "table") and value != parser.get_default(name):
-                parser.error(
-                    f"--table shows runs as they were scored; leave out --{name.replace('_', '-')}"
-                )
-        print_table([*args.table, *([args.run] if args.run else [])] or [Path("runs")])
-        return
-    run = args.run or newest_run()
-    model, settings, classes = load_model(
-        run / "model.pt", args.weights, Ticker("fetching SAM's weights, bytes")
-    )
-    if args.full_labels:
-        settings["full_labels"] = True
-    dataset = open_from_settings(settings, args.root)
-    names = [name for name, _ in classes]
-    if names != dataset.class_names:
-        listed = f"{', '.join(names)}, and {dataset.name} has {', '.join(dataset.class_names)}"
-        raise DataError(f"{run} tells apart {listed}; score it on tiles of its own classes")
-    if args.as_published:
-        settings = as_published(settings)
-    if settings["val"]:
-        dataset = dataset.hold_out(held_out_tiles(settings["val"]))
-    device = pick_device(args.device)
-    store_frozen_weights(model, settings["precision"], device)
-    model.to(device)
-    stride = settings["eval_stride"] if args.stride is None else args.stride
-    scores = score_run(run, model, dataset, args.split, settings, stride)
-    if args.split == "test":
-        write_report(run)
-    print(
-        f"{run}: {settings['encoder']}, {settings['tuner']}, {settings['modalities']}, fusion {settings['fusion']}"
-    )
-    print(format_scores(scores))
+    if args.table is None:
+        return evaluate(args.run or newest_run(), args)
+    for name, value in vars(args).items():
+        if name not in ("run", "table") and value != parser.get_default(name):
+            flag = f"--{name.replace('_', '-')}"
+            parser.error(f"--table shows runs as they were scored; leave out {flag}")
+    print_table([*args.table, *([args.run] if args.run else [])] or [Path("runs")])
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, DataError, WeightsError)

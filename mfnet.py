@@ -1,16 +1,16 @@
-"""MFNet (Ma et al., TGRS 2025): one frozen SAM encoder for M modalities, deep fusion, a UNetFormer
-decoder.
+"""MFNet (Ma et al., TGRS 2025): one frozen SAM encoder for M modalities, deep fusion, a decoder.
 
     image ---+                       +-> map --+
              +-> SAM's encoder, with |         +-> DeepFusionModule -> 4 scales -> decoder -> logits
     height --+   a tuner's blocks    +-> map --+
 
 The modalities are stacked along the batch, modality-major, so the frozen layers see one batch of
-M*B rasters.
+M * B rasters. The decoder is UNetFormer's (Wang et al. 2022).
 
 Shapes: `B` batch, `M` modalities, `H, W` pixels (of a raster, or of the map at hand inside the
 decoder), `h, w` tokens (H/16, W/16), `C` channels (256 from the encoder, 64 in the decoder), `K`
-classes."""
+classes, `s` side of a window.
+"""
 
 from __future__ import annotations
 
@@ -22,23 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfm import DeepFusionModule, SumFusion
-from sam_vit import ImageEncoderViT, LoadReport, WeightsError, build_image_encoder, check_total
+from sam_vit import ImageEncoderViT, LoadReport, WeightsError, build_image_encoder, check_keys_match
 from tuners import apply_tuner, tuner_names
 
-MIN_SIZE = (
-    64  # pixels: below it the coarsest level of the pyramid has less than two rows to reflect
-)
-
-
+MIN_SIZE = 64  # pixels: below it the coarsest level has less than two rows to reflect
 SIZE_STEP = 32  # pixels: patches of 16, and a coarsest level of half that resolution
 
 
 def reflect_pad(x: Tensor, height: int, width: int) -> Tensor:
-    """(..., H, W) -> (..., height, width), continued below and on the right by reflection, as often
-    as needed.
+    """(..., H, W) -> (..., height, width), continued below and on the right by reflection.
 
-    differs: F.pad refuses to reflect more than the map is wide, which is where the published
-    decoder crashes."""
+    differs: F.pad refuses to reflect more than the map is wide; there the published decoder fails.
+    """
     for dim, size in ((-2, height), (-1, width)):
         n = x.shape[dim]
         if size > n:
@@ -51,43 +46,35 @@ def round_up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
-# ----------------------------------------------------------- decoder (UNetFormer, Wang et al. 2022)
+# ----------------------------------------------------------------------------------------- decoder
 
 
 def conv_bn(c_in: int, c_out: int, kernel: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(c_out)
-    )
+    conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out))
 
 
 def conv_bn_relu(c_in: int, c_out: int, kernel: int = 3) -> nn.Sequential:
     return conv_bn(c_in, c_out, kernel).append(nn.ReLU6())
 
 
-def separable_conv(channels: int, kernel: int) -> nn.Sequential:
-    """Depthwise convolution (an even kernel loses one row and column) - batch norm - 1x1
-    convolution.
-    """
-    depthwise = nn.Conv2d(
-        channels, channels, kernel, padding=(kernel - 1) // 2, groups=channels, bias=False
-    )
-    return nn.Sequential(
-        depthwise, nn.BatchNorm2d(channels), nn.Conv2d(channels, channels, 1, bias=False)
-    )
+def separable_conv(C: int, kernel: int) -> nn.Sequential:
+    """Depthwise convolution - batch norm - 1x1 convolution; an even kernel loses a row and column."""
+    depthwise = nn.Conv2d(C, C, kernel, padding=(kernel - 1) // 2, groups=C, bias=False)
+    return nn.Sequential(depthwise, nn.BatchNorm2d(C), nn.Conv2d(C, C, 1, bias=False))
 
 
-def relative_position_index(window: int) -> Tensor:
-    """(window^2, window^2) indices into a table of (2 window - 1)^2 offsets, for tokens in rows."""
-    y, x = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
-    dy = y.flatten()[:, None] - y.flatten()[None, :] + window - 1
-    dx = x.flatten()[:, None] - x.flatten()[None, :] + window - 1
-    return dy * (2 * window - 1) + dx
+def relative_position_index(s: int) -> Tensor:
+    """(s * s, s * s) indices into a table of (2s - 1)^2 offsets, for the tokens of a window."""
+    y, x = torch.meshgrid(torch.arange(s), torch.arange(s), indexing="ij")
+    dy = y.flatten()[:, None] - y.flatten()[None, :] + s - 1
+    dx = x.flatten()[:, None] - x.flatten()[None, :] + s - 1
+    return dy * (2 * s - 1) + dx
 
 
 class GlobalLocalAttention(nn.Module):
-    """Window attention, spread over window borders by averages along columns and rows, plus two
-    local convolutions.
-    """
+    """Window attention, carried over window borders by averages along columns and rows, plus two
+    local convolutions."""
 
     def __init__(self, dim: int, num_heads: int, window: int):
         super().__init__()
@@ -102,40 +89,32 @@ class GlobalLocalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         H, W = x.shape[-2:]
-        out = self.window_attention(x) + self.local1(x) + self.local2(x)  # (B, C, H, W)
+        across = average_rows_and_columns(self.window_attention(x), self.window)
+        out = across + self.local1(x) + self.local2(x)  # (B, C, H, W)
         out = self.proj(reflect_pad(out, H + 1, W + 1))
         return out[..., :H, :W]
 
     def window_attention(self, x: Tensor) -> Tensor:
-        B, C, H, W = x.shape
-        s = self.window
+        """(B, C, H, W) -> the same; windows at the edge are filled up by reflection."""
+        (B, C, H, W), s, heads = x.shape, self.window, self.num_heads
         qkv = reflect_pad(self.qkv(x), round_up(H, s), round_up(W, s))
         rows, cols = qkv.shape[-2] // s, qkv.shape[-1] // s
-        qkv = qkv.view(B, 3, self.num_heads, -1, rows, s, cols, s)
-        q, k, v = qkv.permute(1, 0, 4, 6, 2, 5, 7, 3).reshape(
-            3, B * rows * cols, self.num_heads, s * s, -1
-        )
+        qkv = qkv.view(B, 3, heads, C // heads, rows, s, cols, s).permute(1, 0, 4, 6, 2, 5, 7, 3)
+        q, k, v = qkv.reshape(3, B * rows * cols, heads, s * s, C // heads)
         bias = self.relative_position_bias_table[self.index].permute(2, 0, 1)  # (heads, s*s, s*s)
-        # Written out: with 8 channels and 64 tokens a CPU takes half the time of the fused kernel
-        # with a mask.
-        out = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias.to(q.dtype)).softmax(
-            dim=-1
-        ) @ v
-        out = out.view(B, rows, cols, self.num_heads, s, s, -1).permute(0, 3, 6, 1, 4, 2, 5)
-        return average_rows_and_columns(out.reshape(B, C, rows * s, cols * s)[..., :H, :W], s)
+        logits = (q * q.shape[-1] ** -0.5) @ k.mT + bias.to(q.dtype)
+        out = (logits.softmax(dim=-1) @ v).view(B, rows, cols, heads, s, s, C // heads)
+        out = out.permute(0, 3, 6, 1, 4, 2, 5).reshape(B, C, rows * s, cols * s)
+        return out[..., :H, :W]
 
 
 def average_rows_and_columns(x: Tensor, size: int) -> Tensor:
     """The mean over `size` rows plus the mean over `size` columns: one reflected row or column at
-    the end, zeros around, counted as values.
-    """
+    the end, zeros around, counted as values."""
     H, W = x.shape[-2:]
-    vertical = F.avg_pool2d(
-        reflect_pad(x, H + 1, W), (size, 1), stride=1, padding=(size // 2 - 1, 0)
-    )
-    horizontal = F.avg_pool2d(
-        reflect_pad(x, H, W + 1), (1, size), stride=1, padding=(0, size // 2 - 1)
-    )
+    pad = size // 2 - 1
+    vertical = F.avg_pool2d(reflect_pad(x, H + 1, W), (size, 1), stride=1, padding=(pad, 0))
+    horizontal = F.avg_pool2d(reflect_pad(x, H, W + 1), (1, size), stride=1, padding=(0, pad))
     return vertical + horizontal
 
 
@@ -162,28 +141,9 @@ class DecoderBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class Dropout2d(nn.Dropout2d):
-    """Drops whole channels. `share` = (rank, processes): each process draws the masks of the whole
-    batch and takes its own, so that N processes drop what one would.
-    """
-
-    share = (0, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
-            return x
-        rank, processes = self.share
-        B, C = x.shape[:2]
-        keep = torch.rand(processes * B, C, 1, 1, device=x.device) >= self.p
-        return x * keep[rank * B : (rank + 1) * B] / (1 - self.p)
-
-
 class WeightedFusion(nn.Module):
-    """x at twice its size plus a skip of the encoder, with two normalised positive weights; then a
-    convolution.
-
-    Built without a skip (the ablation without DFM), it only enlarges and convolves.
-    """
+    """x at twice its size plus a skip of the pyramid, with two normalised positive weights; then a
+    convolution. Built without a skip (without DFM), it only enlarges and convolves."""
 
     def __init__(self, skip_channels: int | None, dim: int):
         super().__init__()
@@ -207,11 +167,8 @@ class FeatureRefinementHead(WeightedFusion):
     def __init__(self, skip_channels: int | None, dim: int):
         super().__init__(skip_channels, dim)
         self.pa = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.ca = nn.Sequential(
-            nn.Conv2d(dim, dim // 16, 1, bias=False),
-            nn.ReLU6(),
-            nn.Conv2d(dim // 16, dim, 1, bias=False),
-        )
+        squeeze = nn.Conv2d(dim, dim // 16, 1, bias=False)
+        self.ca = nn.Sequential(squeeze, nn.ReLU6(), nn.Conv2d(dim // 16, dim, 1, bias=False))
         self.shortcut = conv_bn(dim, dim, 1)
         self.proj = separable_conv(dim, 3)
 
@@ -223,20 +180,12 @@ class FeatureRefinementHead(WeightedFusion):
 
 
 class Decoder(nn.Module):
-    """Fused maps, finest first, at strides 4, 8, 16, 32 pixels (or one map alone) -> logits at
-    `size`.
+    """Fused maps, finest first, at strides 4, 8, 16, 32 pixels -> logits at `size`.
 
-    One map alone is decoded by the same layers without skips.
+    One map alone (without DFM) is decoded by the same layers without skips.
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        in_channels: int = 256,
-        dim: int = 64,
-        skips: bool = True,
-        dropout: float = 0.1,
-    ):
+    def __init__(self, num_classes: int, in_channels: int = 256, dim: int = 64, skips: bool = True):
         super().__init__()
         num_heads, window = 8, 8
         skip_channels = in_channels if skips else None
@@ -247,29 +196,31 @@ class Decoder(nn.Module):
         self.p2 = WeightedFusion(skip_channels, dim)
         self.b2 = DecoderBlock(dim, num_heads, window)
         self.p1 = FeatureRefinementHead(skip_channels, dim)
-        self.segmentation_head = nn.Sequential(
-            conv_bn_relu(dim, dim, 3),
-            Dropout2d(dropout),
-            nn.Conv2d(dim, num_classes, 1, bias=False),
-        )
+        features = conv_bn_relu(dim, dim)
+        classify = nn.Conv2d(dim, num_classes, 1, bias=False)
+        self.segmentation_head = nn.Sequential(features, nn.Dropout2d(0.1), classify)
 
-    def forward(self, maps: list[Tensor], size: tuple[int, int]) -> Tensor:
+    def forward(
+        self, maps: list[Tensor], size: tuple[int, int], seen: dict | None = None
+    ) -> Tensor:
+        """(B, 256, ., .) each -> (B, K, *size). Into `seen`, if given, goes "decoder": the four
+        stages (B, 64, ., .), coarsest first."""
         *skips, coarsest = maps
         fine, middle, coarse = skips or (None, None, None)
-        x = self.b4(self.pre_conv(coarsest))  # (B, 64, h/2, w/2)
-        x = self.b3(self.p3(x, coarse))  # (B, 64, h, w)
-        x = self.b2(self.p2(x, middle))  # (B, 64, 2h, 2w)
-        x = self.segmentation_head(self.p1(x, fine))  # (B, K, 4h, 4w)
-        return F.interpolate(x, size=size, mode="bilinear")
+        x4 = self.b4(self.pre_conv(coarsest))  # (B, 64, h/2, w/2)
+        x3 = self.b3(self.p3(x4, coarse))  # (B, 64, h, w)
+        x2 = self.b2(self.p2(x3, middle))  # (B, 64, 2h, 2w)
+        x1 = self.p1(x2, fine)  # (B, 64, 4h, 4w)
+        if seen is not None:
+            seen["decoder"] = [x4, x3, x2, x1]
+        return F.interpolate(self.segmentation_head(x1), size=size, mode="bilinear")
 
 
-# -------------------------------------------------------------------------------------- the network
+# ------------------------------------------------------------------------------------- the network
 
 
 class MFNet(nn.Module):
-    """The whole network. Input values: image in [0, 1], height scaled to [0, 1] over its tile
-    (PAPER.md 1).
-    """
+    """The whole network. Input values: image in [0, 1], height scaled to [0, 1] over its tile."""
 
     def __init__(
         self, image_encoder: ImageEncoderViT, fusion: nn.Module, decoder: Decoder, modalities: int
@@ -280,21 +231,40 @@ class MFNet(nn.Module):
         self.decoder = decoder
         self.modalities = modalities
 
-    def forward(self, image: Tensor | None, dsm: Tensor | None = None, *more: Tensor) -> Tensor:
+    def forward(
+        self,
+        image: Tensor | None,
+        dsm: Tensor | None = None,
+        *more: Tensor,
+        seen: dict | None = None,
+    ) -> Tensor:
         """image (B, 3, H, W), dsm and any further raster (B, H, W), (B, 1, H, W) or (B, 3, H, W) ->
         (B, K, H, W).
 
         H and W are at least 64; what is no multiple of 32 is continued by reflection and cut off
-        again. A network of one modality takes either of the two. Raises ValueError for another
-        number of rasters than the network has modalities, for rasters of different sizes, and for a
-        size below 64."""
-        maps = self.encode(image, dsm, *more)
+        again. A network of one modality takes either of the two. Into a dict `seen` go the
+        intermediates of this pass: "blocks" (`ImageEncoderViT.forward`), "maps" (M times
+        (B, 256, h, w)), "levels" (`DeepFusionModule.forward`), "fused" (the decoder's input, finest
+        first), "decoder" (`Decoder.forward`) and "logits".
+
+        Raises ValueError for another number of rasters than the network has modalities, for rasters
+        of different sizes, and for a size below 64.
+        """
+        maps = self.encode(image, dsm, *more, seen=seen)
         H, W = next(r for r in (image, dsm, *more) if r is not None).shape[-2:]
+        fused = self.fusion(maps, seen)
         padded = round_up(H, SIZE_STEP), round_up(W, SIZE_STEP)
-        return self.decoder(self.fusion(maps), padded)[..., :H, :W]
+        logits = self.decoder(fused, padded, seen)[..., :H, :W]
+        if seen is not None:
+            seen.update(maps=maps, fused=fused, logits=logits)
+        return logits
 
     def encode(
-        self, image: Tensor | None, dsm: Tensor | None = None, *more: Tensor
+        self,
+        image: Tensor | None,
+        dsm: Tensor | None = None,
+        *more: Tensor,
+        seen: dict | None = None,
     ) -> tuple[Tensor, ...]:
         """The rasters as in `forward` -> the encoder's map of each, M times (B, 256, h, w)."""
         rasters = [as_three_channels(r) for r in (image, dsm, *more) if r is not None]
@@ -305,18 +275,18 @@ class MFNet(nn.Module):
             raise ValueError(f"the rasters differ in batch or size: {shapes}")
         H, W = shapes[0][-2:]
         if min(H, W) < MIN_SIZE:
-            raise ValueError(
-                f"rasters of {H} x {W} pixels are too small; the network takes {MIN_SIZE} and more"
-            )
+            raise ValueError(f"rasters of {H} x {W} pixels are too small; {MIN_SIZE} is the least")
         x = torch.cat(rasters)  # (M*B, 3, H, W)
         x = reflect_pad(x, round_up(H, SIZE_STEP), round_up(W, SIZE_STEP))
-        return self.image_encoder(x).chunk(self.modalities)
+        return self.image_encoder(x, seen).chunk(self.modalities)
 
 
 def as_three_channels(raster: Tensor) -> Tensor:
     """(B, H, W) or (B, 1, H, W) -> (B, 3, H, W) by repetition; three channels stay."""
     if raster.ndim == 3:
         raster = raster[:, None]
+    if raster.ndim != 4 or raster.shape[1] not in (1, 3):
+        raise ValueError(f"a raster has one or three channels: (B, 3, H, W), not {raster.shape}")
     return raster.expand(-1, 3, -1, -1)
 
 
@@ -329,9 +299,8 @@ def build_mfnet(
     **options,
 ) -> MFNet:
     """The network with random weights. `encoder`: a name in `sam_vit.SIZES` or a dict; `tuner`: a
-    name in `tuners.TUNERS`, with its `options`; `fusion`: "dfm", or "sum" for the ablation
-    without it.
-    """
+    name in `tuners.TUNERS`, with its `options`; `fusion`: "dfm", or "sum" for the ablation without
+    it. Raises ValueError for anything else."""
     if fusion not in ("dfm", "sum"):
         raise ValueError(f"unknown fusion {fusion!r}; there are dfm, sum")
     image_encoder = apply_tuner(build_image_encoder(encoder), tuner, modalities, **options)
@@ -340,19 +309,15 @@ def build_mfnet(
 
 
 def trained_names(model: MFNet) -> list[str]:
-    """The names of all parameters that are meant to be trained: the tuner's own, fusion and
-    decoder.
-    """
+    """The names of all parameters that are meant to be trained: the tuner's, fusion and decoder."""
     tuned = {"image_encoder." + n for n in tuner_names(model.image_encoder)}
-    return [
-        n for n, _ in model.named_parameters() if n in tuned or not n.startswith("image_encoder.")
-    ]
+    names = [n for n, _ in model.named_parameters()]
+    return [n for n in names if n in tuned or not n.startswith("image_encoder.")]
 
 
 def count_parameters(model: MFNet) -> dict[str, int]:
     """Numbers of parameters: encoder (as SAM has it), tuner (what it added), fusion, decoder,
-    total, trainable.
-    """
+    total, trainable."""
     added = {"image_encoder." + n for n in model.image_encoder.added_names}
     counts = dict.fromkeys(("encoder", "tuner", "fusion", "decoder", "total", "trainable"), 0)
     for name, p in model.named_parameters():
@@ -363,7 +328,7 @@ def count_parameters(model: MFNet) -> dict[str, int]:
     return counts
 
 
-# -------------------------------------------------------------------- weights of the published code
+# ------------------------------------------------------------------- weights of the published code
 
 # (published, ours); x is the image's, y the height's. `lora_Ax` and its like are collected into one
 # tensor of ours.
@@ -402,12 +367,12 @@ PUBLISHED_UNUSED = re.compile(
 
 
 def load_published_weights(model: MFNet, state_dict: dict[str, Tensor]) -> LoadReport:
-    """Loads a state dict saved by the published code, of either tuner, into a network of two
-    modalities.
+    """Loads what the published code saved, of either tuner, into a network of two modalities.
 
     The published network holds its encoder twice, as `image_encoder.*` and `sam.image_encoder.*`;
     `module.` of a DataParallel is accepted. Raises WeightsError with both differences, and changes
-    nothing, if it does not fit."""
+    nothing, if it does not fit.
+    """
     expected = model.state_dict()
     report = LoadReport()
     given: dict[str, Tensor] = {}
@@ -426,29 +391,26 @@ def load_published_weights(model: MFNet, state_dict: dict[str, Tensor]) -> LoadR
         given[ours] = tensor
     report.loaded = list(given)
     given = stack_modalities(given, expected)
-    check_total(expected, given, "the published state dict")
+    check_keys_match(expected, given, "the published state dict")
     model.load_state_dict(given)
     return report
 
 
 def stack_modalities(given: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Puts the pairs `name:x`, `name:y` together as rows 0 and 1 of our `name`; the rest stays as
-    it is.
+    """Puts the pairs `name:x`, `name:y` together as rows 0 and 1 of our `name`; the rest stays.
 
-    A published LoRA of qkv holds q and v in one matrix, ours as two parts; a published mixing
-    weight has one element. Other halves than those keep their names, for `check_total` to refuse.
+    A published LoRA of qkv holds q and v in one matrix, ours as two slices; a published mixing
+    weight has one element. Other halves keep their names, for `check_keys_match` to refuse.
     """
     out = dict(given)
     for name, target in expected.items():
         pair = [given.get(f"{name}:{m}") for m in "xy"]
-        if all(t is not None and t.shape == merge_parts(target.shape[1:]) for t in pair):
+        if all(t is not None and t.shape == published_shape(target.shape[1:]) for t in pair):
             del out[f"{name}:x"], out[f"{name}:y"]
             out[name] = torch.stack([t.reshape(target.shape[1:]) for t in pair])
     return out
 
 
-def merge_parts(shape: torch.Size) -> tuple[int, ...]:
-    """The published shape of one modality's share: (parts, rows, columns) -> (parts * rows,
-    columns), () -> (1,).
-    """
+def published_shape(shape: torch.Size) -> tuple[int, ...]:
+    """Of one modality's tensor: (slices, rows, columns) -> (slices * rows, columns), () -> (1,)."""
     return (shape[0] * shape[1], shape[2]) if len(shape) == 3 else (1,)

@@ -3,39 +3,35 @@
     pixels -> patch_embed -> + pos_embed -> blocks -> neck -> features
               16 x 16 conv                  ViT       1x1, 3x3 conv
 
-Every name below is the name of an official checkpoint's tensor once its prefix `image_encoder.` is
-gone, so the checkpoint is the specification: `load_sam_weights` accounts for every tensor of it, or
-raises.
+Every name below is the name of a tensor in an official checkpoint once its prefix `image_encoder.`
+is gone, so the checkpoint is the specification: `load_sam_weights` accounts for every tensor of it,
+or raises.
 
-Two facts of SAM that are easy to miss, and that are kept:
+Two facts of SAM that are easy to miss:
   * a grid that is no multiple of the window is padded with zeros after `norm1`, and the padded
-  tokens take part in the
-    attention unmasked: their key and value are the bias of `qkv`;
+    tokens take part in the attention unmasked: their key and value are the bias of `qkv`;
   * the relative-position terms multiply the query *before* it is scaled.
 
+This is the definition; `fast.py` computes the same numbers in less time.
+
 Shapes: `B` batch, `H, W` pixels, `h, w` tokens (H/16, W/16), `C` width, `N` windows or images, `d`
-width of a head. The trunk is channels-last, (B, h, w, C); the neck and everything after it
-channels-first."""
+width of a head, `rows, cols` tokens of a window. The trunk is channels-last, (B, h, w, C); the neck
+and everything after it channels-first.
+"""
 
 from __future__ import annotations
 
 import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, TypeVar
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-
-from attention import append_bias, attend_part, relative_table, split_grid
-from linear import Linear, autocast_dtype
 
 SIZES: dict[str, dict] = {
-    # Not one of SAM's: about 2 M parameters, for laptops, lessons and tests. No official weights
-    # exist for it.
+    # Not one of SAM's: about 2 M parameters, for laptops, lessons and tests.
     "vit_t": dict(
         embed_dim=160, depth=4, num_heads=4, global_attn_indexes=(1, 3), window_size=8, img_size=256
     ),
@@ -45,13 +41,8 @@ SIZES: dict[str, dict] = {
 }
 
 
-Outputs = TypeVar("Outputs")  # a tensor or several
-
-
 class WeightsError(ValueError):
-    """A checkpoint that is not what it should be; the message names the file, the tensors and what
-    to do.
-    """
+    """A checkpoint that is not what it should be; names the file, the tensors and what to do."""
 
 
 # --------------------------------------------------------------------------- leaf -> block -> model
@@ -67,92 +58,107 @@ class LayerNorm2d(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps)
-        return x.permute(0, 3, 1, 2)
+        x = F.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.bias, self.eps)
+        return x.movedim(-1, 1)
 
 
 class PatchEmbed(nn.Module):
+    """Each patch of 16 x 16 pixels becomes one token."""
+
     def __init__(self, patch_size: int, embed_dim: int):
         super().__init__()
-        self.proj = nn.Conv2d(3, embed_dim, patch_size, patch_size)
+        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (
-            self.proj(x).permute(0, 2, 3, 1).contiguous()
-        )  # (B, 3, H, W) -> (B, h, w, C), token by token in memory
+        return self.proj(x).permute(0, 2, 3, 1).contiguous()  # (B, 3, H, W) -> (B, h, w, C)
+
+
+def window_partition(x: Tensor, rows: int, cols: int) -> Tensor:
+    """(B, h, w, C) -> (B * windows, rows, cols, C), row by row; zeros below and on the right."""
+    B, h, w, C = x.shape
+    x = F.pad(x, (0, 0, 0, -w % cols, 0, -h % rows))
+    x = x.view(B, x.shape[1] // rows, rows, x.shape[2] // cols, cols, C)
+    return x.transpose(2, 3).reshape(-1, rows, cols, C)
+
+
+def window_unpartition(windows: Tensor, h: int, w: int) -> Tensor:
+    """The inverse of `window_partition`: (B * windows, rows, cols, C) -> (B, h, w, C)."""
+    _, rows, cols, C = windows.shape
+    x = windows.view(-1, -(-h // rows), -(-w // cols), rows, cols, C).transpose(2, 3)
+    return x.reshape(len(x), x.shape[1] * rows, -1, C)[:, :h, :w]
+
+
+def get_rel_pos(table: Tensor, n: int) -> Tensor:
+    """The (2L - 1, d) table of relative positions as (n, n, d): [query, key] is the entry of the
+    offset query - key. A table of another length is resized linearly to 2n - 1 offsets."""
+    if len(table) != 2 * n - 1:
+        table = F.interpolate(table.T[None], size=2 * n - 1, mode="linear")[0].T
+    position = torch.arange(n, device=table.device)
+    return table[position[:, None] - position[None, :] + n - 1]
+
+
+def decomposed_rel_pos(q: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+    """The bias q . rel_h[qy, ky] + q . rel_w[qx, kx] of every query and key: q (N, heads, rows,
+    cols, d), not scaled, and rel_h (rows, rows, d), rel_w (cols, cols, d) -> (N, heads, n, n) for
+    the n = rows * cols tokens of a window."""
+    of_rows = torch.einsum("nayxd,ykd->nayxk", q, rel_h)  # (N, heads, rows, cols, rows of keys)
+    of_cols = torch.einsum("nayxd,xkd->nayxk", q, rel_w)
+    bias = of_rows[..., :, None] + of_cols[..., None, :]
+    return bias.flatten(4, 5).flatten(2, 3)
 
 
 class Attention(nn.Module):
-    """Multi-head attention with decomposed relative positions, in windows of `window` tokens, or
-    global if it is 0.
-
-    differs: SAM pads, projects to q, k, v and multiplies out on padded tokens. Here no padded token
-    is ever computed: the windows at the lower and right edge are smaller, and what SAM computes for
-    its zero tokens there, the bias of `qkv` as key and value, takes part as one key. Same function;
-    at 256 px, where windows of 14 are laid over a grid of 16, a third of the tokens."""
+    """Multi-head attention with decomposed relative positions, in windows of `window` x `window`
+    tokens, or over the whole grid if `window` is 0."""
 
     def __init__(self, dim: int, num_heads: int, table_size: int, window: int):
         super().__init__()
         self.num_heads = num_heads
         self.window = window
-        self.qkv = Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * table_size - 1, dim // num_heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * table_size - 1, dim // num_heads))
 
     def forward(self, x: Tensor) -> Tensor:
-        B, h, w, _ = x.shape
-        qkv = self.qkv(x).view(B, h, w, 3, self.num_heads, -1)
+        """(B, h, w, C) -> (B, h, w, C)."""
+        h, w = x.shape[1:3]
         rows, cols = (self.window, self.window) if self.window else (h, w)
-        q, k, v = qkv.unbind(3)  # each (B, h, w, heads, d)
-        rel_h, rel_w = relative_table(self.rel_pos_h, rows), relative_table(self.rel_pos_w, cols)
-        rel_h, rel_w = (
-            rel.repeat(-(-n // len(rel)), 1, 1)[:n].to(q.dtype)
-            for rel, n in ((rel_h, h), (rel_w, w))
-        )
-        _, *filling = self.qkv.bias.to(q.dtype).view(3, self.num_heads, -1)
-        bands = zip(*(split_grid(t, rows, cols) for t in (append_bias(q, rel_h, rel_w), k, v)))
-        out = [
-            torch.cat([attend_part(*part, rows, cols, filling) for part in zip(*band)], dim=2)
-            for band in bands
-        ]
-        return self.proj(torch.cat(out, dim=1))
+        x = window_partition(x, rows, cols)  # (N, rows, cols, C), some tokens zero
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(3, 0, 4, 1, 2, 5)  # each (N, heads, rows, cols, d)
+        rel_h, rel_w = get_rel_pos(self.rel_pos_h, rows), get_rel_pos(self.rel_pos_w, cols)
+        bias = decomposed_rel_pos(q, rel_h, rel_w)
+        q, k, v = (t.flatten(2, 3) for t in (q, k, v))  # (N, heads, n, d)
+        logits = (q * q.shape[-1] ** -0.5) @ k.mT + bias  # (N, heads, n, n)
+        out = logits.softmax(dim=-1) @ v
+        out = out.transpose(1, 2).reshape(x.shape)  # (N, rows, cols, C)
+        return window_unpartition(self.proj(out), h, w)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.num_heads}, window={self.window or 'global'}"
 
 
 class MLP(nn.Module):
+    """lin2 GELU(lin1 x)."""
+
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.lin1 = Linear(dim, hidden)
-        self.lin2 = Linear(hidden, dim)
+        self.lin1 = nn.Linear(dim, hidden)
+        self.lin2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.lin2(F.gelu(self.lin1(x)))
 
 
-class LayerNorm(nn.LayerNorm):
-    """Under autocast its output is cast here, once, and not again by every layer that takes it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).to(autocast_dtype(x))
-
-
-def recomputed(function: Callable[[Tensor], Outputs], x: Tensor) -> Outputs:
-    """function(x); what it takes to go backward is not kept but computed again. For functions
-    without randomness.
-    """
-    if not torch.is_grad_enabled():
-        return function(x)
-    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
-
-
 class Block(nn.Module):
-    """Pre-norm transformer block; `tuners.py` adopts its four children."""
+    """Pre-norm transformer block. `tuners.py` replaces it by blocks that adopt its children."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, table_size: int, window: int):
         super().__init__()
-        self.norm1 = LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads, table_size, window)
-        self.norm2 = LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -161,9 +167,10 @@ class Block(nn.Module):
 
 
 class ImageEncoderViT(nn.Module):
-    """SAM's ViT with its neck. `global_attn_indexes` lists the blocks without windows; `img_size`
-    fixes only how large the stored tables of positions are: any input size is accepted, and the
-    tables are resized to it.
+    """SAM's ViT with its neck.
+
+    `global_attn_indexes` lists the blocks without windows; `img_size` fixes only how large the
+    stored tables of positions are: any input size is accepted, and the tables are resized to it.
     """
 
     def __init__(
@@ -182,47 +189,42 @@ class ImageEncoderViT(nn.Module):
         self.patch_size = patch_size
         grid = img_size // patch_size
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
-        self.pos_embed = nn.Parameter(
-            nn.init.trunc_normal_(torch.empty(1, grid, grid, embed_dim), std=0.02)
-        )
+        self.pos_embed = nn.Parameter(torch.empty(1, grid, grid, embed_dim))
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.blocks = nn.ModuleList()
         for i in range(depth):
             is_global = i in global_attn_indexes
             table_size, window = (grid, 0) if is_global else (window_size, window_size)
             self.blocks.append(Block(embed_dim, num_heads, mlp_ratio, table_size, window))
         self.neck = nn.Sequential(
-            nn.Conv2d(embed_dim, out_chans, 1, bias=False),
+            nn.Conv2d(embed_dim, out_chans, kernel_size=1, bias=False),
             LayerNorm2d(out_chans),
-            nn.Conv2d(out_chans, out_chans, 3, padding=1, bias=False),
+            nn.Conv2d(out_chans, out_chans, kernel_size=3, padding=1, bias=False),
             LayerNorm2d(out_chans),
         )
-        # Compute each block's activations again going backward instead of keeping them: less
-        # memory, more time.
-        self.activation_checkpointing = False
-        # Written by tuners.apply_tuner: which tuner the blocks carry, and the names it added to
-        # SAM's.
+        # Written by tuners.apply_tuner: the tuner of the blocks, and the names it added to SAM's.
         self.tuner: str | None = None
         self.added_names: list[str] = []
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W), H and W multiples of the patch size -> (B, out_chans, H / patch, W /
-        patch).
+    def forward(self, x: Tensor, seen: dict | None = None) -> Tensor:
+        """(B, 3, H, W), H and W multiples of the patch size -> (B, out_chans, h, w).
+
+        Into `seen`, if given, goes "blocks": the output (B, h, w, C) of every block.
         """
         if x.shape[-2] % self.patch_size or x.shape[-1] % self.patch_size:
-            raise ValueError(
-                f"the encoder takes multiples of {self.patch_size} pixels, not {tuple(x.shape[-2:])}"
-            )
+            size = tuple(x.shape[-2:])
+            raise ValueError(f"the encoder takes multiples of {self.patch_size} pixels, not {size}")
         x = self.patch_embed(x)
         x = x + resize_positions(self.pos_embed, x.shape[1:3])
         for block in self.blocks:
-            x = recomputed(block, x) if self.activation_checkpointing else block(x)
+            x = block(x)
+            if seen is not None:
+                seen.setdefault("blocks", []).append(x)
         return self.neck(x.permute(0, 3, 1, 2))
 
 
 def resize_positions(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(1, h0, w0, C) -> (1, h, w, C), bicubic without aligned corners; unchanged when the grid is
-    the stored one.
-    """
+    """(1, h0, w0, C) -> (1, h, w, C), bicubic without aligned corners; the stored grid as it is."""
     if tuple(pos_embed.shape[1:3]) == tuple(grid):
         return pos_embed
     resized = F.interpolate(pos_embed.permute(0, 3, 1, 2).float(), size=tuple(grid), mode="bicubic")
@@ -246,11 +248,9 @@ class LoadReport:
     """What became of every tensor of a checkpoint. As text, one line."""
 
     loaded: list[str] = field(default_factory=list)
-    resized: list[str] = field(
-        default_factory=list
-    )  # "name: old shape -> new shape", counted in `loaded` too
+    resized: list[str] = field(default_factory=list)  # "name: old shape -> new", loaded too
     zeroed: list[str] = field(default_factory=list)  # relative positions set to zero on request
-    ignored: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)  # of SAM's other parts
 
     def __str__(self) -> str:
         text = f"{len(self.loaded)} tensors loaded, {len(self.resized)} resized"
@@ -259,10 +259,8 @@ class LoadReport:
         return text + f", {len(self.ignored)} ignored" + (f" ({', '.join(parts)})" if parts else "")
 
 
-def check_total(expected: dict[str, Tensor], given: dict[str, Tensor], what: str) -> None:
-    """Raises WeightsError with every difference unless both hold the same names with the same
-    shapes.
-    """
+def check_keys_match(expected: dict[str, Tensor], given: dict[str, Tensor], what: str) -> None:
+    """Raises WeightsError with every difference unless names and shapes of both are the same."""
     missing = [n for n in expected if n not in given]
     unexpected = [n for n in given if n not in expected]
     misshapen = [
@@ -272,40 +270,20 @@ def check_total(expected: dict[str, Tensor], given: dict[str, Tensor], what: str
     ]
     if missing or unexpected or misshapen:
         lists = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
-        listing = "; ".join(
-            f"{len(names)} {kind}: {', '.join(names)}" for kind, names in lists if names
-        )
-        raise WeightsError(f"{what} does not fit: {listing}")
+        lists = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in lists if names]
+        raise WeightsError(f"{what} does not fit: {'; '.join(lists)}")
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .pth, .pt, .bin or .safetensors file, and nothing but tensors. Raises
-    WeightsError.
-    """
+    """The tensors of a .pth, .pt, .bin or .safetensors file. Raises WeightsError for all else."""
     path = Path(path)
     if not path.is_file():
-        raise WeightsError(
-            f"{path}: no such file; give the path of a checkpoint, or --weights none"
-        )
+        raise WeightsError(f"{path}: no such file; give a checkpoint's path, or --weights none")
     if path.suffix == ".safetensors":
-        try:
-            from safetensors import SafetensorError
-            from safetensors.torch import load_file
-        except ImportError as error:
-            raise WeightsError(
-                f"{path}: reading it needs the package safetensors (pip install safetensors)"
-            ) from error
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise WeightsError(
-                f"{path}: not a readable safetensors file ({first_line(error)})"
-            ) from error
+        return read_safetensors(path)
     state = read_tensors(path)
-    if isinstance(state, dict) and isinstance(
-        state.get("model"), dict
-    ):  # as training scripts like to save it
-        state = state["model"]
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):
+        state = state["model"]  # as training scripts like to save it
     if not isinstance(state, dict) or not all(
         isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
     ):
@@ -313,22 +291,29 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        remedy = "pip install safetensors"
+        raise WeightsError(f"{path}: reading it needs a package; {remedy}") from error
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = first_line(error)
+        raise WeightsError(f"{path}: not a readable safetensors file ({reason})") from error
+
+
 def read_tensors(path: Path) -> object:
-    """What torch.save wrote, provided it is tensors and built-ins. Raises WeightsError for anything
-    else.
-    """
+    """What torch.save wrote, if it is tensors and built-ins. Raises WeightsError for all else."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"{path}: refused, it is damaged or holds more than tensors ({first_line(error)})"
-        ) from error
-    except (
-        Exception
-    ) as error:  # zipfile, struct, pickle and torch raise a dozen kinds for a damaged file
-        raise WeightsError(
-            f"{path}: truncated or not a torch checkpoint ({first_line(error)})"
-        ) from error
+        reason = f"refused, it is damaged or holds more than tensors ({first_line(error)})"
+    except Exception as error:  # zipfile, struct, pickle and torch raise a dozen kinds
+        reason = f"truncated or not a torch checkpoint ({first_line(error)})"
+    raise WeightsError(f"{path}: {reason}")
 
 
 def first_line(error: BaseException) -> str:
@@ -359,9 +344,7 @@ HUGGING_FACE_NAMES = (
 
 
 def sam_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Any of the known spellings -> (tensors by Meta's names without a prefix, names that belong to
-    other parts).
-    """
+    """Any known spelling -> (tensors by Meta's names without prefix, names of other parts)."""
     encoder, ignored = {}, []
     for name, tensor in state.items():
         short = name.removeprefix("module.")
@@ -382,14 +365,14 @@ def load_sam_weights(
     source: str | Path | dict[str, Tensor],
     relative_positions: str = "sam",
 ) -> LoadReport:
-    """Copies SAM's image encoder into `encoder`, which may carry a tuner already (its own tensors
-    stay).
+    """Copies SAM's image encoder into `encoder`; the tensors of a tuner that it carries stay.
 
     `source`: a path or a state dict in Meta's or Hugging Face's names; the prompt encoder and the
     mask decoder of a whole SAM are ignored. `relative_positions`: "sam", or "zero" for what the
-    published MFNet code computes (its loader drops the tables in silence; PAPER.md 3.1). Positions
-    of another grid and tables of another length are resized and reported; anything else missing,
-    unexpected or of another shape raises WeightsError with the lists, and nothing is changed."""
+    published MFNet code computes, whose loader drops the tables in silence. Positions of another
+    grid and tables of another length are resized and reported; anything else missing, unexpected or
+    of another shape raises WeightsError with the lists, and nothing is changed.
+    """
     if relative_positions not in ("sam", "zero"):
         raise ValueError(f"relative_positions is 'sam' or 'zero', not {relative_positions!r}")
     what = str(source) if isinstance(source, (str, Path)) else "the state dict"
@@ -404,11 +387,10 @@ def load_sam_weights(
         if resized is not None:
             given[name] = resized
             report.resized.append(f"{name}: {tuple(tensor.shape)} -> {tuple(resized.shape)}")
-    check_total(expected, given, what)
+    check_keys_match(expected, given, what)
     with torch.no_grad():
         for name, target in expected.items():
-            # differs: the published loader leaves these tables at zero without a word; here only
-            # when asked to.
+            # differs: the published loader leaves these tables at zero without a word
             if relative_positions == "zero" and ".rel_pos_" in name:
                 target.zero_()
                 report.zeroed.append(name)
@@ -419,9 +401,7 @@ def load_sam_weights(
 
 
 def resize_table(name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
-    """Positions of another grid or relative tables of another length, resized; None when that
-    cannot help.
-    """
+    """Positions of another grid or tables of another length, resized; None if that cannot help."""
     if tensor.ndim != len(shape) or tensor.shape[-1] != shape[-1]:
         return None
     if name == "pos_embed":

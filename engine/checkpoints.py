@@ -1,7 +1,7 @@
-"""Files of weights: find and fetch SAM's, save a run, load it again, hand it on.
+"""Files of weights: save a run, load it again, hand it on.
 
-    python -m engine.checkpoints --run runs/NAME --whole FILE    a model.pt that needs no checkpoint of SAM beside it
-    python -m engine.checkpoints --run runs/NAME --sam FILE      the run's image encoder alone, in the names of Meta's files
+    python -m engine.checkpoints --run runs/NAME --whole FILE    the run with SAM's weights in it
+    python -m engine.checkpoints --run runs/NAME --sam FILE      its image encoder, in Meta's names
 
 A run's `model.pt` holds what was trained (tuner, fusion, decoder; the encoder only for `full`), the
 buffers that training changed, and which base it stands on: the name and the SHA-256 of SAM's
@@ -13,20 +13,24 @@ temporary name first."""
 from __future__ import annotations
 
 import hashlib
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from engine.console import Parser, Ticker, run_script
+from engine.console import Mistake, Parser, Ticker, run_script
 from engine.files import replace_atomically
+from engine.plugins import load_run_plugins
 from engine.pretrained import Progress, find_weights
+from engine.settings import Settings
+from geodata.layouts import MODALITIES
 from mfnet import MFNet, build_mfnet, trained_names
 from sam_vit import (
     ImageEncoderViT,
     LoadReport,
     WeightsError,
-    check_total,
+    check_keys_match,
     first_line,
     load_sam_weights,
     read_tensors,
@@ -45,43 +49,38 @@ def base_digest(encoder: ImageEncoderViT) -> str:
     return digest.hexdigest()
 
 
-def build_network(settings: dict, num_classes: int) -> MFNet:
+def build_network(s: Settings, num_classes: int) -> MFNet:
     """A network as a run's settings describe it, with random weights. Seeds torch with the run's
-    seed: what `--weights none` trains on is a function of it.
+    seed: what `--weights none` trains on is a function of it. Raises Mistake.
     """
-    options = {"adapter": ("mixing",), "lora": ("mixing", "rank")}.get(settings["tuner"], ())
-    torch.manual_seed(settings["seed"])
-    return build_mfnet(
-        settings["encoder"],
-        settings["tuner"],
-        num_classes,
-        modalities=len(settings["modalities"].split("+")),
-        fusion=settings["fusion"],
-        **{name: settings[name] for name in options},
-    )
+    torch.manual_seed(s.seed)
+    modalities = len(MODALITIES[s.modalities])
+    try:
+        return build_mfnet(s.encoder, s.tuner, num_classes, modalities, s.fusion, **s.tuner_option)
+    except ValueError as error:  # of the tuner's constructor
+        listed = " ".join(f"{name}={value}" for name, value in s.tuner_option.items())
+        raise Mistake(f"--tuner {s.tuner} with {listed or 'no option'}: {error}") from error
 
 
 def build_model(
-    settings: dict, num_classes: int, progress: Progress | None = None
+    s: Settings, num_classes: int, progress: Progress | None = None
 ) -> tuple[MFNet, dict, LoadReport | None]:
     """The network of a run on its base -> (model, base, report of loading SAM's weights; None for
     random ones).
 
     `base` names where the encoder's weights come from: {"weights", "seed", "sha256"}. Raises
     WeightsError."""
-    path = find_weights(settings["weights"], settings["encoder"], progress)
-    model = build_network(settings, num_classes)
+    path = find_weights(s.weights, s.encoder, progress)
+    model = build_network(s, num_classes)
     report = None
     if path is not None:
-        report = load_sam_weights(
-            model.image_encoder, path, settings.get("relative_positions", "sam")
-        )
-    name = "random" if path is None else path.name
-    return (
-        model,
-        {"weights": name, "seed": settings["seed"], "sha256": base_digest(model.image_encoder)},
-        report,
-    )
+        report = load_sam_weights(model.image_encoder, path, s.relative_positions)
+    base = {
+        "weights": "random" if path is None else path.name,
+        "seed": s.seed,
+        "sha256": base_digest(model.image_encoder),
+    }
+    return model, base, report
 
 
 # ------------------------------------------------------------------------------------------ the run
@@ -90,7 +89,8 @@ def build_model(
 MODEL_KEYS = ("settings", "base", "classes", "state")
 
 
-IN_EVERY_BASE = "image_encoder.pos_embed"  # a state that holds it holds the whole encoder: of `full`, or a whole file
+# A state that holds it holds the whole encoder: of `full`, or a whole file.
+IN_EVERY_BASE = "image_encoder.pos_embed"
 
 
 def changed_names(model: MFNet) -> list[str]:
@@ -112,90 +112,132 @@ def load_trained_state(model: MFNet, state: dict[str, Tensor], what: str) -> Non
     fits."""
     target = model.state_dict()
     names = target if IN_EVERY_BASE in state else changed_names(model)
-    check_total({n: target[n] for n in names}, state, what)
+    check_keys_match({n: target[n] for n in names}, state, what)
     with torch.no_grad():
         for name, tensor in state.items():
             target[name].copy_(tensor)
 
 
-def save_model(path: Path, model: MFNet, settings: dict, base: dict, classes: list) -> None:
+def save_tensors(path: Path, content: dict) -> None:
+    """Writes `content` to a temporary name and renames it. Raises OSError if that fails."""
+
+    def write(temporary: Path) -> None:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # by which torch reports a full disk or a closed folder
+            raise OSError(first_line(error)) from error
+
+    replace_atomically(path, write)
+
+
+def save_model(
+    path: Path, model: MFNet, s: Settings, base: dict, classes: list, epoch: int, finished: bool
+) -> None:
+    """Writes `model.pt`; `finished` says whether the run came to its end. Raises OSError."""
     content = {
-        "settings": settings,
+        "settings": asdict(s),
         "base": base,
         "classes": classes,
         "state": trained_state(model),
+        "epoch": epoch,
+        "finished": finished,
     }
-    replace_atomically(path, lambda p: torch.save(content, p))
+    save_tensors(path, content)
 
 
 def load_model(
-    path: Path, weights: str | None = None, progress: Progress | None = None
-) -> tuple[MFNet, dict, list]:
+    path: str | Path, weights: str | None = None, progress: Progress | None = None
+) -> tuple[MFNet, Settings, list]:
     """A `model.pt` or a whole file -> (network in eval mode on the CPU, the run's settings, [[name,
     [r, g, b]], ...]).
 
     `weights` says where the base is now (as `--weights`), by default where the run found it; a file
     that holds its base needs none. Raises WeightsError when the file is damaged, when there is no
-    base, or another one than the run's."""
+    base, or another one than the run's; Mistake for settings that cannot be a run's."""
+    path = Path(path)
     content = read_content(path, MODEL_KEYS)
-    return restore_model(content, path, weights, progress), content["settings"], content["classes"]
+    s = read_settings(content, path)
+    return restore_model(content, path, s, weights, progress), s, content["classes"]
+
+
+def read_settings(content: dict, path: Path) -> Settings:
+    """The settings that a file of a run holds, with the plugins beside it loaded. Raises Mistake."""
+    plugins = content["settings"].get("plugin", {}) if type(content["settings"]) is dict else {}
+    if type(plugins) is not dict or not all(type(v) is str for kv in plugins.items() for v in kv):
+        raise Mistake(f"{path}: its plugins are no list of names and hashes")
+    load_run_plugins(plugins, path.parent)
+    return Settings.from_dict(content["settings"], str(path))
+
+
+def is_finished(path: Path) -> bool:
+    """Whether a model.pt is of a run that came to its end; earlier versions did not note it."""
+    return bool(read_content(path, MODEL_KEYS).get("finished", True))
 
 
 def restore_model(
-    content: dict, path: Path, weights: str | None, progress: Progress | None
+    content: dict, path: Path, s: Settings, weights: str | None, progress: Progress | None
 ) -> MFNet:
     """The network of what `path` holds; see `load_model`."""
-    settings, base, K = content["settings"], content["base"], len(content["classes"])
+    base, classes = content["base"], content["classes"]
+    check_form(base, classes, path)
     whole = IN_EVERY_BASE in content["state"]
+    place = "none" if whole else base_place(path, s, weights)
     try:
         if whole:
-            model = build_network(settings, K)
+            model = build_network(s, len(classes))
         else:
-            place = base_place(path, settings, weights)
-            model, found, _ = build_model({**settings, "weights": place}, K, progress)
-    except WeightsError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:  # written by another version, or by hand
-        raise WeightsError(
-            f"{path}: its settings describe no network of this program ({error!r})"
-        ) from error
+            model, found, _ = build_model(replace(s, weights=place), len(classes), progress)
+    except Mistake as error:
+        raise Mistake(f"{path}: {error}") from None
     if not whole and found["sha256"] != base["sha256"]:
         raise WeightsError(
-            f"{path} was trained on {base['weights']} (sha256 {base['sha256']}), not on {found['weights']} "
-            f"(sha256 {found['sha256']}); give the base it was trained on by --weights, or a whole file "
-            "(python -m engine.checkpoints --whole FILE, where the base is)"
+            f"{path} was trained on {base['weights']} (sha256 {base['sha256']}), not on "
+            f"{found['weights']} (sha256 {found['sha256']}); give the base it was trained on by "
+            "--weights, or a whole file (python -m engine.checkpoints --whole FILE, where the "
+            "base is)"
         )
     load_trained_state(model, content["state"], str(path))
     return model.eval()
 
 
-def base_place(path: Path, settings: dict, weights: str | None) -> str:
+def check_form(base: object, classes: object, path: Path) -> None:
+    """Raises WeightsError unless base and classes are what `save_model` writes."""
+    sound = type(base) is dict and all(type(base.get(k)) is str for k in ("weights", "sha256"))
+    sound = sound and type(classes) is list and len(classes) > 0
+    for row in classes if sound else ():
+        sound = sound and len(row) == 2 and type(row[0]) is str and len(row[1]) == 3
+    if not sound:
+        raise WeightsError(f"{path}: its base or its classes are damaged")
+
+
+def base_place(path: Path, s: Settings, weights: str | None) -> str:
     """`weights`, or what the run was given. Raises WeightsError if that was a path where no file is
     any more.
     """
-    place = settings["weights"]
-    if weights is None and place not in ("auto", "none") and not Path(place).is_file():
+    if weights is None and s.weights not in ("auto", "none") and not Path(s.weights).is_file():
         raise WeightsError(
-            f"{path} stands on {place}, where there is no file; say where it is now by --weights"
+            f"{path} stands on {s.weights}, where there is no file; say where it is now by --weights"
         )
-    return weights or place
+    return weights or s.weights
 
 
 def read_content(path: Path, keys: tuple[str, ...]) -> dict:
     """A file of ours as a dict that holds `keys`. Raises WeightsError."""
     if not path.is_file():
-        raise WeightsError(f"{path}: no such file; is this the folder of a finished run?")
+        seeds = sorted(path.parent.glob(f"seed-*/{path.name}"))
+        hint = (
+            f"give one of its seeds, as {seeds[0].parent}" if seeds else "is this a run's folder?"
+        )
+        raise WeightsError(f"{path}: no such file; {hint}")
     content = read_tensors(path)
     if not isinstance(content, dict) or any(key not in content for key in keys):
         raise WeightsError(f"{path}: not a file of this program, it lacks {', '.join(keys)}")
     return content
 
 
-def newest_run(runs: Path = Path("runs"), holding: str = "model.pt") -> Path:
-    """The folder below `runs` whose file `holding` was written last. Raises WeightsError when there
-    is none.
-    """
-    models = sorted(runs.glob(f"*/{holding}"), key=lambda p: p.stat().st_mtime)
+def newest_run(runs: Path = Path("runs")) -> Path:
+    """The folder below `runs` whose model.pt was written last. Raises WeightsError."""
+    models = sorted(runs.glob("*/model.pt"), key=lambda p: p.stat().st_mtime)
     if not models:
         raise WeightsError(
             f"there is no finished run below {runs.resolve()}; train one, or give --run DIR"
@@ -215,7 +257,7 @@ def export_whole(
     """
     check_new(out)
     content = read_content(path, MODEL_KEYS)
-    model = restore_model(content, path, weights, progress)
+    model = restore_model(content, path, read_settings(content, path), weights, progress)
     save_new(out, {**content, "state": dict(model.state_dict())})
 
 
@@ -245,11 +287,8 @@ def save_new(out: Path, content: dict) -> None:
     fails.
     """
     try:
-        replace_atomically(out, lambda p: torch.save(content, p))
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # torch tells of a full disk or a closed folder by RuntimeError
+        save_tensors(out, content)
+    except OSError as error:
         raise WeightsError(f"{out} cannot be written ({first_line(error)})") from error
 
 
@@ -284,4 +323,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, WeightsError)

@@ -1,40 +1,83 @@
-"""How the scripts talk: one line for a mistake, one line for progress."""
+"""How the scripts talk: one line for a mistake, one line for progress. Imports nothing of ours."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
+import os
 import sys
 import time
 from typing import Callable, NoReturn, TextIO
 
-from geodata.rasters import DataError
-from sam_vit import WeightsError
+
+class Mistake(ValueError):
+    """What the user gave cannot be used; the message is one line that says what to do instead.
+
+    A subclass, or an error of another room, may carry its own `status` and `label`."""
+
+    status = 2
+    label = "error"
 
 
 class Parser(argparse.ArgumentParser):
-    """One line and exit status 2 for a mistake on the command line."""
+    """Long flags are written out; a mistake is one line, with the flag that was probably meant."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_args(self, args=None, namespace=None):
+        args, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(self.unknown_word(unknown[0]))
+        return args
+
+    def unknown_word(self, word: str) -> str:
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        name = word.split("=")[0].replace("_", "-")
+        longer = [flag for flag in flags if name.startswith("--") and flag.startswith(name)]
+        meant = difflib.get_close_matches(name, flags, n=1, cutoff=0.75) or longer
+        return f"{word} is no flag" + (f"; did you mean {meant[0]}?" if meant else "")
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see python {self.prog} --help\n")
+        say_mistake(f"error: {message}; see python {self.prog} --help")
+        sys.exit(2)
 
 
-def run_script(main: Callable[[], None]) -> NoReturn:
-    """Runs a script's main: a user's mistake becomes one line and exit status 2, Ctrl-C exit status
-    130.
+def run_script(main: Callable[[], None], *mistakes: type[Exception]) -> NoReturn:
+    """Runs a script's main: a `Mistake`, or one of `mistakes`, becomes one line and exit status 2,
+    Ctrl-C exit status 130.
     """
-    logging.getLogger("tifffile").addHandler(
-        logging.NullHandler()
-    )  # a damaged file is one line, and that is ours
+    # A damaged TIFF is one line, and that is ours.
+    logging.getLogger("tifffile").addHandler(logging.NullHandler())
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a class name that the terminal cannot show becomes ?
+            stream.reconfigure(errors="replace")
     try:
         main()
-    except (DataError, WeightsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.stdout.flush()
+    except (Mistake, *mistakes) as error:
+        say_mistake(f"{getattr(error, 'label', 'error')}: {error}")
+        sys.exit(getattr(error, "status", 2))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # python data.py ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     sys.exit(0)
+
+
+def say_mistake(line: str) -> None:
+    """Prints a mistake once for all processes of torchrun.
+
+    Most mistakes happen on every process. The others wait before they speak: where the main one
+    failed too, torchrun has ended them by then."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(5)
+        line = f"process {rank}: {line}"
+    print(line, file=sys.stderr, flush=True)
 
 
 class Ticker:
@@ -46,7 +89,7 @@ class Ticker:
         self.label, self.stream, self.every = label, stream or sys.stdout, every
         self.start = self.last = time.monotonic()
         self.first_done: int | None = None
-        self.width = 0
+        self.width = 0  # of the line that is being rewritten; 0: there is none
 
     def __call__(self, done: int, total: int, text: str = "") -> None:
         """`done` of `total`, 0 if unknown; the time left is taken from the pace since the first
@@ -61,19 +104,21 @@ class Ticker:
         self.last = now
         line = f"{self.label} {done}/{total or '?'}{text}"
         if not finished and done > self.first_done and total:
-            line += (
-                f", {clock((now - self.start) * (total - done) / (done - self.first_done))} left"
-            )
+            left = (now - self.start) * (total - done) / (done - self.first_done)
+            line += f", {clock(left)} left"
         if terminal:
-            print(
-                "\r" + line.ljust(self.width),
-                end="\n" if finished else "",
-                file=self.stream,
-                flush=True,
-            )
+            print("\r" + line.ljust(self.width), end="", file=self.stream, flush=True)
             self.width = len(line)
         else:
             print(line, file=self.stream, flush=True)
+        if finished:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the line, so that what is printed next begins one of its own."""
+        if self.width:
+            print(file=self.stream, flush=True)
+            self.width = 0
 
 
 def clock(seconds: float) -> str:

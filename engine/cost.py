@@ -1,5 +1,4 @@
-"""What the encoder has to multiply, counted from the shapes, and how fast this machine multiplies
-it.
+"""What the encoder has to multiply, counted from the shapes, and how fast this machine multiplies.
 
 A product (n, a, b, c) stands for n matrix products of (a, b) by (b, c): 2 n a b c operations.
 
@@ -8,15 +7,16 @@ Shapes: `B` images of a batch, `M` modalities, `T` tokens of all images and moda
 
 from __future__ import annotations
 
+import platform
 import statistics
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Callable
 
 import torch
 
-from attention import whole_and_rest
-from linear import linear
+from fast import linear, split_sizes
 from mfnet import MFNet
 
 Product = tuple[int, int, int, int]
@@ -24,21 +24,18 @@ Product = tuple[int, int, int, int]
 
 def encoder_products(model: MFNet, batch: int, crop: int) -> Counter[Product]:
     """The matrix products that the encoder's forward pass needs for `batch` images of crop x crop
-    -> how often each.
-    """
+    -> how often each: SAM's layers on real tokens, attention, and what the tuner says it adds."""
     encoder, M = model.image_encoder, model.modalities
     side = crop // encoder.patch_size
     T, C = M * batch * side * side, encoder.pos_embed.shape[-1]
     products: Counter[Product] = Counter()
     products[1, T, 3 * encoder.patch_size**2, C] += 1
+    for name, p in encoder.blocks.named_parameters(prefix="blocks"):
+        if name not in encoder.added_names and p.ndim == 2 and ".rel_pos_" not in name:
+            products[1, T, p.shape[1], p.shape[0]] += 1  # of a linear layer, (out, in)
     for block in encoder.blocks:
-        for name, p in block.named_parameters():
-            if ".lora_" in name:  # (M, parts, out, in)
-                products[p.shape[0] * p.shape[1], T // M, p.shape[3], p.shape[2]] += 1
-            elif p.ndim == 2 and ".rel_pos_" not in name:  # (out, in)
-                uses = M if "_adapters." in name else 1
-                products[1, T // uses, p.shape[1], p.shape[0]] += 1
         products.update(attention_products(block.attn, M * batch, side))
+        products.update(block.added_products(T))
     out = encoder.neck[0].out_channels
     products[1, T, C, out] += 1
     products[1, T, 9 * out, out] += 1
@@ -47,12 +44,11 @@ def encoder_products(model: MFNet, batch: int, crop: int) -> Counter[Product]:
 
 def attention_products(attn: torch.nn.Module, images: int, side: int) -> Counter[Product]:
     """Those of softmax(q k^T + bias) v on grids of side x side tokens: real queries, real keys, one
-    key of padding.
-    """
+    key of padding."""
     heads, d, window = attn.num_heads, attn.rel_pos_h.shape[1], attn.window or side
     products: Counter[Product] = Counter()
-    for h in whole_and_rest(side, window):
-        for w in whole_and_rest(side, window):
+    for h in split_sizes(side, window):
+        for w in split_sizes(side, window):
             a, b = min(h, window), min(w, window)
             windows = images * (h // a) * (w // b)
             keys = a * b + (a * b < window * window)
@@ -70,10 +66,8 @@ def ceiling(
     products: Counter[Product], dtype: torch.dtype, device: torch.device, repeats: int
 ) -> float:
     """Seconds that the products take by themselves: of each the median of `repeats`, times how
-    often it is needed.
-
-    A product with a weight counts as the faster of a matrix product and of `linear`, which may go
-    about it in another way."""
+    often it is needed. A product with a weight counts as the faster of a matrix product and of
+    `fast.linear`, which may go about it in another way."""
     seconds = 0.0
     for (n, a, b, c), count in products.items():
         x = torch.randn(n, a, b, device=device).to(dtype).squeeze(0)
@@ -104,3 +98,15 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def machine(device: torch.device) -> str:
+    """The processor or the GPU, by name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        name = next(models, name)
+    return f"{name}, {torch.get_num_threads()} threads"

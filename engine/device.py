@@ -1,4 +1,4 @@
-"""Where a run computes and in which precision, how much memory it took, and which code it was."""
+"""Where a run computes and in which precision, how much memory there is, and which code it was."""
 
 from __future__ import annotations
 
@@ -12,7 +12,57 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from sam_vit import WeightsError, first_line
+from engine.console import Mistake
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" -> CUDA, Apple's MPS, or the CPU. Raises Mistake for a device that this machine
+    lacks.
+    """
+    if name == "auto":
+        on_mac = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else on_mac
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise Mistake(f"--device {name} cannot be used here ({reason}); try auto or cpu") from error
+    return device
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`auto` is bf16 on CUDA devices that have it, else fp32."""
+    if precision == "auto":
+        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return precision
+
+
+def autocast(precision: str, device: torch.device):
+    """The context in which a network runs in a precision: fp32, bf16 (mixed), or auto."""
+    bf16 = resolve_precision(precision, device) == "bf16"
+    return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
+
+
+def store_frozen_weights(model: nn.Module, precision: str, device: torch.device) -> None:
+    """In bf16 the frozen matrices are kept in bf16, not cast in every step; what is trained stays
+    fp32, in place.
+    """
+    if resolve_precision(precision, device) != "bf16":
+        return
+    for p in model.parameters():
+        if not p.requires_grad and p.ndim in (2, 4) and p.shape[0] > 1:
+            p.data = p.data.bfloat16()
+
+
+# ------------------------------------------------------------------------------------------- memory
+
+
+def use_large_pages() -> None:
+    """Asks PyTorch for large pages of Linux for its large tensors on a CPU; before the first one.
+
+    Measured: a training step of ViT-L takes a seventh less memory, and the same time."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def peak_memory(device: torch.device) -> float | None:
@@ -29,62 +79,41 @@ def peak_memory(device: torch.device) -> float | None:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-def store_frozen_weights(model: nn.Module, precision: str, device: torch.device) -> None:
-    """In bf16 the frozen matrices are kept in bf16, not cast in every step; what is trained stays
-    fp32, in place.
-    """
-    if resolve_precision(precision, device) != "bf16":
-        return
-    for p in model.parameters():
-        if not p.requires_grad and p.ndim in (2, 4) and p.shape[0] > 1:
-            p.data = p.data.bfloat16()
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """`auto` is bf16 on CUDA devices that have it, else fp32."""
-    if precision == "auto":
-        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return precision
-
-
-def autocast(precision: str, device: torch.device):
-    """The context in which a network runs in a precision: fp32, bf16 (mixed), or auto."""
-    bf16 = resolve_precision(precision, device) == "bf16"
-    return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" -> CUDA, Apple's MPS, or the CPU. Raises WeightsError for a device that this machine
-    lacks.
-    """
-    if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+def total_memory(device: torch.device) -> float | None:
+    """The memory of the GPU, else of the machine, in MB; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 2**20
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise WeightsError(
-            f"--device {name} cannot be used here ({first_line(error)}); try auto or cpu"
-        ) from error
-    if device.type == "cpu":
-        # For PyTorch, which looks at it before its first large tensor: large pages of Linux for
-        # large tensors. Measured: a training step of ViT-L takes a seventh less memory, and the
-        # same time.
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    return device
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**20
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+# --------------------------------------------------------------------------------------------- code
 
 
 def version() -> str:
-    here = Path(__file__).resolve().parent.parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
+    """The commit of this code, with -dirty where a Python file differs from it, and torch's."""
+    return f"commit {commit()}, torch {torch.__version__}, python {platform.python_version()}"
+
+
+def commit() -> str:
+    """The commit of this project's own repository: a copy inside another one is "unknown"."""
+    home = Path(__file__).resolve().parent.parent
+    top = git(home, "rev-parse", "--show-toplevel")
+    if top is None or Path(top.stdout.strip()).resolve() != home:
+        return "unknown"
+    described = git(home, "describe", "--always")
+    if described is None or not described.stdout.strip():
+        return "unknown"
+    changed = git(home, "diff", "--quiet", "HEAD", "--", "*.py")
+    dirty = "-dirty" if changed is not None and changed.returncode else ""
+    return described.stdout.strip() + dirty
+
+
+def git(folder: Path, *words: str) -> subprocess.CompletedProcess | None:
+    command = ["git", "-C", str(folder), *words]
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
-        commit = ""
-    return f"commit {commit or 'unknown'}, torch {torch.__version__}, python {platform.python_version()}"
+        return None

@@ -8,22 +8,28 @@ Shapes: `H, W` pixels of the raster, `B` windows of a batch, `K` classes.
 
 from __future__ import annotations
 
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator
 
 import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from engine.console import Mistake
 from engine.device import autocast
 from geodata.crops import window_places
 from geodata.scaling import TileScale, height_range
-from geodata.rasters import View
 
-Raster = np.ndarray | View  # or whatever else slices like one of `slices.py`
+Raster = Any  # whatever has a shape and slices like an array
 
 
 ROWS = 64  # of a strip at most: what is computed from it is small beside the logits that wait
+
+
+class NotFinite(Mistake):
+    """A network's outputs are NaN or infinite."""
+
+    status = 1
 
 
 # ----------------------------------------------------------------------------------- sliding window
@@ -51,19 +57,18 @@ def predict_strips(
 
     Only the rows of logits that still wait for a window are kept, and of the rasters, which may
     slice like arrays, one window at a time is asked for: memory grows with the width, and not with
-    the height."""
+    the height. Raises NotFinite where the network's outputs are no numbers."""
     rasters = [r for r in (image, dsm) if r is not None]
     H, W = rasters[0].shape[:2]
     scale = scale or TileScale(heights or (None if dsm is None else height_range(dsm)))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    side = BLENDS[blend](window).to(device)  # (window,)
-    share = side[:, None] * side  # (window, window)
+    weight_1d = BLENDS[blend](window).to(device)  # (window,)
+    weight_2d = weight_1d[:, None] * weight_1d  # (window, window)
     rows, columns = window_places(H, window, stride), window_places(W, window, stride)
-    row_weights = weight_along(rows, side, H, repeat_border)  # (H,)
-    column_weights = weight_along(columns, side, W, repeat_border)  # (W,)
-    logits: Tensor | None = (
-        None  # (K, window, width) sums of the rows from the current window's top on
-    )
+    row_weights = weight_along(rows, weight_1d, H, repeat_border)  # (H,)
+    column_weights = weight_along(columns, weight_1d, W, repeat_border)  # (W,)
+    # (K, window, width) sums of the rows from the current window's top on
+    logits: Tensor | None = None
     for i, (top, row_weight) in enumerate(rows):
         for left_batch in _batches(columns, batch_size):
             boxes = [np.s_[top : top + window, left : left + window] for left, _ in left_batch]
@@ -75,10 +80,15 @@ def predict_strips(
             if logits is None:
                 logits = out.new_zeros(out.shape[1], window, max(W, window))
             for window_logits, (left, column_weight) in zip(out, left_batch):
-                weight = row_weight * column_weight if repeat_border else 1
-                logits[:, :, left : left + window] += weight * share * window_logits
+                times = row_weight * column_weight if repeat_border else 1
+                logits[:, :, left : left + window] += times * weight_2d * window_logits
         below = rows[i + 1][0] if i + 1 < len(rows) else H
         done = logits[:, : below - top, :W]
+        if not done.isfinite().all():  # their largest would be class 0, without a word
+            raise NotFinite(
+                "the network's outputs are no numbers (NaN or infinity); its weights are not to be "
+                "used: train again with a smaller --lr, or --clip 1"
+            )
         for sums, weights in zip(done.split(ROWS, dim=1), row_weights[top:below].split(ROWS)):
             # The mean and the sum of a pixel's windows have the same largest class: the map has
             # nothing to divide by.
@@ -124,15 +134,17 @@ def _cosine(window: int) -> Tensor:
 BLENDS = {"mean": torch.ones, "cosine": _cosine}
 
 
-def weight_along(places: list[tuple[int, int]], side: Tensor, length: int, repeat: bool) -> Tensor:
+def weight_along(
+    places: list[tuple[int, int]], weight_1d: Tensor, length: int, repeat: bool
+) -> Tensor:
     """What the windows at `places` weigh together at each pixel of a row or column: (length,).
 
     A window weighs at (y, x) what its row weighs at y times what its column weighs at x, and every
     row of windows has the same columns. So the sum over all windows is a product as well, and needs
     no buffer of the raster's size."""
-    total = side.new_zeros(max(length, len(side)))
+    total = weight_1d.new_zeros(max(length, len(weight_1d)))
     for start, times in places:
-        total[start : start + len(side)] += (times if repeat else 1) * side
+        total[start : start + len(weight_1d)] += (times if repeat else 1) * weight_1d
     return total[:length]
 
 

@@ -56,8 +56,7 @@ def find_weights(weights: str, size: str, progress: Progress | None = None) -> P
 
 
 def fetch(url: str, target: Path, md5: str, progress: Progress | None = None) -> None:
-    """Sees to it that `target` is the file with that md5: the one that is there, or else a download
-    from `url`.
+    """Makes `target` the file with that md5: the one that is there, or else a download from `url`.
 
     A download becomes `target` only whole and with the right md5; what an interrupted one left
     (`target`.part) is continued. Raises WeightsError, one line with address, path and md5."""
@@ -67,11 +66,7 @@ def fetch(url: str, target: Path, md5: str, progress: Progress | None = None) ->
         # At every start: it takes 2 s for a GB, and nobody would notice that a run stands on a
         # damaged base.
         if target.exists():
-            if (found := file_md5(target)) != md5:
-                raise WeightsError(
-                    f"{target} has md5 {found}, it is damaged or another file; remove it, or {by_hand}"
-                )
-            return
+            return check_md5(target, md5, by_hand)
         target.parent.mkdir(parents=True, exist_ok=True)
         _download(url, part, progress)
         if (found := file_md5(part)) != md5:
@@ -80,11 +75,24 @@ def fetch(url: str, target: Path, md5: str, progress: Progress | None = None) ->
                 f"the download has md5 {found} and was thrown away; try again, or {by_hand}"
             )
         os.replace(part, target)
+    except FileNotFoundError as error:  # another process has renamed the part, or removed it
+        if not target.exists():
+            raise WeightsError(
+                f"the download was removed ({error}); try again, or {by_hand}"
+            ) from error
+        check_md5(target, md5, by_hand)
     except (OSError, http.client.HTTPException) as error:
         reason = first_line(error).removeprefix("<urlopen error ").removesuffix(">")
         raise WeightsError(
             f"the download failed ({reason}); try again (what arrived is kept), or {by_hand}"
         ) from error
+
+
+def check_md5(target: Path, md5: str, by_hand: str) -> None:
+    if (found := file_md5(target)) != md5:
+        raise WeightsError(
+            f"{target} has md5 {found}, it is damaged or another file; remove it, or {by_hand}"
+        )
 
 
 def _download(url: str, part: Path, progress: Progress | None) -> None:

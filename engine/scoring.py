@@ -7,23 +7,20 @@ without clutter), without those that appear neither in the truth nor in the pred
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import itertools
 from typing import Callable
 
 import numpy as np
 import torch.nn as nn
 
-from data import Dataset
-from engine.console import Ticker
+from engine.console import Mistake, Ticker
 from engine.distributed import Team
-from engine.files import replace_atomically
 from engine.inference import percent, predict_strips
-from geodata.crops import sliding_windows
+from engine.settings import Settings
+from geodata.crops import sliding_windows, window_places
 from geodata.layouts import MODALITIES
 from geodata.rasters import DataError
 from geodata.tiles import LoadedTile, Tile
-from reports.report import save_panel
 
 
 class ConfusionMatrix:
@@ -101,66 +98,59 @@ def ratio(part: int, whole: int) -> float | None:
 
 def score_split(
     model: nn.Module,
-    dataset: Dataset,
+    dataset,
     split: str,
-    settings: dict,
-    stride: int,
+    s: Settings,
+    stride: int | None = None,
     keep: Callable[[LoadedTile, np.ndarray, np.ndarray], None] | None = None,
     team: Team = Team(),
+    pause: Callable[[], None] = lambda: None,
 ) -> dict:
-    """Predicts and scores every tile of a split -> scores of all, the same per tile, and the
-    convention beside them.
+    """Predicts and scores every tile of a split of a `data.Dataset` -> scores of all, the same per
+    tile, and the convention beside them.
 
     Where there are eroded and full labels, each prediction is counted with both: the scores are
     those of the data set's choice, and `full_labels` (or `eroded_labels`) holds those of the
     others, unless `notes` says why there are none. `keep(tile, prediction, confidence in percent)`
-    is called for each tile, for whoever wants to see it. The members of a `team` take turns at the
-    tiles and get the same scores."""
-    modalities = MODALITIES[settings["modalities"]]
+    is called for each tile, for whoever wants to look at it, and `pause` after each row of windows,
+    for whoever wants to stop. The processes of a `team` take turns at the tiles and get the same
+    scores. Raises NotFinite where the network's outputs are no numbers."""
+    modalities, K = MODALITIES[s.modalities], len(dataset.classes)
     tiles = dataset.tiles(split, modalities)
-    window, K = settings["crop"], len(dataset.classes)
-    if not 1 <= stride <= window:
-        raise DataError(f"the stride lies between 1 and the window's {window} pixels, not {stride}")
+    stride = s.eval_stride if stride is None else stride
+    if not 1 <= stride <= s.crop:
+        raise Mistake(f"--stride {stride}: give 1 to the window's {s.crop} pixels")
+    # The training tiles have their full labels alone.
+    other = dataset.with_other_labels() if split != "train" else None
+    found = [] if other is None else other.find_tiles(split, modalities)[0]
+    others = {tile.name: tile for tile in found}
+    mine = tiles[team.rank :: team.world]
+    rows = sum(len(window_places(tile.size[0], s.crop, stride)) for tile in mine)
+    ticker, rows_done = Ticker(f"scoring {split} tiles, row of windows"), itertools.count(1)
+
+    def progress(row: int, of: int) -> None:
+        if team.is_main:
+            ticker(next(rows_done), rows)
+        pause()
+
     counts, windows, second = {}, {}, {}
-    other = (
-        dataset.with_other_labels() if split != "train" else None
-    )  # the training tiles have their full labels alone
-    others = (
-        {}
-        if other is None
-        else {tile.name: tile for tile in other.find_tiles(split, modalities)[0]}
-    )
-    ticker = Ticker(f"scoring {split} tiles")
-    for i, tile in list(enumerate(tiles))[team.rank :: team.world]:
+    for tile in mine:
         loaded = tile.load(modalities)
-        rasters = [loaded.image if "image" in modalities else None, loaded.dsm]
-        strips = predict_strips(
-            model,
-            *rasters,
-            window,
-            stride,
-            settings["batch_size"],
-            repeat_border=settings["repeat_border"],
-            precision=settings["precision"],
-            scale=loaded.scale,
-            probabilities=keep is not None,
-        )
-        maps = [(classes, percent(p.max(axis=0)) if keep else None) for classes, p in strips]
-        pred = np.concatenate([classes for classes, _ in maps])
+        pred, confidence = predict_loaded(model, loaded, s, stride, keep is not None, progress)
         own = ConfusionMatrix(K, dataset.scored)
         own.update(pred, loaded.labels)
         counts[tile.name] = own.counts
         if other is not None:
             second[tile.name] = count_other(pred, others[tile.name], K)
-        windows[tile.name] = len(sliding_windows(*loaded.size, window, stride))
+        windows[tile.name] = len(sliding_windows(*loaded.size, s.crop, stride))
         if keep:
-            keep(loaded, pred, np.concatenate([confidence for _, confidence in maps]))
-        if team.leads:
-            ticker(i + 1, len(tiles))
-    counts, second, windows = (_merged(team, part) for part in (counts, second, windows))
-    names, protocol = [tile.name for tile in tiles], dict(split=split, window=window, stride=stride)
-    protocol |= {"repeat_border": settings["repeat_border"], "windows": sum(windows.values())}
-    result = {**_sum_up(counts, names, dataset, protocol), **protocol, "notes": []}
+            keep(loaded, pred, confidence)
+    ticker.close()
+    counts, second, windows = (merged(team, part) for part in (counts, second, windows))
+    names = [tile.name for tile in tiles]
+    protocol = dict(split=split, window=s.crop, stride=stride, repeat_border=s.repeat_border)
+    protocol["windows"] = sum(windows.values())
+    result = {**sum_up(counts, names, dataset, protocol), **protocol, "notes": []}
     if other is not None:
         kind = "full" if other.full_labels else "eroded"
         unread = [second[name] for name in names if isinstance(second[name], str)]
@@ -169,8 +159,35 @@ def score_split(
                 f"not scored with {kind} labels, which {len(unread)} of the tiles lack: {unread[0]}"
             )
         else:
-            result[f"{kind}_labels"] = _sum_up(second, names, other, protocol)
+            result[f"{kind}_labels"] = sum_up(second, names, other, protocol)
     return result
+
+
+def predict_loaded(
+    model: nn.Module,
+    tile: LoadedTile,
+    s: Settings,
+    stride: int,
+    confidence: bool,
+    progress: Callable[[int, int], None],
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The class map (H, W) of a tile, and how sure it is (H, W) in percent if asked for."""
+    strips = predict_strips(
+        model,
+        tile.image if "image" in MODALITIES[s.modalities] else None,
+        tile.dsm,
+        s.crop,
+        stride,
+        s.batch_size,
+        repeat_border=s.repeat_border,
+        precision=s.precision,
+        progress=progress,
+        scale=tile.scale,
+        probabilities=confidence,
+    )
+    maps = [(classes, percent(p.max(axis=0)) if confidence else None) for classes, p in strips]
+    pred = np.concatenate([classes for classes, _ in maps])
+    return pred, np.concatenate([sure for _, sure in maps]) if confidence else None
 
 
 def count_other(pred: np.ndarray, tile: Tile, num_classes: int) -> np.ndarray | str:
@@ -189,13 +206,11 @@ def count_other(pred: np.ndarray, tile: Tile, num_classes: int) -> np.ndarray | 
     return matrix.counts
 
 
-def _merged(team: Team, part: dict) -> dict:
+def merged(team: Team, part: dict) -> dict:
     return {name: value for own in team.gather(part) for name, value in own.items()}
 
 
-def _sum_up(
-    counts: dict[str, np.ndarray], names: list[str], dataset: Dataset, protocol: dict
-) -> dict:
+def sum_up(counts: dict[str, np.ndarray], names: list[str], dataset, protocol: dict) -> dict:
     """The scores of all tiles together, in `per_tile` those of each, and in `convention` what they
     mean.
     """
@@ -221,7 +236,8 @@ def _sum_up(
         "border windows counted as published" if protocol["repeat_border"] else "each window once"
     )
     result["convention"] = (
-        f"{protocol['split']} split, {labels}; mF1 and mIoU average {averaged}; OA and kappa count all {K} classes; "
+        f"{protocol['split']} split, {labels}; mF1 and mIoU average {averaged}; "
+        f"OA and kappa count all {K} classes; "
         f"windows of {protocol['window']} at stride {protocol['stride']}, logits averaged, {border}"
     )
     return {**result, "labels": labels, "per_tile": per_tile}
@@ -230,18 +246,18 @@ def _sum_up(
 def format_scores(scores: dict) -> str:
     """The scores as a table in percent, with the convention."""
 
-    def percent(value: float | None) -> str:
+    def cell(value: float | None) -> str:
         return "     -" if value is None else f"{100 * value:6.2f}"
 
     lines = [f"{'class':<16}   IoU     F1   prec.  recall      pixels"]
     for row in scores["per_class"]:
-        values = " ".join(percent(row[key]) for key in ("iou", "f1", "precision", "recall"))
+        values = " ".join(cell(row[key]) for key in ("iou", "f1", "precision", "recall"))
         lines.append(f"{row['name']:<16}{values} {row['pixels']:11,}")
     for name, part in (
         ("", scores),
         *((name, scores[name]) for name in OTHER_LABELS if name in scores),
     ):
-        means = "  ".join(f"{label} {percent(part[key]).strip()}" for label, key in SUMMARY)
+        means = "  ".join(f"{label} {cell(part[key]).strip()}" for label, key in SUMMARY)
         beside = f" with {name.replace('_', ' ')}" if name else ""
         lines.append(f"{means}  ({part['pixels']:,} pixels{beside})")
     return "\n".join(
@@ -253,37 +269,22 @@ def format_scores(scores: dict) -> str:
     )
 
 
-OTHER_LABELS = (
-    "full_labels",
-    "eroded_labels",
-)  # where a score with the labels that are not the convention's is kept
+# Where a score with the labels that are not the convention's is kept.
+OTHER_LABELS = ("full_labels", "eroded_labels")
 
 
 SUMMARY = (("OA", "oa"), ("mF1", "mf1"), ("mIoU", "miou"), ("kappa", "kappa"))
 
 
-def score_run(
-    run: Path,
-    model: nn.Module,
-    dataset: Dataset,
-    split: str,
-    settings: dict,
-    stride: int,
-    team: Team = Team(),
-) -> dict:
-    """Scores a split into the run's folder: scores.json (or scores_SPLIT.json), and pictures/ with
-    a panel per tile.
-    """
-    pictures = run / "pictures"
-    pictures.mkdir(exist_ok=True)
+def scores_name(ran: Settings, asked: Settings, split: str, stride: int, final: bool) -> str:
+    """The file for the scores of a run: scores.json for those by its own protocol at its end.
 
-    def keep(tile: LoadedTile, pred: np.ndarray, confidence: np.ndarray) -> None:
-        save_panel(pictures / f"{split}_{tile.name}.png", tile, pred, confidence, dataset.classes)
-
-    scores = score_split(model, dataset, split, settings, stride, keep, team)
-    path = run / ("scores.json" if split == "test" else f"scores_{split}.json")
-    if team.leads:
-        replace_atomically(
-            path, lambda p: p.write_text(json.dumps(scores, indent=1), encoding="utf-8")
-        )
-    return scores
+    What was scored otherwise (`asked`, at `stride`) is kept under a name that says how."""
+    parts = [] if split == "test" else [split]
+    parts += [] if final else ["unfinished"]
+    parts += [] if stride == ran.eval_stride else [f"stride{stride}"]
+    if asked.repeat_border != ran.repeat_border:
+        parts.append("border" if asked.repeat_border else "no-border")
+    if asked.full_labels != ran.full_labels:
+        parts.append("full-labels" if asked.full_labels else "eroded-labels")
+    return "_".join(["scores", *parts]) + ".json"

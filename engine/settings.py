@@ -1,330 +1,279 @@
-"""Every setting of a run: a dataclass, the command line made from it, and the recipes of the data
-sets.
+"""Every setting of a run, and what makes a setting valid.
 
-The same values are printed, written to `config.json` and kept in the checkpoints. The defaults are
-the paper's recipe (PAPER.md 2); `RECIPES` adapts them to a data set; what is given by hand comes
-last."""
+The same values are kept in `config.json` and in the checkpoints, and read back by
+`Settings.from_dict`. The defaults are the paper's recipe; `recipes.py` adapts them to a data set,
+`commandline.py` makes the flags from them.
+"""
 
 from __future__ import annotations
 
-import argparse
 import math
-import secrets
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import get_type_hints
+from functools import partial
+from typing import Callable, get_type_hints
 
-from engine.console import Parser
-from geodata.layouts import DATASETS, LABELS, MODALITIES
-from geodata.rasters import DataError
+from engine.console import Mistake
+from geodata.layouts import LABELS, LAYOUTS, MODALITIES
+from geodata.scaling import Scaling
 from mfnet import MIN_SIZE
 from sam_vit import SIZES
-from tuners import TUNERS
+from tuners import TUNERS, tuner_options
 
 
-def option(default, help: str, choices: tuple[str, ...] | None = None):
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(group: str, default, help: str, choices: tuple | Callable[[], tuple] = ()):
+    """A field of `Settings`; `choices` that a plugin may add to are a function."""
+    text = {"group": group, "help": help, "choices": choices}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=text)
+    return field(default=default, metadata=text)
+
+
+GROUPS = ("network", "data", "training", "score", "machine")
+of_network, of_data, of_training, of_score, of_machine = (partial(option, g) for g in GROUPS)
+
+
+def data_sets() -> tuple[str, ...]:
+    return (*sorted(name for name in LAYOUTS if name not in ALIASES), "tiles")
+
+
+ALIASES = {"mmhunan": "hunan"}  # names that earlier versions had beside today's
 
 
 @dataclass
 class Settings:
-    data: str = option("synthetic", "data set", tuple(sorted(DATASETS)))
-    root: str = option("", "folder of the data set; by default data/NAME")
-    out: str = option("", "folder of the run; by default runs/TIME_DATA_TUNER")
-    # the network
-    encoder: str = option(
-        "vit_l", "size of SAM's encoder; vit_t is made up, for laptops", tuple(SIZES)
-    )
-    weights: str = option(
-        "auto", "SAM's weights: auto (the official file), none (random), or a path"
-    )
-    relative_positions: str = option(
-        "sam", "SAM's tables, or zero as the published code has them", ("sam", "zero")
-    )
-    tuner: str = option("adapter", "how the encoder is tuned", tuple(TUNERS))
-    mixing: bool = option(True, "let the modalities exchange information inside the tuner")
-    rank: int = option(4, "rank of the LoRA updates")
-    modalities: str = option("image+dsm", "rasters that the network sees", tuple(MODALITIES))
-    fusion: str = option(
-        "dfm", "how the modalities' maps are merged; sum is the ablation", ("dfm", "sum")
-    )
-    # the data
-    bands: str = option(
+    data: str = of_data("synthetic", "data set", data_sets)
+    root: str = of_data("", "folder of the data set; by default data/NAME")
+    bands: str = of_data(
         "", "bands of the image: rgb, irrg (potsdam), or three counted from 1, as in 4,3,2"
     )
-    labels: str = option(
+    labels: str = of_data(
         "dataset", "how labels are decoded: with their defects repaired, or as published", LABELS
     )
-    splits: str = option(
+    splits: str = of_data(
         "paper", "the paper's training and test tiles, or the official ones", ("paper", "official")
     )
-    full_labels: bool = option(False, "score with the full labels where there are eroded ones")
-    heights: str = option(
+    full_labels: bool = of_data(False, "score with the full labels where there are eroded ones")
+    heights: str = of_data(
         "minmax", "scaling of heights: minmax, percentiles, ground, or metres LOW:HIGH"
     )
-    heights_kind: str = option(
+    heights_kind: str = of_data(
         "", "kind of heights where a data set has several (potsdam: normalised, absolute)"
     )
-    image_scaling: str = option(
+    image_scaling: str = of_data(
         "unit", "scaling of images: unit, sam, reflectance, minmax, or LOW:HIGH"
     )
-    memory_gb: float = option(
+    memory_gb: float = of_data(
         4.5, "memory for training tiles; what does not fit is read crop by crop from its files"
     )
-    # the training
-    crop: int = option(256, "pixels of a training crop, and of a window when scoring")
-    crop_range: str = option(
+
+    encoder: str = of_network(
+        "vit_l", "size of SAM's encoder; vit_t is made up, for laptops", lambda: tuple(SIZES)
+    )
+    weights: str = of_network(
+        "auto", "SAM's weights: auto (the official file), none (random), or a path"
+    )
+    relative_positions: str = of_network(
+        "sam", "SAM's tables, or zero as the published code has them", ("sam", "zero")
+    )
+    tuner: str = of_network("adapter", "how the encoder is tuned", lambda: tuple(TUNERS))
+    tuner_option: dict = of_network({}, "an option of the tuner; may be repeated")
+    modalities: str = of_network(
+        "image+dsm", "rasters that the network takes", lambda: tuple(MODALITIES)
+    )
+    fusion: str = of_network(
+        "dfm", "how the modalities' maps are merged; sum is the ablation", ("dfm", "sum")
+    )
+    plugin: dict = of_network(
+        {}, "a Python file that adds a tuner, a data set or an encoder; may be repeated"
+    )
+
+    crop: int = of_training(256, "pixels of a training crop, and of a window when scoring")
+    crop_range: str = of_training(
         "full",
         "where crops may lie: published leaves out the last row and column",
         ("full", "published"),
     )
-    batch_size: int = option(10, "crops in a step, over all processes")
-    epochs: int = option(50, "number of epochs")
-    steps: int = option(1000, "optimiser steps in an epoch")
-    accumulate: int = option(1, "parts that a step's batch is computed in, to save memory")
-    optimizer: str = option("sgd", "sgd (momentum 0.9) or adamw", ("sgd", "adamw"))
-    lr: float = option(0.01, "learning rate at its highest")
-    weight_decay: float = option(5e-4, "weight decay")
-    schedule: str = option(
+    augment: str = of_training(
+        "flips",
+        "how crops are varied; the paper says rotations too, the published code has flips",
+        ("flips", "flips+rotations"),
+    )
+    batch_size: int = of_training(10, "crops in a step, over all processes")
+    epochs: int = of_training(50, "number of epochs")
+    steps: int = of_training(1000, "optimiser steps in an epoch")
+    optimizer: str = of_training(
+        "sgd",
+        "sgd (momentum 0.9) or adamw, each with a rate and a decay of its own",
+        ("sgd", "adamw"),
+    )
+    lr: float = of_training(0.01, "learning rate at its highest")
+    weight_decay: float = of_training(5e-4, "weight decay")
+    schedule: str = of_training(
         "multistep",
-        "a tenth after epochs 25, 35, 45; or smooth",
-        ("multistep", "cosine", "onecycle"),
+        "a tenth after 50, 70 and 90 %% of the run (epochs 25, 35, 45 of 50); or smooth",
+        ("multistep", "cosine"),
     )
-    early_drops: bool = option(
-        False, "multistep drops at the start of epochs 25, 35, 45, as published"
+    early_drops: bool = of_training(
+        False, "multistep drops one epoch (of 50) earlier, as published"
     )
-    warmup: int = option(0, "steps over which the learning rate rises first")
-    clip: float = option(0.0, "largest norm of the gradient; 0: as it is")
-    label_smoothing: float = option(0.0, "share of the target that is spread over all classes")
-    class_weights: str = option(
+    warmup: int = of_training(0, "steps over which the learning rate rises first")
+    clip: float = of_training(0.0, "largest norm of the gradient; 0: as it is")
+    label_smoothing: float = of_training(0.0, "part of the target that is spread over all classes")
+    class_weights: str = of_training(
         "", "weight of each class in the loss, as 1,1,1,1,2,1; by default all 1"
     )
-    # the choice of the model, and the score
-    val: str = option(
+    seed: int = of_training(0, "seed of every random choice; -1 draws one")
+
+    val: str = of_score(
         "",
-        "training tiles held out for choosing the best epoch: how many, or names as 7,32 (one alone: 7,)",
+        "training tiles held out to choose the epoch: how many, or names as 7,32 (one alone: 7,)",
     )
-    select: str = option(
+    select: str = of_score(
         "last",
         "which epoch is kept: last, best on --val, best on the test tiles (as published)",
         ("last", "val", "test"),
     )
-    eval_every: int = option(
+    eval_every: int = of_score(
         0, "epochs between scores during training; 0: every one where --select needs it, else none"
     )
-    eval_stride: int = option(32, "pixels between windows when scoring")
-    repeat_border: bool = option(
+    eval_stride: int = of_score(32, "pixels between windows when scoring")
+    select_stride: int = of_score(
+        0, "pixels between windows when scoring during training; 0: as --eval-stride"
+    )
+    repeat_border: bool = of_score(
         False, "count windows at the border as often as the published loop visits them"
     )
-    # the machine
-    precision: str = option(
+
+    out: str = of_machine("", "folder of the run; by default runs/TIME_DATA_TUNER")
+    precision: str = of_machine(
         "auto",
         "fp32, bf16 (frozen weights stored so), or auto: bf16 where a GPU has it",
         ("auto", "fp32", "bf16"),
     )
-    checkpointing: bool = option(
-        False, "compute each block's activations again going backward: less memory, more time"
+    accumulate: int = of_machine(
+        1, "parts in which the encoder takes a batch: less memory, more time, the same gradients"
     )
-    compile: bool = option(False, "torch.compile each block of the encoder")
-    deterministic: bool = option(False, "bit-identical runs on a GPU, slower")
-    seed: int = option(0, "seed of every random choice; -1 draws one")
-    save_every: int = option(
+    checkpointing: bool = of_machine(
+        False, "compute each block's activations again in the backward pass: less memory, more time"
+    )
+    compile: bool = of_machine(False, "torch.compile each block of the encoder, on a GPU")
+    deterministic: bool = of_machine(False, "bit-identical runs on a GPU, slower")
+    save_every: int = of_machine(
         0, "steps between saves of last.pt, besides those at the end of an epoch"
     )
-    workers: int = option(-1, "processes that cut crops; by default 0 on the CPU, 4 beside a GPU")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-
-
-RECIPES: dict[str, dict] = {
-    "vaihingen": dict(precision="fp32"),  # the paper's: Settings as it stands
-    "potsdam": dict(precision="fp32"),
-    "hunan": dict(precision="fp32", steps=500, eval_stride=128, image_scaling="reflectance"),
-    "mmhunan": dict(precision="fp32", steps=500, eval_stride=128, image_scaling="reflectance"),
-    "tiles": dict(
-        batch_size=4, epochs=8, steps=20, optimizer="adamw", lr=1e-3, weight_decay=0.01,
-        schedule="cosine", warmup=20, eval_stride=128,
-    ),
-    "synthetic": dict(
-        encoder="vit_t", weights="none", crop=128, batch_size=8, epochs=10, steps=30, optimizer="adamw", lr=2e-3,
-        weight_decay=0.01, schedule="cosine", warmup=20, eval_stride=64,
-    ),
-}  # fmt: skip
-
-
-# What the published code does otherwise than its paper (PAPER.md 3); `--as-published` sets them
-# all.
-AS_PUBLISHED: dict[str, object] = {
-    "relative_positions": "zero",
-    "labels": "published",
-    "select": "test",
-    "seed": -1,
-    "repeat_border": True,
-    "crop_range": "published",
-    "early_drops": True,
-}
-
-
-AS_PUBLISHED_WITH: dict[str, dict[str, object]] = {
-    name: dict(image_scaling="minmax") for name in ("hunan", "mmhunan")
-}
-
-
-# Pixels between the published code's windows, while it trains and for its final scores (PAPER.md
-# 2).
-PUBLISHED_STRIDES = {
-    "vaihingen": (32, 32),
-    "potsdam": (128, 32),
-    "hunan": (256, 128),
-    "mmhunan": (256, 128),
-}
-
-
-# What may differ between a run and its continuation: the data and the base are checked by what they
-# hold.
-FREE_ON_RESUME = ("out", "root", "weights", "workers", "device", "save_every", "memory_gb")
-
-
-def parse_settings(
-    argv: list[str] | None = None, description: str = ""
-) -> tuple[Settings, dict, argparse.Namespace]:
-    """The command line -> (settings, those given by hand, the switches --resume, --seeds,
-    --as-published).
-    """
-    hints = get_type_hints(Settings)
-    parser = Parser(
-        prog="train.py",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    workers: int = of_machine(
+        -1, "processes that cut crops; by default 0 on the CPU, 4 beside a GPU"
     )
-    for f in fields(Settings):
-        flag, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} [{f.default}]"
-        if hints[f.name] is bool:
-            parser.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
+    device: str = of_machine("auto", "auto, cpu, cuda, cuda:1, mps")
+
+    @classmethod
+    def from_dict(cls, stored: dict, where: str) -> Settings:
+        """What `config.json`, `model.pt` or `last.pt` hold, of this version or an earlier one.
+
+        Raises Mistake in one line that begins with `where` for what cannot be a run's settings.
+        """
+        if not isinstance(stored, dict):
+            raise Mistake(f"{where}: its settings are no list of names and values")
+        stored = upgrade({k: v for k, v in stored.items() if k not in BESIDE_SETTINGS})
+        known = {f.name: f for f in fields(cls)}
+        if unknown := sorted(str(name) for name in stored if name not in known):
+            raise Mistake(
+                f"{where}: unknown settings, of a newer version ({', '.join(unknown)}); use that version"
             )
-        else:
-            kind, choices = hints[f.name], f.metadata["choices"]
-            parser.add_argument(
-                flag, type=kind, choices=choices, default=argparse.SUPPRESS, help=text
-            )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the run in --out, by default the newest"
-    )
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        nargs="+",
-        help="train once with each seed; mean and deviation of the scores",
-    )
-    parser.add_argument(
-        "--as-published",
-        action="store_true",
-        help="depart from the paper where the published code does",
-    )
-    args = parser.parse_args(argv)
-    given = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
-    data = given.get("data", "synthetic")
-    published = {**AS_PUBLISHED, **AS_PUBLISHED_WITH.get(data, {})} if args.as_published else {}
-    settings = Settings(**{**RECIPES[data], **published, **given})
-    settings.root = settings.root or str(Path("data") / data)
-    if settings.val and settings.select == "last" and "select" not in given:
-        settings.select = "val"
-    if settings.seed == -1 and not args.resume:
-        settings.seed = secrets.randbelow(2**31)
-    check_settings(settings)
-    return settings, given, args
+        hints = get_type_hints(cls)
+        for name, value in stored.items():
+            if hints[name] is float and type(value) is int:
+                stored[name] = float(value)
+            elif type(value) is not hints[name]:
+                raise Mistake(
+                    f"{where}: the setting {name} is {value!r}, not of {hints[name].__name__}"
+                )
+        settings = cls(**stored)
+        try:
+            settings.complete()
+        except Mistake as error:
+            raise Mistake(f"{where}: {error}; use the version that wrote it") from None
+        return settings
+
+    def complete(self) -> None:
+        """Fills in the tuner's options, and raises Mistake for a setting that cannot work."""
+        for f in fields(self):
+            choices = choices_of(f)
+            if choices and getattr(self, f.name) not in choices:
+                raise Mistake(f"{flag(f.name)} {getattr(self, f.name)}: give {', '.join(choices)}")
+        self.tuner_option = complete_options(self.tuner, self.tuner_option)
+        check_ranges(self)
+        try:
+            Scaling(self.heights, self.image_scaling)
+        except ValueError as error:
+            raise Mistake(str(error)) from error
 
 
-def check_settings(s: Settings) -> None:
-    """Raises DataError for a setting that cannot work."""
-    for name in ("batch_size", "epochs", "steps", "rank", "accumulate"):
-        if getattr(s, name) < 1:
-            raise DataError(f"--{name.replace('_', '-')} {getattr(s, name)}: at least 1 is needed")
-    for name in ("warmup", "clip", "eval_every", "save_every", "weight_decay"):
-        if not getattr(s, name) >= 0:
-            raise DataError(f"--{name.replace('_', '-')} {getattr(s, name)}: 0 or more is needed")
-    if s.batch_size % s.accumulate:
-        raise DataError(f"--accumulate {s.accumulate} does not divide the batch of {s.batch_size}")
-    if s.crop < MIN_SIZE:
-        raise DataError(
-            f"--crop {s.crop} is too small for the network; give {MIN_SIZE} pixels or more"
-        )
-    if not 1 <= s.eval_stride <= s.crop:
-        raise DataError(f"--eval-stride {s.eval_stride}: give 1 to the crop's {s.crop} pixels")
-    if not s.lr > 0 or not math.isfinite(s.lr):
-        raise DataError(f"--lr {s.lr}: a positive number is needed")
-    if not 0 <= s.label_smoothing < 1:
-        raise DataError(f"--label-smoothing {s.label_smoothing}: 0 to less than 1 is needed")
-    if s.select == "val" and not s.val:
-        raise DataError("--select val needs --val: the tiles to hold out")
-    if s.seed < -1:
-        raise DataError(f"--seed {s.seed}: 0 or more is needed, or -1 to draw one")
+# What config.json holds besides the settings.
+BESIDE_SETTINGS = ("base", "classes", "version", "processes", "parameters", "facts")
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def choices_of(f) -> tuple[str, ...]:
+    choices = f.metadata["choices"]
+    return choices() if callable(choices) else choices
+
+
+def upgrade(stored: dict) -> dict:
+    """Settings of an earlier version in the names of this one."""
+    old = {name: stored.pop(name) for name in ("rank", "mixing") if name in stored}
+    if old and "tuner_option" not in stored and stored.get("tuner") in TUNERS:
+        known = tuner_options(stored["tuner"])
+        stored["tuner_option"] = {name: value for name, value in old.items() if name in known}
+    if stored.get("data") in ALIASES:
+        stored["data"] = ALIASES[stored["data"]]
+    return stored
+
+
+def complete_options(tuner: str, given: dict) -> dict:
+    """The options of a tuner: its defaults, and what is given instead. Raises Mistake."""
+    defaults = tuner_options(tuner)
+    for name, value in given.items():
+        if name not in defaults:
+            there = ", ".join(f"{n}={v}" for n, v in defaults.items()) or "none"
+            raise Mistake(f"--tuner-option {name}: {tuner} has no such option; there are: {there}")
+        if type(value) is not type(defaults[name]):
+            kind = type(defaults[name]).__name__
+            raise Mistake(f"--tuner-option {name}={value}: a value of {kind} is needed")
+    return {**defaults, **given}
+
+
+def check_ranges(s: Settings) -> None:
+    """Raises Mistake for a number that cannot work."""
+
+    def need(fits: bool, name: str, what: str) -> None:
+        if not fits:
+            raise Mistake(f"{flag(name)} {getattr(s, name)}: {what}")
+
+    for name in ("batch_size", "epochs", "steps", "accumulate"):
+        need(getattr(s, name) >= 1, name, "at least 1 is needed")
+    for name in ("warmup", "clip", "eval_every", "save_every", "weight_decay", "memory_gb"):
+        value = getattr(s, name)
+        need(value >= 0 and math.isfinite(value), name, "0 or more is needed")
+    need(
+        s.batch_size % s.accumulate == 0,
+        "accumulate",
+        f"does not divide --batch-size {s.batch_size}",
+    )
+    need(s.crop >= MIN_SIZE, "crop", f"too small for the network; give {MIN_SIZE} pixels or more")
+    need(1 <= s.eval_stride <= s.crop, "eval_stride", f"give 1 to the crop's {s.crop} pixels")
+    need(0 <= s.select_stride <= s.crop, "select_stride", f"give 0 to the crop's {s.crop} pixels")
+    need(s.lr > 0 and math.isfinite(s.lr), "lr", "a positive number is needed")
+    need(0 <= s.label_smoothing < 1, "label_smoothing", "0 to less than 1 is needed")
+    need(s.select != "val" or bool(s.val), "select", "needs --val: the tiles to hold out")
+    need(-1 <= s.seed < 2**32, "seed", "0 to 4294967295 is needed, or -1 to draw one")
+    need(s.workers >= -1, "workers", "0 or more is needed, or -1 for the default")
 
 
 def held_out_tiles(val: str) -> int | tuple[str, ...]:
     """--val: a number of tiles, or their names with commas."""
-    return (
-        int(val)
-        if val.isdigit()
-        else tuple(name.strip() for name in val.split(",") if name.strip())
-    )
-
-
-def class_weights(s: Settings, num_classes: int) -> list[float] | None:
-    """The weights of the classes in the loss, None for equal ones. Raises DataError."""
-    if not s.class_weights:
-        return None
-    try:
-        weights = [float(w) for w in s.class_weights.split(",")]
-    except ValueError:
-        weights = []
-    if (
-        len(weights) != num_classes
-        or min(weights) < 0
-        or not math.isfinite(sum(weights))
-        or sum(weights) == 0
-    ):
-        raise DataError(
-            f"--class-weights {s.class_weights}: {num_classes} numbers of 0 or more are needed, as 1,1,2"
-        )
-    return weights
-
-
-def resumed_settings(stored: dict, given: dict, folder: Path) -> Settings:
-    """The settings of the run in `folder`, as its last.pt holds them. Raises DataError for a flag
-    that contradicts.
-    """
-    for name, value in given.items():
-        if name not in FREE_ON_RESUME and stored[name] != value:
-            flag = "--" + name.replace("_", "-")
-            raise DataError(
-                f"{flag} {value} contradicts the run in {folder}, which has {stored[name]}; leave it out"
-            )
-    free = {name: given[name] for name in FREE_ON_RESUME if name in given}
-    return Settings(**{**stored, **free, "out": str(folder)})
-
-
-def learning_rate(step: int, s: Settings) -> float:
-    """The learning rate of a step (0-based, over the whole run): a function of its arguments alone."""
-    total = s.epochs * s.steps
-    warmup = min(s.warmup, total // 2)
-    if step < warmup:
-        return s.lr * (step + 1) / (warmup + 1)
-    if s.schedule == "multistep":
-        # differs: the published code drops one epoch early, at the start of epochs 25, 35, 45 of 1
-        # to 50
-        drops = [m - 1 if s.early_drops else m for m in (25, 35, 45)]
-        return s.lr * 0.1 ** sum(step // s.steps >= m for m in drops)
-    if s.schedule == "cosine":
-        return s.lr * half_cosine((step - warmup) / (total - warmup))
-    peak = warmup + int(
-        0.3 * (total - warmup)
-    )  # onecycle: up over 30 % of the run, down to nothing over the rest
-    if step < peak:
-        return s.lr * (1 - 0.96 * half_cosine((step - warmup) / (peak - warmup)))
-    return s.lr * half_cosine((step - peak) / (total - peak))
-
-
-def half_cosine(x: float) -> float:
-    """1 at 0, falling smoothly to 0 at 1."""
-    return 0.5 * (1 + math.cos(math.pi * x))
+    names = tuple(name.strip() for name in val.split(",") if name.strip())
+    return int(val) if val.isdigit() else names

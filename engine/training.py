@@ -1,30 +1,34 @@
 """One optimiser step, and the state that a run needs to go on: loss, optimiser, precision, parts of
 a batch, processes.
 
-Shapes: `B` batch, `K` classes, `H, W` pixels.
+Shapes: `M` modalities, `B` batch, `K` classes, `H, W` pixels.
 """
 
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from engine.checkpoints import load_trained_state, trained_state
+from engine.console import Mistake
 from engine.device import autocast
-from engine.distributed import Team, form_team
-from engine.settings import Settings, class_weights, learning_rate
+from engine.distributed import Team, wrap_distributed
+from engine.settings import Settings
 from geodata.layouts import IGNORE
 from mfnet import MFNet
+from sam_vit import WeightsError
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(Mistake):
     """Training cannot go on; what was saved stays. `status` is the exit status."""
+
+    label = "stopped"
 
     def __init__(self, message: str, status: int = 1):
         super().__init__(message)
@@ -37,8 +41,14 @@ class Progress:
 
     step: int = 0  # optimiser steps done
     loss_sum: float = 0.0  # of the steps of the current epoch
+    scored: float = 0.0  # pixels (by the weights of their classes) that counted in this epoch
+    unscored: bool = False  # the epoch that ended with `step` is still to be scored, to choose one
     best: float | None = None  # best mIoU of the tiles that --select looks at
     best_epoch: int = 0
+    lengthened: list = field(default_factory=list)  # [step, epochs]: epochs until then, if changed
+
+
+# ------------------------------------------------------------------------------------ loss and rate
 
 
 def segmentation_loss(
@@ -51,8 +61,8 @@ def segmentation_loss(
     """Cross-entropy of (B, K, H, W) and (B, H, W), summed over the scored pixels and divided by
     `total`.
 
-    `total` is by default the batch's own `scored_weight`, which makes it the mean; 0 for a batch
-    without scored pixels."""
+    `total` is by default the batch's own `scored_weight`, which makes it the mean.
+    differs: without a scored pixel it is 0, where the published code's mean is no number."""
     loss = F.cross_entropy(
         logits.float(),
         labels,
@@ -61,14 +71,44 @@ def segmentation_loss(
         reduction="sum",
         label_smoothing=label_smoothing,
     )
-    return loss / (scored_weight(labels, weights).to(loss) if total is None else total)
+    total = scored_weight(labels, weights).item() if total is None else total
+    return loss / total if total > 0 else 0 * loss
 
 
 def scored_weight(labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The number of scored pixels, each counted with its class's weight; at least a tiny number."""
+    """The number of scored pixels, each counted with its class's weight."""
     scored = labels != IGNORE
-    total = scored.sum() if weights is None else weights[labels[scored]].sum()
-    return total.double().clamp(min=1e-12)
+    return (scored.sum() if weights is None else weights[labels[scored]].sum()).double()
+
+
+def class_weights(s: Settings, num_classes: int) -> Tensor | None:
+    """The weights (K,) of the classes in the loss, None for equal ones. Raises Mistake."""
+    if not s.class_weights:
+        return None
+    try:
+        weights = [float(w) for w in s.class_weights.split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) != num_classes or min(weights) < 0 or not 0 < sum(weights) < math.inf:
+        raise Mistake(
+            f"--class-weights {s.class_weights}: {num_classes} numbers of 0 or more are needed, "
+            "as 1,1,2"
+        )
+    return torch.tensor(weights)
+
+
+def learning_rate(step: int, s: Settings) -> float:
+    """The learning rate of a step (0-based, over the whole run): a function of its arguments alone."""
+    total = s.epochs * s.steps
+    warmup = min(s.warmup, total // 2)
+    if step < warmup:
+        return s.lr * (step + 1) / (warmup + 1)
+    if s.schedule == "multistep":
+        # The published 25, 35 and 45 of 50 epochs; a shorter run drops after the same parts of it.
+        # differs: the published code drops one epoch early, at the start of these epochs.
+        drops = [m - 1 if s.early_drops else m for m in (25, 35, 45)]
+        return s.lr * 0.1 ** sum(50 * step >= m * total for m in drops)
+    return s.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
 def build_optimizer(model: nn.Module, s: Settings) -> torch.optim.Optimizer:
@@ -78,62 +118,107 @@ def build_optimizer(model: nn.Module, s: Settings) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=s.lr, weight_decay=s.weight_decay)
 
 
+# ---------------------------------------------------------------------------------------- in parts
+
+
+def encode_in_parts(model: MFNet, parts: int) -> None:
+    """Makes the encoder take a batch in `parts` micro-batches while it is trained, in place.
+
+    Only the encoder does, which holds nearly all of the activations: each part's are computed again
+    in the backward pass. Fusion and decoder take the whole batch, so that their batch norms have
+    its statistics, and the gradients are those of the whole batch. Raises Mistake for a tuner whose
+    blocks normalise over the batch."""
+    encoder, M = model.image_encoder, model.modalities
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in encoder.modules()):
+        raise Mistake(
+            f"--accumulate {parts}: the tuner {encoder.tuner} normalises over the batch, which cannot "
+            "be taken in parts; leave it out"
+        )
+    whole = encoder.forward
+
+    def forward(x: Tensor, seen: dict | None = None) -> Tensor:
+        if seen is not None or not torch.is_grad_enabled():
+            return whole(x, seen)
+        chunks = x.unflatten(0, (M, -1)).chunk(parts, dim=1)  # parts of (M, B / parts, 3, H, W)
+        maps = [checkpoint(whole, part.flatten(0, 1), use_reentrant=False) for part in chunks]
+        return torch.cat([y.unflatten(0, (M, -1)) for y in maps], dim=1).flatten(0, 1)
+
+    encoder.forward = forward
+
+
+# ------------------------------------------------------------------------------------------ a step
+
+
 class Trainer:
-    """A network in training: takes steps, and tells everything that it takes to go on from where it
-    stands.
-    """
+    """A network in training: takes steps, and holds everything that it takes to go on."""
 
     def __init__(self, model: MFNet, s: Settings, team: Team, num_classes: int):
         self.model, self.s, self.team = model, s, team
         self.device = next(model.parameters()).device
         if s.compile:
+            if self.device.type == "cpu":
+                raise Mistake(
+                    "--compile is for a GPU: on a CPU it compiles for minutes and saves 5 % at best; "
+                    "leave it out"
+                )
             for block in model.image_encoder.blocks:
                 block.compile()  # in place: state-dict names stay
-        model.image_encoder.activation_checkpointing = s.checkpointing
-        self.forward = form_team(model, team)
+        if s.accumulate > 1:
+            encode_in_parts(model, s.accumulate)
+        self.forward = wrap_distributed(model, team)
         self.optimizer = build_optimizer(model, s)
-        weights = class_weights(s, num_classes)
-        self.weights = None if weights is None else torch.tensor(weights, device=self.device)
+        self.weights = class_weights(s, num_classes)
         self.progress = Progress()
 
-    def step(self, parts: list[tuple[list[Tensor], Tensor]]) -> float:
-        """One optimiser step on this process's share, given in parts; returns the loss of the whole
-        batch.
-        """
+    def step(self, rasters: list[Tensor], labels: Tensor) -> float:
+        """One optimiser step on this process's crops; returns the loss of the whole batch.
+
+        Raises TrainingStopped, and changes no weight, where loss or gradient is no number."""
         s, step = self.s, self.progress.step
-        torch.manual_seed(
-            s.seed * 1_000_003 + step
-        )  # dropout: a function of seed and step, on every process
+        # Dropout: a function of seed and step, on every process.
+        torch.manual_seed(s.seed * 1_000_003 + step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, s)
-        weights = None if self.weights is None else self.weights.cpu()
-        total = self.team.sum(sum(scored_weight(labels, weights) for _, labels in parts)).item()
+        total = self.team.sum(scored_weight(labels, self.weights)).item()
+        weights = None if self.weights is None else self.weights.to(self.device)
         self.optimizer.zero_grad()
-        loss_sum = torch.zeros(1, dtype=torch.float64)
-        for i, (rasters, labels) in enumerate(parts):
-            last = i == len(parts) - 1
-            with nullcontext() if last or self.team.world == 1 else self.forward.no_sync():
-                with autocast(s.precision, self.device):
-                    logits = self.forward(*(r.to(self.device, non_blocking=True) for r in rasters))
-                labels = labels.to(self.device, non_blocking=True)
-                loss = segmentation_loss(logits, labels, total, self.weights, s.label_smoothing)
-                (
-                    loss * self.team.world
-                ).backward()  # the team's gradients are averaged, the loss wants their sum
-            loss_sum += loss.item()
-        value = self.team.sum(loss_sum).item()
-        if not math.isfinite(value):
-            raise TrainingStopped(
-                f"the loss is {value} at step {step + 1}; try a smaller --lr, or --clip 1"
-            )
-        if s.clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), s.clip)
+        with autocast(s.precision, self.device):
+            logits = self.forward(*(r.to(self.device, non_blocking=True) for r in rasters))
+        labels = labels.to(self.device, non_blocking=True)
+        loss = segmentation_loss(logits, labels, total, weights, s.label_smoothing)
+        # The processes' gradients are averaged, and the loss wants their sum.
+        (loss * self.team.world).backward()
+        value = self.team.sum(loss.detach().double().cpu()).item()
+        self.check_finite(value, "loss")
+        norm = nn.utils.clip_grad_norm_(self.trained(), s.clip or math.inf)
+        self.check_finite(norm.item(), "gradient")
         self.optimizer.step()
         self.progress.step += 1
         self.progress.loss_sum += value
+        self.progress.scored += total
         return value
 
-    def content(self, base: dict, data: str) -> dict:
+    def trained(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def check_finite(self, value: float, what: str) -> None:
+        if not math.isfinite(value):
+            raise TrainingStopped(
+                f"the {what} is {value} at step {self.progress.step + 1}; try a smaller --lr, or "
+                "--clip 1"
+            )
+
+    def check_weights(self) -> None:
+        """Raises TrainingStopped for weights that are no numbers: they are not to be saved."""
+        with torch.no_grad():
+            norms = torch.stack([p.norm() for p in self.trained()])
+        if not norms.isfinite().all():
+            raise TrainingStopped(
+                f"the weights are no numbers after step {self.progress.step}; try a smaller --lr, or "
+                "--clip 1"
+            )
+
+    def state_dict(self, base: dict, data: str) -> dict:
         return {
             "settings": asdict(self.s),
             "base": base,
@@ -143,7 +228,14 @@ class Trainer:
             "progress": asdict(self.progress),
         }
 
-    def restore(self, content: dict, name: str) -> None:
+    def load_state_dict(self, content: dict, name: str) -> None:
+        """What `state_dict` gave, read from the file `name`. Raises WeightsError."""
         load_trained_state(self.model, content["state"], name)
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.progress = Progress(**content["progress"])
+        known = {f.name for f in fields(Progress)}
+        try:
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.progress = Progress(
+                **{k: content["progress"][k] for k in content["progress"] if k in known}
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise WeightsError(f"{name}: its optimiser or progress is damaged ({error})") from error

@@ -130,7 +130,8 @@ def _look_at_labels(tile: Tile, labels: np.ndarray, present: np.ndarray) -> list
         )
         if set(unknown) == {K} and tile.codes is None:
             remarks.append(
-                f"SUSPICIOUS: labels up to {K}, and the classes are 0 to {K - 1}; if they are counted "
+                f"SUSPICIOUS: labels up to {K}, and the classes are 0 to {K - 1}; if they are "
+                f"counted "
                 f"from 1, subtract it: gdal_calc.py -A IN --calc A-1 --outfile OUT.tif"
             )
     if raster.bands >= 3:
@@ -145,7 +146,8 @@ def _look_at_labels(tile: Tile, labels: np.ndarray, present: np.ndarray) -> list
             )
     elif tile.codes is None and (share := float((labels == 0).mean())) > MOST:
         remarks.append(
-            f"SUSPICIOUS: {100 * share:.1f} % of the labels are 0, {tile.classes[0][0]}; if that is "
+            f"SUSPICIOUS: {100 * share:.1f} % of the labels are 0, {tile.classes[0][0]}; if that "
+            f"is "
             f"the background of gdal_rasterize, burn it with -init {IGNORE}"
         )
     return remarks

@@ -305,7 +305,8 @@ def _of_page(path: Path, tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> Ra
         raise DataError(f"{path}: its colours are {name}; convert them to RGB first")
     if page.dtype is None or page.dtype.kind not in "biuf" or page.imagedepth > 1:
         raise DataError(
-            f"{path}: pixels of {page.bitspersample} bits ({getattr(page.sampleformat, 'name', '?')})"
+            f"{path}: pixels of {page.bitspersample} bits "
+            f"({getattr(page.sampleformat, 'name', '?')})"
             f" are not read; convert them: gdal_translate -ot Float32 IN OUT.tif"
         )
     if page.fillorder != 1:

@@ -126,7 +126,8 @@ def _measure_heights(
     if choice == "ground":
         if pixel is None:
             raise DataError(
-                "--heights ground needs to know the size of a pixel; give GeoTIFFs, or another choice"
+                "--heights ground needs to know the size of a pixel; give GeoTIFFs, or another "
+                "choice"
             )
         ground, cell = local_ground(dsm, GROUND_WIDTH / pixel)
         return dict(heights=(0.0, GROUND_SPAN), clip_heights=True, ground=ground, cell=cell)

@@ -1,44 +1,32 @@
-"""The procedural city of `city.py` in the layouts of the benchmarks, so that everything can be
-tried without real tiles.
+"""The procedural city of `city.py` as files, so that everything can be tried without real tiles.
 
     python -m geodata.synthetic --root DIR [--seed N] [--size N] [--layout vaihingen|potsdam|hunan]
 
-The sixteen tiles carry the numbers of the paper's split and are read by the ordinary Vaihingen
-reader:
-
-    top/top_mosaic_09cm_area{N}.tif                                     uint8   (H, W, 3)  near infrared, red, green
-    dsm/dsm_09cm_matching_area{N}.tif                                   float32 (H, W)     metres above sea level
-    gts_for_participants/top_mosaic_09cm_area{N}.tif                    uint8   (H, W, 3)  class colours
-    gts_eroded_for_participants/top_mosaic_09cm_area{N}_noBoundary.tif  uint8   (H, W, 3)  black near class borders
-    city.json                                                           what wrote the folder, and whether it finished
-
-The same kind of scenes can be written in the layouts of ISPRS Potsdam and of MMHunan
-(`write_city`), to try their readers."""
+The tiles have the names, types and colours of the benchmark whose layout is chosen, and the
+ordinary reader of that benchmark reads them; `layouts.py` says where its files lie. Vaihingen's
+sixteen carry the numbers of the paper's split. `city.json` in the folder says what wrote it, and
+whether it was finished."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import tifffile
 from PIL import Image
 
-from geodata.city import CLASSES, GENERATOR_VERSION, PALETTE, Scene, make_tile
+from engine.files import replace_atomically
+from geodata.city import GENERATOR_VERSION, Scene, make_tile
+from geodata.layouts import HUNAN, IGNORE, ISPRS_CLASSES, POTSDAM, VAIHINGEN
+from geodata.rasters import DataError
 
-TRAIN_AREAS = (1, 3, 23, 26, 7, 11, 13, 28, 17, 32, 34, 37)
-
-
-TEST_AREAS = (5, 21, 15, 30)
-
-
+TRAIN_AREAS, TEST_AREAS = (
+    tuple(int(tile) for tile in VAIHINGEN.splits["paper"][split]) for split in ("train", "test")
+)
 ALL_AREAS = TRAIN_AREAS + TEST_AREAS
-
-
-IGNORE = 255
 
 
 def erode_labels(labels: np.ndarray, radius: int = 3) -> np.ndarray:
@@ -48,9 +36,7 @@ def erode_labels(labels: np.ndarray, radius: int = 3) -> np.ndarray:
     rows, columns = labels.shape
     border = np.zeros(labels.shape, bool)
     for dy in range(radius + 1):
-        for dx in range(
-            -radius, radius + 1
-        ):  # half of the disc: each pair of pixels marks both its ends
+        for dx in range(-radius, radius + 1):  # half of the disc: a pair of pixels marks both ends
             if dy * dy + dx * dx > radius * radius or dy >= rows or abs(dx) >= columns:
                 continue
             here = slice(0, rows - dy), slice(max(0, -dx), columns - max(0, dx))
@@ -61,215 +47,184 @@ def erode_labels(labels: np.ndarray, radius: int = 3) -> np.ndarray:
     return np.where(border, np.uint8(IGNORE), labels)
 
 
+# ---------------------------------------------------------------------------------------- the files
+
+
 def tile_paths(root: Path, area: int) -> dict[str, Path]:
     """The four files of a tile in Vaihingen's layout."""
-    name = f"top_mosaic_09cm_area{area}"
-    return {
-        "image": root / "top" / f"{name}.tif",
-        "dsm": root / "dsm" / f"dsm_09cm_matching_area{area}.tif",
-        "labels": root / "gts_for_participants" / f"{name}.tif",
-        "eroded": root / "gts_eroded_for_participants" / f"{name}_noBoundary.tif",
-    }
+    patterns = {"image": VAIHINGEN.image["irrg"][0][0], "dsm": VAIHINGEN.dsm[0][0]}
+    patterns |= {"labels": VAIHINGEN.labels[0], "eroded": VAIHINGEN.test_labels[0]}
+    return {kind: Path(root) / pattern.format(id=area) for kind, pattern in patterns.items()}
+
+
+def write_vaihingen(root: Path, area: int, scene: Scene) -> None:
+    """Near infrared, red, green; heights in metres; full and eroded labels."""
+    paths = tile_paths(root, area)
+    write_tiff(paths["image"], scene.image)
+    write_tiff(paths["dsm"], scene.dsm)
+    write_tiff(paths["labels"], label_colors(scene.labels), compression="zlib")
+    write_tiff(paths["eroded"], label_colors(erode_labels(scene.labels)), compression="zlib")
+
+
+def write_potsdam(root: Path, tile: str, scene: Scene) -> None:
+    """A tile r_c, uncompressed: red, green, a blue that follows green, near infrared; heights in
+    decimetres above the tile's lowest as JPEG, and in metres.
+    """
+    padded = "_".join(part.zfill(2) for part in tile.split("_"))
+    infrared, red, green = np.moveaxis(scene.image, -1, 0)
+    image = np.stack([red, green, (0.9 * green).astype(np.uint8), infrared], axis=-1)
+    above = np.clip(10 * (scene.dsm - scene.dsm.min()), 0, 255).astype(np.uint8)
+    path = root / POTSDAM.image["rgbir"][0][0].format(id=tile)
+    write_tiff(path, image, extrasamples=["unspecified"])
+    metres = next(pattern for pattern, unit in POTSDAM.dsm if unit == 1)
+    write_tiff(root / metres.format(padded=padded), scene.dsm)
+    jpeg = root / POTSDAM.dsm[0][0].format(padded=padded)
+    jpeg.parent.mkdir(exist_ok=True)
+    save = partial(Image.fromarray(above).save, format="JPEG", quality=95)
+    replace_atomically(jpeg, save)
+    write_tiff(root / POTSDAM.labels[0].format(id=tile), label_colors(scene.labels))
+    eroded = label_colors(erode_labels(scene.labels))
+    write_tiff(root / POTSDAM.test_labels[0].format(id=tile), eroded)
+
+
+def write_hunan(root: Path, tile: str, scene: Scene) -> None:
+    """A patch split/number: 13 bands of reflectance x 10000, radar, height and slope, raw codes."""
+    # bare, impervious, grassland, forest, cropland, water
+    codes = np.array((9, 8, 3, 2, 1, 6), np.uint8)
+    folder, number = tile.split("/")
+    bands = np.repeat(scene.image[..., 2:].astype(np.int16) * 12, 13, axis=-1)
+    bands[..., [7, 3, 2]] = scene.image.astype(np.int16) * 12
+    topography = np.stack([scene.dsm, np.zeros_like(scene.dsm)], axis=-1)
+    radar = np.repeat(-scene.image[..., :1].astype(np.float32) / 10, 2, axis=-1)
+    for pattern, array in (
+        (HUNAN.image["rgb"][0][0], bands),
+        ("{folder}/s1/s1_{id}.tif", radar),
+        (HUNAN.dsm[0][0], topography),
+        (HUNAN.labels[0], codes[scene.labels]),
+    ):
+        path = root / pattern.format(folder=folder, id=number)
+        options = {"planarconfig": "contig"} if array.ndim == 3 else {}
+        write_tiff(path, array, photometric="minisblack", compression="zlib", **options)
+
+
+def label_colors(labels: np.ndarray) -> np.ndarray:
+    """Labels (H, W) -> ISPRS's colours (H, W, 3) uint8; what is no class is black."""
+    colors = np.zeros((256, 3), np.uint8)
+    colors[: len(ISPRS_CLASSES)] = [color for _, color in ISPRS_CLASSES]
+    return colors[labels]
+
+
+def write_tiff(path: Path, array: np.ndarray, **options) -> None:
+    """A TIFF, whole or not at all; (H, W, C) is a colour image unless told otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options = {"photometric": "rgb" if array.ndim == 3 else "minisblack"} | options
+    replace_atomically(path, lambda p: tifffile.imwrite(p, array, **options))
+
+
+# ----------------------------------------------------------------------------------------- the city
+
+POTSDAM_TILES = tuple(
+    sorted(
+        (tile for tiles in POTSDAM.splits["paper"].values() for tile in tiles),
+        key=lambda tile: [int(part) for part in tile.split("_")],
+    )
+)
+HUNAN_TILES = ("train/101", "train/7", "val/23", "test/5")
+
+# How a tile is written, and its name -> the number by which `make_tile` knows it.
+LAYOUTS = {
+    "vaihingen": (write_vaihingen, {area: area for area in ALL_AREAS}),
+    "potsdam": (write_potsdam, {tile: i for i, tile in enumerate(POTSDAM_TILES)}),
+    "hunan": (write_hunan, {tile: i for i, tile in enumerate(HUNAN_TILES)}),
+}
 
 
 def write_city(
     root: Path,
     seed: int = 0,
     size: int | tuple[int, int] = 640,
-    areas: tuple[int, ...] = ALL_AREAS,
+    tiles: tuple | None = None,
     layout: str = "vaihingen",
 ) -> None:
-    """Writes the tiles into root, over files of the same names; size is the side in pixels, or
-    (height, width). `city.json` says complete only after the last tile. Layouts potsdam and
-    hunan have tiles of their own, not areas.
+    """Writes the tiles, by default all of the layout, over files of the same names. `size` is the
+    side in pixels, or (height, width). `city.json` says complete only after the last tile.
     """
-    root, marker = Path(root), describe_city(seed, size)
-    if layout != "vaihingen":
-        write, tiles = OTHER_LAYOUTS[layout]
-        write_marker(root, {**marker, "layout": layout}, complete=False)
-        for number, tile in enumerate(tiles):
-            write(root, tile, make_tile(seed, number, *marker["size"]))
-        write_marker(root, {**marker, "layout": layout}, complete=True)
-        return
+    root, marker = Path(root), describe_city(seed, size, layout)
+    root.mkdir(parents=True, exist_ok=True)
+    write, numbers = LAYOUTS[layout]
     write_marker(root, marker, complete=False)
-    colours = np.zeros((256, 3), np.uint8)  # everything that is no class, 255 above all, is black
-    colours[: len(PALETTE)] = PALETTE
-    for area in areas:
-        scene, paths = make_tile(seed, area, *marker["size"]), tile_paths(root, area)
-        write_tiff(paths["image"], scene.image, photometric="rgb")
-        write_tiff(paths["dsm"], scene.dsm, photometric="minisblack")
-        write_tiff(paths["labels"], colours[scene.labels], photometric="rgb", compression="zlib")
-        write_tiff(
-            paths["eroded"],
-            colours[erode_labels(scene.labels)],
-            photometric="rgb",
-            compression="zlib",
-        )
+    for tile in numbers if tiles is None else tiles:
+        write(root, tile, make_tile(seed, numbers[tile], *marker["size"]))
     write_marker(root, marker, complete=True)
 
 
-def write_potsdam(root: Path, tile: str, scene: Scene) -> None:
-    """A scene as a tile r_c of Potsdam, uncompressed: red, green, a blue that follows green, near
-    infrared; heights in decimetres above the tile's lowest as JPEG, and in metres.
-    """
-    colours = np.zeros((256, 3), np.uint8)
-    colours[: len(PALETTE)] = PALETTE
-    padded = "_".join(part.zfill(2) for part in tile.split("_"))
-    infrared, red, green = np.moveaxis(scene.image, -1, 0)
-    image = np.stack([red, green, (0.9 * green).astype(np.uint8), infrared], axis=-1)
-    above = np.clip(10 * (scene.dsm - scene.dsm.min()), 0, 255).astype(np.uint8)
-    write_tiff(
-        root / f"4_Ortho_RGBIR/top_potsdam_{tile}_RGBIR.tif",
-        image,
-        photometric="rgb",
-        extrasamples=["unspecified"],
-    )
-    write_tiff(root / f"1_DSM/dsm_potsdam_{padded}.tif", scene.dsm, photometric="minisblack")
-    jpeg = root / f"1_DSM_normalisation/dsm_potsdam_{padded}_normalized_lastools.jpg"
-    jpeg.parent.mkdir(exist_ok=True)
-    Image.fromarray(above).save(jpeg, quality=95)
-    for folder, name, labels in (
-        ("", "", scene.labels),
-        ("_no_Boundary", "_noBoundary", erode_labels(scene.labels)),
-    ):
-        path = root / f"5_Labels_for_participants{folder}/top_potsdam_{tile}_label{name}.tif"
-        write_tiff(path, colours[labels], photometric="rgb")
-
-
-def write_hunan(root: Path, tile: str, scene: Scene) -> None:
-    """A scene as a patch split/number of MMHunan: 13 bands of reflectance x 10000, radar, height
-    and slope, raw codes.
-    """
-    codes = np.array(
-        (9, 8, 3, 2, 1, 6), np.uint8
-    )  # bare, impervious, grassland, forest, cropland, water
-    folder, number = tile.split("/")
-    s2 = np.repeat(scene.image[..., 2:].astype(np.int16) * 12, 13, axis=-1)
-    s2[..., [7, 3, 2]] = scene.image.astype(np.int16) * 12
-    topo = np.stack([scene.dsm, np.zeros_like(scene.dsm)], axis=-1)
-    radar = np.repeat(-scene.image[..., :1].astype(np.float32) / 10, 2, axis=-1)
-    for kind, array in (("s2", s2), ("s1", radar), ("topo", topo), ("lc", codes[scene.labels])):
-        options = {"photometric": "minisblack", "compression": "zlib"}
-        if array.ndim == 3:
-            options["planarconfig"] = "contig"
-        write_tiff(root / folder / kind / f"{kind}_{number}.tif", array, **options)
-
-
-POTSDAM_TILES = tuple(
-    f"{r}_{c}"
-    for r, columns in (
-        (2, (10, 11, 12)),
-        (3, (10, 11, 12)),
-        (4, (10, 11, 12)),
-        (5, (10, 11, 12)),
-        (6, range(7, 13)),
-        (7, range(7, 13)),
-    )
-    for c in columns
-)
-
-
-HUNAN_TILES = ("train/101", "train/7", "val/23", "test/5")
-
-
-OTHER_LAYOUTS = {"potsdam": (write_potsdam, POTSDAM_TILES), "hunan": (write_hunan, HUNAN_TILES)}
-
-
-def ensure_city(root: Path, seed: int = 0, size: int | tuple[int, int] = 640) -> bool:
+def ensure_city(
+    root: Path, seed: int = 0, size: int | tuple[int, int] = 640, layout: str = "vaihingen"
+) -> bool:
     """Makes sure that root holds this city; True if it had to be written. A city left half-written
-    is finished. Raises ValueError, and writes nothing, where root holds anything else.
+    is finished. Raises DataError, and writes nothing, where root holds anything else.
     """
-    root, wanted = Path(root), describe_city(seed, size)
+    root, wanted = Path(root), describe_city(seed, size, layout)
     if root.exists() and not root.is_dir():
-        raise ValueError(f"{root} is a file; name a new folder for the synthetic city")
-    if not root.exists() or not any(not path.name.startswith(".") for path in root.iterdir()):
-        write_city(root, seed, size)
-        return True
-    try:
-        found = json.loads((root / "city.json").read_text())
-        complete = found.pop("complete")
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):
-        raise ValueError(
-            f"{root} is not empty and holds no synthetic city; name a new or empty folder"
-        ) from None
-    if found != wanted:
-        raise ValueError(
-            f"{root} holds another synthetic city, {found}, not {wanted}; delete it or name a new folder"
-        )
-    if complete and all(
-        path.is_file() for area in ALL_AREAS for path in tile_paths(root, area).values()
-    ):
-        return False
-    write_city(root, seed, size)
+        raise DataError(f"{root} is a file; name a new folder for the synthetic city")
+    if root.exists() and any(not path.name.startswith(".") for path in root.iterdir()):
+        try:
+            found = json.loads((root / "city.json").read_text())
+            complete = found.pop("complete")
+        except (OSError, ValueError, TypeError, AttributeError, KeyError):
+            message = f"{root} is not empty and holds no synthetic city; name a new or empty folder"
+            raise DataError(message) from None
+        if found != wanted:
+            raise DataError(
+                f"{root} holds another synthetic city, {found}, not {wanted}; delete it or name a "
+                "new folder"
+            )
+        paths = [path for area in ALL_AREAS for path in tile_paths(root, area).values()]
+        if complete and (layout != "vaihingen" or all(path.is_file() for path in paths)):
+            return False
+    write_city(root, seed, size, layout=layout)
     return True
 
 
-def describe_city(seed: int, size: int | tuple[int, int]) -> dict:
-    """What `city.json` says of a city, apart from `complete`."""
+def describe_city(seed: int, size: int | tuple[int, int], layout: str) -> dict:
+    """What `city.json` says of a city, apart from `complete`. Raises DataError."""
     height, width = (size, size) if isinstance(size, int) else (int(side) for side in size)
     if min(height, width) < 64 or seed < 0:
-        raise ValueError(
-            f"a synthetic city needs a size of 64 or more and a seed of 0 or more, not {size} and {seed}"
+        raise DataError(
+            "a synthetic city needs a size of 64 or more and a seed of 0 or more, not "
+            f"{size} and {seed}"
         )
-    return {"generator_version": GENERATOR_VERSION, "seed": seed, "size": [height, width]}
-
-
-def write_tiff(path: Path, array: np.ndarray, **options) -> None:
-    """Writes a TIFF under a temporary name and renames it, so that a file with its name is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    tifffile.imwrite(temporary, array, **options)
-    os.replace(temporary, path)
+    city = {"generator_version": GENERATOR_VERSION, "seed": seed, "size": [height, width]}
+    return city if layout == "vaihingen" else {**city, "layout": layout}
 
 
 def write_marker(root: Path, marker: dict, complete: bool) -> None:
-    """Writes `city.json`, whole or not at all."""
-    root.mkdir(parents=True, exist_ok=True)
-    temporary = root / f".city.json.{os.getpid()}.part"
-    temporary.write_text(json.dumps({**marker, "complete": complete}) + "\n")
-    os.replace(temporary, root / "city.json")
+    text = json.dumps({**marker, "complete": complete}) + "\n"
+    replace_atomically(root / "city.json", lambda p: p.write_text(text))
 
 
-def class_shares(root: Path, areas: tuple[int, ...] = ALL_AREAS) -> list[float]:
-    """The share of each class in the labels of a written city."""
-    images = [tifffile.imread(tile_paths(Path(root), area)["labels"]) for area in areas]
-    return [
-        float(np.mean([(image == colour).all(-1).mean() for image in images])) for colour in PALETTE
-    ]
-
-
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Writes a synthetic city in the layout of a benchmark."
+        prog="geodata.synthetic", description="Writes a synthetic city in a benchmark's layout."
+    )
+    parser.error = lambda message: parser.exit(
+        2, f"error: {message}; see python -m geodata.synthetic --help\n"
     )
     parser.add_argument("--root", type=Path, required=True, help="a new or empty folder")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, default=640, help="side of a tile in pixels of 9 cm")
-    parser.add_argument("--layout", choices=("vaihingen", *OTHER_LAYOUTS), default="vaihingen")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another city [0]")
+    parser.add_argument("--size", type=int, default=640, help="pixels of a tile's side [640]")
+    parser.add_argument("--layout", choices=tuple(LAYOUTS), default="vaihingen")
     args = parser.parse_args()
     try:
-        if args.layout != "vaihingen":
-            if args.root.exists() and any(args.root.iterdir()):
-                raise ValueError(
-                    f"{args.root} is not empty; name a new folder for the synthetic city"
-                )
-            write_city(args.root, args.seed, args.size, layout=args.layout)
-            print(
-                f"{args.root}: wrote {len(OTHER_LAYOUTS[args.layout][1])} tiles in the layout of {args.layout}"
-            )
-            return 0
-        written = ensure_city(args.root, args.seed, args.size)
-    except (ValueError, OSError) as error:
-        print(f"synthetic.py: {error}", file=sys.stderr)
-        return 2
-    shares = ", ".join(
-        f"{name} {100 * share:.1f}" for name, share in zip(CLASSES, class_shares(args.root))
-    )
+        written = ensure_city(args.root, args.seed, args.size, args.layout)
+    except (DataError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
+    count = len(LAYOUTS[args.layout][1])
     print(
-        f"{args.root}: {'wrote' if written else 'already holds'} {len(ALL_AREAS)} tiles; % of pixels: {shares}"
+        f"{args.root}: {'wrote' if written else 'already holds'} {count} tiles of {args.size} x "
+        f"{args.size} pixels in the layout of {args.layout}"
     )
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

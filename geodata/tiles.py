@@ -92,8 +92,10 @@ class Tile:
             if h - H > 2 or w - W > 2:
                 listing = ", ".join(f"{self.paths[k]} {a} x {b}" for k, (a, b) in sizes.items())
                 raise DataError(
-                    f"tile {self.name}: the files differ in size by more than two pixels: {listing}; files on "
-                    f"another grid than the image need a georeference, as the image does (GeoTIFF tags)"
+                    f"tile {self.name}: the files differ in size by more than two pixels: "
+                    f"{listing}; files on "
+                    f"another grid than the image need a georeference, as the image does (GeoTIFF "
+                    f"tags)"
                 )
             if (h, w) != (H, W):
                 self.notes.append(
@@ -129,7 +131,8 @@ class Tile:
             )
         if max(self.bands) >= raster.bands:
             raise DataError(
-                f"{raster.path}: has {raster.bands} bands, and band {max(self.bands) + 1} is asked for; see --bands"
+                f"{raster.path}: has {raster.bands} bands, and band {max(self.bands) + 1} is "
+                f"asked for; see --bands"
             )
         dtype = raster.dtype if raster.dtype.kind in "iu" else np.dtype(np.float32)
         read = partial(_image_pixels, raster, self.bands)
@@ -142,16 +145,19 @@ class Tile:
         for strip in row_strips(view) if not whole else ():
             if not np.isfinite(strip).all():
                 raise DataError(
-                    f"{raster.path}: the image holds pixels that are no number; if they are no data, "
+                    f"{raster.path}: the image holds pixels that are no number; if they are no "
+                    f"data, "
                     f"say so in it: gdal_edit.py -a_nodata nan FILE"
                 )
             if by_type and not (strip.min() >= 0 and strip.max() <= 1):
                 raise DataError(
-                    f"{raster.path}: float images must lie in 0 to 1; give their range as --image-scaling LOW:HIGH"
+                    f"{raster.path}: float images must lie in 0 to 1; give their range as "
+                    f"--image-scaling LOW:HIGH"
                 )
         if by_type and whole and view.dtype not in (np.uint8, np.uint16):
             raise DataError(
-                f"{raster.path}: pixels of {view.dtype}; give their range as --image-scaling LOW:HIGH"
+                f"{raster.path}: pixels of {view.dtype}; give their range as --image-scaling "
+                f"LOW:HIGH"
             )
 
     def without_data(self) -> Callable[[slice], np.ndarray] | None:
@@ -185,8 +191,10 @@ class Tile:
         """Metres behind slices, NaN where the file has no data."""
         if raster.bands > 2 or raster.colours != "grey":
             raise DataError(
-                f"{raster.path}: heights are one band, and this has {raster.bands} ({raster.colours}); "
-                f"give a height raster, or take one band: gdal_translate -b 1 -colorinterp gray IN OUT.tif"
+                f"{raster.path}: heights are one band, and this has {raster.bands} "
+                f"({raster.colours}); "
+                f"give a height raster, or take one band: gdal_translate -b 1 -colorinterp gray "
+                f"IN OUT.tif"
             )
         read = partial(metres, raster, self.height_unit)
         view = View(raster.shape[:2], np.dtype(np.float32), read)
@@ -244,7 +252,8 @@ class Tile:
         self.unknown_labels = unknown
         if unknown == labels.size:
             raise DataError(
-                f"{self.paths['labels']}: no pixel has the colour or the index of a class; it holds "
+                f"{self.paths['labels']}: no pixel has the colour or the index of a class; it "
+                f"holds "
                 f"{listed(self.unknown_values(1))}; check the classes of the data set"
             )
         if unknown:
@@ -366,7 +375,8 @@ class Tile:
             span = max(most - least, 1)
             if high - low > FAR * span or low > most + span or high < least - span:
                 lines.append(
-                    f"heights of {low:.4g} to {high:.4g} m, and the run was trained on {least:.4g} to "
+                    f"heights of {low:.4g} to {high:.4g} m, and the run was trained on "
+                    f"{least:.4g} to "
                     f"{most:.4g} m; are they of the same kind and unit?"
                 )
         return lines
@@ -453,8 +463,10 @@ def load_tiles(
     used = sum(size for size, _ in fixed)
     if used > budget:
         raise DataError(
-            f"{max(fixed)[1]}: only TIFFs that are uncompressed or in small tiles or strips can be read crop by crop, and "
-            f"the {len(fixed)} files that are none take {used / 1e9:.3g} GB, more than --memory-gb {memory_gb:g}; "
+            f"{max(fixed)[1]}: only TIFFs that are uncompressed or in small tiles or strips can "
+            f"be read crop by crop, and "
+            f"the {len(fixed)} files that are none take {used / 1e9:.3g} GB, more than "
+            f"--memory-gb {memory_gb:g}; "
             f"raise it, or rewrite them: gdal_translate -co TILED=YES IN OUT.tif"
         )
     for kind in kinds:

@@ -1,6 +1,4 @@
-"""The published order as an oracle of the whole network; what the benchmark counts, compares and
-keeps.
-"""
+"""The published loop over a tile; what the benchmark counts, compares and keeps."""
 
 import csv
 
@@ -8,20 +6,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import randomise
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
-from benchmark import Case, Result
+from benchmark import Case, Result, published_loop
 from engine.cost import encoder_products, operations
 from engine.inference import predict_tile
-from engine.training import segmentation_loss
+from fast import accelerate
 from mfnet import build_mfnet
-from published_order import published_encode, published_forward, published_predict
-from sam_vit import SIZES, build_image_encoder
-from tuners import apply_tuner
+from sam_vit import SIZES
 
 SMALL = dict(
     embed_dim=32, depth=2, num_heads=2, global_attn_indexes=(1,), window_size=3, img_size=64
@@ -32,57 +27,7 @@ def network(tuner, encoder=SMALL, **options):
     return randomise(build_mfnet(encoder, tuner, num_classes=3, **options), seed=1)
 
 
-# ------------------------------------------------------------------------------ the published order
-
-
-@settings(max_examples=15)
-@given(
-    tuner=st.sampled_from(["frozen", "adapter", "lora"]),
-    H=st.integers(64, 150),
-    W=st.integers(64, 150),
-    window=st.integers(2, 14),
-    mixing=st.booleans(),
-)
-def test_any_size_in_the_published_order_gives_the_same_logits(tuner, H, W, window, mixing):
-    options = {} if tuner == "frozen" else {"mixing": mixing}
-    model = network(tuner, SMALL | {"window_size": window}, **options).double().eval()
-    image, dsm = (
-        torch.rand(2, 3, H, W, dtype=torch.float64),
-        torch.rand(2, H, W, dtype=torch.float64),
-    )
-    with torch.no_grad():
-        assert_close(model(image, dsm), published_forward(model, image, dsm))
-
-
-@pytest.mark.parametrize("tuner", ["adapter", "lora", "full"])
-def test_a_training_step_in_the_published_order_has_the_same_gradients(tuner):
-    model = network(tuner).double().train()
-    image, dsm = (
-        torch.rand(2, 3, 96, 128, dtype=torch.float64),
-        torch.rand(2, 96, 128, dtype=torch.float64),
-    )
-    labels, found = torch.randint(3, dsm.shape), []
-    for forward in (model, lambda *rasters: published_forward(model, *rasters)):
-        torch.manual_seed(0)
-        model.zero_grad()
-        segmentation_loss(forward(image, dsm), labels).backward()
-        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-    assert found[0].keys() == found[1].keys() and all(
-        g is not None and g.any() for g in found[1].values()
-    )
-    for name, gradient in found[0].items():
-        assert_close(gradient, found[1][name], rtol=1e-5, atol=1e-9, msg=name)
-
-
-def test_the_modalities_of_three_streams_are_mixed_alike():
-    encoder = (
-        randomise(apply_tuner(build_image_encoder(SMALL), "adapter", 3), seed=1).double().eval()
-    )
-    model = network("adapter", modalities=3).double().eval()
-    model.image_encoder = encoder
-    rasters = [torch.rand(1, 3, 64, 96, dtype=torch.float64) for _ in range(3)]
-    with torch.no_grad():
-        assert_close(torch.cat(model.encode(*rasters)), torch.cat(published_encode(model, rasters)))
+# --------------------------------------------------------------------------------- the whole tile
 
 
 @pytest.mark.parametrize("H, W, stride", [(80, 100, 16), (64, 130, 32)])
@@ -93,7 +38,7 @@ def test_a_tile_in_the_published_loop_gives_the_same_map_by_more_windows(H, W, s
         rng.random((H, W), dtype=np.float32),
     )
     with model.decoder.register_forward_hook(lambda _, __, logits: windows.append(len(logits))):
-        expected = published_predict(model, image, dsm, 64, stride, 4, (0.0, 1.0))
+        expected = published_loop(model, image, dsm, 64, stride, 4, (0.0, 1.0))
         published = sum(windows)
         found = predict_tile(model, image, dsm, 64, stride, 4, (0.0, 1.0), repeat_border=True)
     assert np.unique(found).size > 1 and np.array_equal(found, expected)
@@ -106,7 +51,7 @@ def test_a_tile_in_the_published_loop_gives_the_same_map_by_more_windows(H, W, s
 @pytest.mark.parametrize("tuner", ["frozen", "adapter", "lora"])
 @pytest.mark.parametrize("crop", [64, 96, 128])
 def test_the_counted_products_are_those_that_run(tuner, crop):
-    model = network(tuner)
+    model = accelerate(network(tuner))
     rasters = torch.rand(2, 3, crop, crop), torch.rand(2, crop, crop)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.encode(*rasters)
@@ -117,9 +62,7 @@ def test_the_counted_products_are_those_that_run(tuner, crop):
 
 
 @pytest.mark.parametrize("crop, times", [(224, 1.0), (448, 4.0), (672, 9.0)])
-def test_crops_of_whole_windows_need_products_in_proportion_to_their_pixels_but_for_the_global_blocks(
-    crop, times
-):
+def test_crops_of_whole_windows_need_products_in_proportion_to_their_pixels(crop, times):
     with torch.device("meta"):
         model = build_mfnet(SIZES["vit_b"] | {"global_attn_indexes": ()}, "adapter")
     one, many = (operations(encoder_products(model, 1, size)) for size in (224, crop))
@@ -147,25 +90,25 @@ def case(**own):
                 crop=64,
                 batch=1,
                 precision="fp32",
-                order="ours",
+                order="fast",
             )
             | own
         )
     )
 
 
-def test_ratios_are_to_the_published_order_in_fp32_and_in_the_same_precision():
+def test_ratios_are_to_the_plain_network_in_fp32_and_in_the_same_precision():
     seconds = {
-        ("fp32", "published"): 8.0,
-        ("fp32", "ours"): 4.0,
-        ("bf16", "published"): 2.0,
-        ("bf16", "ours"): 1.0,
+        ("fp32", "plain"): 8.0,
+        ("fp32", "fast"): 4.0,
+        ("bf16", "plain"): 2.0,
+        ("bf16", "fast"): 1.0,
     }
     results = {case(precision=p, order=o): Result(seconds=s) for (p, o), s in seconds.items()}
     results[case(order="checkpointed")] = Result(note="failed")
     benchmark.compare(results)
-    assert [r.times_published_fp32 for r in results.values()] == [1, 2, 4, 8, None]
-    assert [r.times_published for r in results.values()] == [1, 2, 1, 2, None]
+    assert [r.times_plain_fp32 for r in results.values()] == [1, 2, 4, 8, None]
+    assert [r.times_plain for r in results.values()] == [1, 2, 1, 2, None]
 
 
 def test_a_difference_is_relative_to_the_largest_value_and_of_maps_the_share_of_pixels():
@@ -196,9 +139,9 @@ def test_rows_are_kept_in_place_of_those_of_the_same_case_and_failures_stay_in(t
     )
     rows = list(csv.DictReader(path.open(newline="")))
     assert [(row["order"], row["batch"], row["seconds"]) for row in rows] == [
-        ("ours", "1", "1"),
+        ("fast", "1", "1"),
         ("checkpointed", "1", ""),
-        ("ours", "2", "5"),
+        ("fast", "2", "5"),
     ]
     text = path.with_suffix(".md").read_text()
     assert "no compiler" in text and "batch 2" in text
@@ -217,7 +160,7 @@ def test_a_case_that_fails_keeps_its_reason_and_the_others_their_figures(monkeyp
 
     monkeypatch.setattr(benchmark, "prepare", fail)
     cases = [
-        case(order=order, precision=p) for p in ("fp32", "bf16") for order in ("published", "ours")
+        case(order=order, precision=p) for p in ("fp32", "bf16") for order in ("plain", "fast")
     ]
     results = benchmark.measure(cases, 1, torch.device("cpu"))
     assert [r.note for r in results.values()] == ["", "", "no room", "no room"]
@@ -231,7 +174,7 @@ def test_a_case_that_fails_keeps_its_reason_and_the_others_their_figures(monkeyp
 @pytest.mark.parametrize("task", ["encoder", "network", "step"])
 @pytest.mark.parametrize("tuner", ["adapter", "lora"])
 def test_both_orders_compute_the_same_in_the_benchmark_itself(task, tuner):
-    one, other = case(task=task, tuner=tuner, order="published"), case(task=task, tuner=tuner)
+    one, other = case(task=task, tuner=tuner, order="plain"), case(task=task, tuner=tuner)
     models = benchmark.networks([one, other], torch.device("cpu"))
     first, second = (benchmark.prepare(c, models[c])() for c in (one, other))
     assert benchmark.difference(second, first) < (1e-3 if task == "step" else 1e-5)

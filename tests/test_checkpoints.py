@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,14 +18,21 @@ from conftest import TINY, randomise, same_state, small_encoder, snapshot
 
 from engine import checkpoints, pretrained
 from engine.checkpoints import base_digest, build_model, export_whole, load_model, save_model
+from engine.console import Mistake
 from engine.pretrained import fetch, find_weights
+from engine.settings import Settings
 from mfnet import build_mfnet, count_parameters
-from sam_vit import WeightsError, build_image_encoder, load_sam_weights
+from sam_vit import SIZES, WeightsError, build_image_encoder, load_sam_weights
 from tuners import TUNERS, apply_tuner
 
 CONTENT = bytes(range(256)) * 20_000  # 5 MB: several reads
 MD5 = hashlib.md5(CONTENT).hexdigest()
 CLASSES = [["roof", [255, 0, 0]], ["tree", [0, 255, 0]], ["road", [0, 0, 255]]]
+
+
+@pytest.fixture(autouse=True)
+def tiny_encoder(monkeypatch):
+    monkeypatch.setitem(SIZES, "tiny", TINY)
 
 
 # ---------------------------------------------------------------------------------------- downloads
@@ -272,10 +280,10 @@ def make_run(folder, tuner="lora", modalities="image+dsm", weights=None, **chang
             {"image_encoder." + n: t for n, t in small_encoder(seed=1).state_dict().items()},
             weights,
         )
-    settings = dict(
-        encoder=TINY, weights=weights, tuner=tuner, modalities=modalities, fusion="dfm", seed=3
+    settings = Settings(
+        encoder="tiny", weights=weights, tuner=tuner, modalities=modalities, seed=3, **changes
     )
-    settings = {**settings, "mixing": True, "rank": 2, "relative_positions": "sam", **changes}
+    settings.complete()
     model, base, _ = build_model(settings, len(CLASSES))
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     randomise(model, seed=4)
@@ -283,7 +291,7 @@ def make_run(folder, tuner="lora", modalities="image+dsm", weights=None, **chang
         for name, p in model.named_parameters():
             p.copy_(frozen.get(name, p))
         model.train()(*inputs(model, batch=2))
-    save_model(folder / "model.pt", model, settings, base, CLASSES)
+    save_model(folder / "model.pt", model, settings, base, CLASSES, epoch=1, finished=True)
     return SimpleNamespace(
         path=folder / "model.pt", model=model.eval(), settings=settings, base=base
     )
@@ -316,7 +324,15 @@ def test_a_run_computes_the_same_after_saving_and_loading(tuner, modalities, tmp
     assert_loads(run, run.path)
 
 
-@pytest.mark.parametrize("changes", [dict(fusion="sum"), dict(mixing=False), dict(rank=3)], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(fusion="sum"),
+        dict(tuner_option={"mixing": False}),
+        dict(tuner_option={"rank": 3, "alpha": 2.0}),
+    ],
+    ids=str,
+)
 def test_the_settings_of_a_run_are_those_of_the_loaded_network(changes, tmp_path):
     run = make_run(tmp_path, **changes)
     assert_loads(run, run.path)
@@ -325,7 +341,7 @@ def test_the_settings_of_a_run_are_those_of_the_loaded_network(changes, tmp_path
 def test_zeroed_relative_positions_are_zero_again_and_another_base(tmp_path):
     run = make_run(tmp_path, relative_positions="zero")
     assert_loads(run, run.path)
-    model, base, _ = build_model({**run.settings, "relative_positions": "sam"}, len(CLASSES))
+    model, base, _ = build_model(replace(run.settings, relative_positions="sam"), len(CLASSES))
     assert base["sha256"] != run.base["sha256"]
     assert model.image_encoder.blocks[0].attn.rel_pos_h.any()
     assert not run.model.image_encoder.blocks[0].attn.rel_pos_h.any()
@@ -551,8 +567,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     run = make_run(tmp_path)
     names, old = sorted(os.listdir(tmp_path)), run.path.read_bytes()
     monkeypatch.setattr(torch, "save", fill_the_disk)
-    with pytest.raises(RuntimeError):
-        save_model(run.path, run.model, run.settings, run.base, CLASSES)
+    with pytest.raises(OSError, match="file write failed"):
+        save_model(run.path, run.model, run.settings, run.base, CLASSES, 1, True)
     with pytest.raises(WeightsError, match="whole.pt cannot be written"):
         export_whole(run.path, tmp_path / "whole.pt")
     assert run.path.read_bytes() == old and sorted(os.listdir(tmp_path)) == names
@@ -573,23 +589,36 @@ FOREIGN = [
     lambda content: {**content, "state": {}},
     lambda content: {k: v for k, v in content.items() if k != "classes"},
     lambda content: {**content, "classes": CLASSES[:2]},
-    lambda content: {**content, "settings": {**content["settings"], "tuner": "prompt"}},
-    lambda content: {
-        **content,
-        "settings": {k: v for k, v in content["settings"].items() if k != "rank"},
-    },
-    lambda content: {**content, "settings": {**content["settings"], "encoder": "vit_x"}},
-    lambda content: {**content, "settings": {**content["settings"], "tuner": "adapter"}},
+    lambda content: with_settings(content, tuner="prompt"),
+    lambda content: with_settings(content, encoder="vit_x"),
+    lambda content: with_settings(content, tuner="adapter"),
+    lambda content: with_settings(content, tuner_option={"rank": 0}),
+    lambda content: with_settings(content, tuner_option={"depth": 2}),
+    lambda content: with_settings(content, crop="../.."),
+    lambda content: with_settings(content, batch_size=0),
+    lambda content: with_settings(content, batch_size=True),
+    lambda content: with_settings(content, lr=float("nan")),
+    lambda content: with_settings(content, plugin={"../../evil.py": "0" * 64}),
+    lambda content: with_settings(content, plugin=["evil.py"]),
+    lambda content: with_settings(content, colour="blue"),
+    lambda content: {**content, "settings": ["lora"]},
+    lambda content: {**content, "base": "sam.pth"},
+    lambda content: {**content, "classes": [["roof", [1, 2]]]},
 ]
+
+
+def with_settings(content, **changes):
+    return {**content, "settings": {**content["settings"], **changes}}
 
 
 @pytest.mark.parametrize("change", FOREIGN)
 def test_a_file_that_is_not_this_run_is_refused_and_named(change, tmp_path):
     run = make_run(tmp_path)
     torch.save(change(read(run.path)), run.path)
-    with pytest.raises(WeightsError, match="model.pt") as raised:
+    with pytest.raises((WeightsError, Mistake)) as raised:
         load_model(run.path)
     assert "\n" not in str(raised.value)
+    assert "model.pt" in str(raised.value) or "evil.py" in str(raised.value)
 
 
 def test_a_missing_model_file_is_named(tmp_path):

@@ -28,7 +28,7 @@ from geodata.layouts import ISPRS_CLASSES
 from geodata.rasters import read_raster
 from geodata.scaling import Scaling
 from geodata.tiles import LoadedTile
-from reports.report import (
+from reports.panels import (
     RIGHT,
     SURE,
     UNSCORED,

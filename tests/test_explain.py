@@ -1,13 +1,14 @@
-"""What the page of a window shows is what the network does, and what it says of it is true."""
+"""What the page of a window shows is what it was given, and what it says of it is true."""
 
 import base64
 import io
 import re
+from argparse import ArgumentTypeError
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, randomise, same_state, snapshot
+from conftest import TINY, randomise
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -19,84 +20,37 @@ from geodata.rasters import DataError
 from geodata.scaling import TileScale
 from geodata.tiles import LoadedTile
 from mfnet import build_mfnet
-from reports import inside as explain
 from reports.inside import (
-    chart,
+    contributions,
     corner,
+    cut_window,
     enlarge,
-    learned_mixing,
-    look_inside,
     place_window,
     principal_colors,
-    shares,
     tint,
-    write_explanation,
+    write_inside,
 )
+from reports.page import line_chart
 
 CLASSES = (("ground", (255, 255, 255)), ("<b>roof</b>", (0, 0, 255)), ("tree", (0, 255, 0)))
+GREEN, WHITE, PURPLE = [27, 120, 55], [255, 255, 255], [118, 42, 131]
+
+# --------------------------------------------------------------------------------- what is computed
 
 
-def network(modalities=2, tuner="adapter", fusion="dfm", **options):
-    torch.manual_seed(0)
-    return randomise(build_mfnet(TINY, tuner, 3, modalities, fusion, **options)).eval()
-
-
-def rasters(modalities, H=64, W=96):
-    generator = torch.Generator().manual_seed(H + W)
-    return [torch.rand(1, 3, H, W, generator=generator) for _ in range(modalities)]
-
-
-# --------------------------------------------------------------------------------------- the inside
-
-
-@pytest.mark.parametrize("fusion", ["dfm", "sum"])
-@pytest.mark.parametrize("modalities, size", [(1, (64, 96)), (2, (70, 101)), (3, (64, 64))])
-@torch.inference_mode()
-def test_the_parts_of_a_level_sum_to_what_the_decoder_gets_and_the_classes_are_the_network_s(
-    modalities, size, fusion
-):
-    model, given_rasters = network(modalities, fusion=fusion), rasters(modalities, *size)
-    before, hooked = snapshot(model), len(model._forward_hooks)
-    levels, pred = look_inside(model, *given_rasters)
-    fused = model.fusion(model.encode(*given_rasters))
-    assert len(levels) == len(fused) and all(len(level.parts) == modalities for level in levels)
-    assert all(torch.equal(sum(level.parts), whole[0]) for level, whole in zip(levels, fused))
-    assert [level.stride for level in levels] == ([4, 8, 16, 32] if fusion == "dfm" else [16])
-    assert np.array_equal(pred, model(*given_rasters)[0].argmax(0).numpy()) and pred.shape == size
-    assert same_state(model, before) and len(model._forward_hooks) == hooked
-
-
-@torch.inference_mode()
-def test_the_channel_weights_are_what_a_part_was_multiplied_by():
-    model, given_rasters = network(), rasters(2)
-    levels, _ = look_inside(model, *given_rasters)
-    maps = model.encode(*given_rasters)
-    for m in range(2):
-        scales = model.fusion.pyramids[m](maps[m])
-        for level, x in zip(levels, scales):
-            weights = (level.parts[m] * x[0]).sum((1, 2)) / (x[0] ** 2).sum(
-                (1, 2)
-            )  # of part = weight * x, by channel
-            assert level.channel_weights[m] == pytest.approx(weights.mean().item(), abs=1e-5)
-            assert 0 < level.channel_weights[m] < 1
-
-
-counts = st.integers(1, 4)
-
-
-@given(counts, st.integers(1, 6), st.integers(1, 5), st.integers(1, 5), st.integers(0, 99))
-def test_shares_are_of_the_lengths_and_sum_to_1(M, C, h, w, seed):
-    generator = torch.Generator().manual_seed(seed)
-    parts = [torch.randn(C, h, w, generator=generator) * (m + 1) for m in range(M)]
+@given(*[st.integers(1, n) for n in (4, 6, 5, 5)], st.integers(0, 99))
+def test_contributions_are_of_the_lengths_and_sum_to_1(M, C, h, w, seed):
+    rng = np.random.default_rng(seed)
+    parts = [(m + 1) * rng.normal(size=(C, h, w)).astype(np.float32) for m in range(M)]
     for part in parts:
         part[:, 0, 0] = 0
-    found = shares(parts)
+    found = contributions(parts)
     assert found.shape == (M, h, w) and np.allclose(found.sum(axis=0), 1, atol=1e-12)
     assert np.allclose(found[:, 0, 0], 1 / M)
     for i, j in np.argwhere(np.arange(h * w).reshape(h, w) > 0):
         lengths = [sum(float(v) ** 2 for v in part[:, i, j]) ** 0.5 for part in parts]
         assert np.allclose(found[:, i, j], np.array(lengths) / sum(lengths), atol=1e-5)
-    assert np.allclose(shares([part * 7 for part in parts]), found, atol=1e-6)
+    assert np.allclose(contributions([part * 7 for part in parts]), found, atol=1e-6)
 
 
 # -------------------------------------------------------------------------------- principal colours
@@ -160,27 +114,7 @@ def test_any_size_has_colours_and_what_does_not_vary_is_grey(shape, value, seed)
     ).all()
 
 
-# ----------------------------------------------------------------------------------------- the page
-
-
-@pytest.mark.parametrize("tuner, layers", [("adapter", [""]), ("lora", ["mlp.lin1", "mlp.lin2"])])
-def test_the_mixing_weights_are_read_by_layer_and_block(tuner, layers):
-    model = network(3, tuner)
-    state, found = model.state_dict(), learned_mixing(model)
-    assert list(found) == layers
-    for layer, blocks in found.items():
-        names = [
-            ".".join(filter(None, ("image_encoder.blocks", str(i), layer, "mixing")))
-            for i in range(2)
-        ]
-        assert blocks == [state[name].tolist() for name in names] and np.shape(blocks) == (2, 3)
-
-
-@pytest.mark.parametrize(
-    "options", [dict(modalities=1), dict(tuner="frozen"), dict(tuner="lora", mixing=False)], ids=str
-)
-def test_a_network_that_mixes_nothing_has_no_weights_of_it(options):
-    assert learned_mixing(network(**options)) == {}
+# --------------------------------------------------------------------------- windows and pictures
 
 
 @given(st.integers(64, 300), st.integers(64, 300), st.integers(64, 200), st.data())
@@ -203,25 +137,82 @@ def test_a_corner_outside_of_the_raster_is_one_line(at):
         place_window((80, 90), 64, at)
 
 
-def test_a_place_is_a_square_and_an_equal_share_is_white():
-    assert np.array_equal(
-        enlarge(np.arange(6).reshape(1, 2, 3), 4, (3, 7))[:, :, 0], [[0, 0, 0, 0, 3, 3, 3]] * 3
+def test_an_equal_contribution_is_white_and_the_farthest_from_it_is_in_full_colour():
+    assert tint(np.array([[0.3, 0.5, 0.6, 0.7]]), 0.5)[0, [0, 1, 3]].tolist() == [
+        PURPLE,
+        WHITE,
+        GREEN,
+    ]
+    half = tint(np.array([[0.5, 0.6, 0.7]]), 0.5)[0, 1]
+    assert np.abs(half - (np.array(GREEN) + WHITE) / 2).max() <= 0.5
+    assert (tint(np.full((2, 3), 1 / 3), 1 / 3) == 255).all()
+
+
+@given(st.integers(64, 400), st.integers(64, 400), st.sampled_from([4, 8, 16, 32]))
+def test_a_place_is_a_square_of_the_level_s_stride_cut_at_the_window(H, W, stride):
+    h, w = (-(-n // 32) * 32 // stride for n in (H, W))  # the network pads to multiples of 32
+    places = np.arange(3 * h * w).reshape(h, w, 3)
+    found, pixels = enlarge(places, (H, W))
+    assert found == stride and pixels.shape == (H, W, 3)
+    y, x = H - 1, W // 2
+    assert np.array_equal(pixels[y, x], places[y // stride, x // stride])
+
+
+numbers = st.floats(-1e3, 1e3)
+
+
+@given(
+    st.dictionaries(st.text(min_size=1, max_size=5), st.lists(numbers, min_size=1, max_size=9)),
+    st.sampled_from(["loss", "<&>"]),
+)
+def test_a_chart_draws_each_point_where_its_numbers_say(lines, title):
+    values = [y for points in lines.values() for y in points]
+    low, high = min(values, default=0), max(values, default=1)
+    drawn = line_chart(title, {k: list(enumerate(v, 1)) for k, v in lines.items()}, low, high, "x")
+    reader = Reader()
+    reader.feed(drawn)
+    assert not reader.open and "b" not in reader.tags and title in reader.text
+    found = [part.split('"')[0].split() for part in drawn.split('points="')[1:]]
+    assert [len(points) for points in found] == [len(points) for points in lines.values()]
+    last = max(map(len, lines.values()), default=1)
+    for points, ys in zip(found, lines.values()):
+        for i, (point, y) in enumerate(zip(points, ys)):
+            u, v = (float(number) for number in point.split(","))
+            assert u == pytest.approx(46 + 306 * i / max(last - 1, 1), abs=0.06)
+            assert v == pytest.approx(190 - 160 * (y - low) / ((high - low) or 1), abs=0.06)
+    assert len(lines) < 2 or all(
+        " ".join(n.split()) in " ".join(reader.text.split()) for n in lines
     )
-    assert tint(np.array([[0, 1 / 3, 1]]), 1 / 3).tolist() == [
-        [explain.LESS.tolist(), [255] * 3, explain.MORE.tolist()]
-    ]
 
 
-def test_higher_weights_are_drawn_higher_and_one_half_in_the_middle():
-    page = chart({"a": [0.5, 0.6], "b <": [0.45, 0.7]})
-    places = [
-        [float(point.split(",")[1]) for point in part.split('"')[0].split()]
-        for part in page.split('points="')[1:]
-    ]
-    (half, a), (b, top) = places
-    assert top == 30 and half == (30 + 195) / 2 and top < a < half < b
-    assert half - a == pytest.approx((half - top) / 2, abs=0.1)
-    assert "b &lt;" in page and "0.70" in page and "0.30" in page and chart({"one block": [0.5]})
+def test_points_that_are_not_finite_are_left_out_of_a_chart():
+    points = [(1, 0.5), (2, float("nan")), (3, float("inf")), (4, 0.25)]
+    drawn = line_chart("loss", {"": points}, 0, 1, "epoch")
+    assert drawn.count("<circle") == 2 and not re.search("nan|inf", drawn)
+    assert line_chart("loss", {"": []}, 0, 1, "epoch").count("<circle") == 0
+
+
+# ----------------------------------------------------------------------------------------- the page
+
+
+def a_tile(kinds, H=90, W=100):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (H, W, 3), dtype=np.uint8) if "image" in kinds else None
+    dsm = rng.normal(size=(H, W)).astype(np.float32) if "dsm" in kinds else None
+    return LoadedTile("a", image, dsm, None, None, TileScale((-3.0, 3.0)))
+
+
+def what_was_seen(M, size, gates=True, strides=(4, 8, 16, 32), dtype=torch.float32):
+    """Intermediates of a forward pass in the shapes that the network keeps them in."""
+    generator, levels = torch.Generator().manual_seed(0), []
+    for stride in strides:
+        h, w = (-(-n // 32) * 32 // stride for n in size)
+        parts = [torch.randn(1, 8, h, w, generator=generator).to(dtype) for _ in range(M)]
+        weights = [torch.rand(1, 8, 1, 1, generator=generator) for _ in range(M)] if gates else []
+        levels.append({"parts": parts, "gates": weights})
+    logits = torch.randn(1, 3, *size, generator=generator)
+    fused = [sum(level["parts"]) for level in levels]
+    return {"levels": levels, "fused": fused, "logits": logits, "blocks": [], "maps": []}
 
 
 def pictures_of(text):
@@ -233,86 +224,108 @@ def pictures_of(text):
     }
 
 
+TWO = {"mlp.lin1": [[0.25, 0.5]] * 3, "mlp.lin2": [[0.125, 0.75]] * 3}
+
+
 @pytest.mark.parametrize(
-    "kinds, options, words, pictures",
+    "kinds, mixing, options, words, pictures",
     [
-        ("image+dsm", dict(), ["block", "share of height", "channel weight of image"], 3 + 4 + 8),
-        ("image+dsm", dict(tuner="lora"), ["lin1 image", "lin2 height"], 3 + 4 + 8),
-        ("image+dsm", dict(fusion="sum"), ["stride 16, height"], 3 + 1 + 2),
-        ("image+dsm", dict(tuner="frozen"), ["Nothing is mixed", "frozen"], 3 + 4 + 8),
+        ("image+dsm", {"": [[0.375, 0.625]] * 2}, {}, ["block", "0.375", "0.625"], 3 + 4 + 4),
+        ("image+dsm", TWO, {}, ["lin1 image", "lin2 height", "0.125"], 3 + 4 + 4),
+        ("image+dsm", {}, {}, ["Nothing is mixed: the tuner of this run has no"], 3 + 4 + 4),
         (
             "image+dsm",
-            dict(tuner="lora", mixing=False),
-            ["Nothing is mixed", "--no-mixing"],
-            3 + 4 + 8,
+            TWO,
+            dict(gates=False, strides=(16,)),
+            ["contribution of height", "stride 16"],
+            3 + 1 + 1,
         ),
-        ("image", dict(), ["Nothing is mixed: there is one modality", "share of image"], 2 + 4),
-        (
-            "dsm",
-            dict(fusion="sum"),
-            ["Nothing is mixed: there is one modality", "share of height"],
-            2 + 1,
-        ),
+        ("image+dsm", TWO, dict(dtype=torch.bfloat16), ["channel weight of height"], 3 + 4 + 4),
+        ("image", {}, {}, ["Nothing is mixed: there is one modality"], 2 + 4),
+        ("dsm", {}, dict(gates=False, strides=(16,)), ["contribution of height"], 2 + 1),
     ],
     ids=str,
 )
-def test_the_page_shows_the_window_and_needs_nothing_from_outside(
-    tmp_path, kinds, options, words, pictures
+def test_the_page_shows_what_was_seen_and_needs_nothing_from_outside(
+    tmp_path, kinds, mixing, options, words, pictures
 ):
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (90, 100, 3), dtype=np.uint8) if "image" in kinds else None
-    dsm = rng.normal(size=(90, 100)).astype(np.float32) if "dsm" in kinds else None
-    scale = TileScale((-3.0, 3.0), ground=rng.normal(size=(9, 10)).astype(np.float32), cell=10)
-    tile, model = (
-        LoadedTile("a", image, dsm, None, None, scale),
-        network(len(kinds.split("+")), **options),
-    )
-    path = write_explanation(
-        tmp_path / "new" / "folder", model, tile, 64, (30, 79), CLASSES, "runs/<x>"
-    )
+    box = np.s_[26:90, 30:96]
+    tile, M = a_tile(kinds), len(kinds.split("+"))
+    cut, seen = cut_window(tile, box), what_was_seen(M, (64, 66), **options)
+    folder = tmp_path / "new" / "folder"
+    path = write_inside(folder, cut, box, seen, mixing, CLASSES, "Inside runs/<x>")
     assert [p.name for p in path.parent.iterdir()] == ["explain.html"]
     page, text = Reader(), path.read_text(encoding="utf-8")
     page.feed(text)
     assert not page.open and not {"script", "link", "b"} & set(page.tags)
-    assert len(page.links) == pictures and all(
-        link.startswith("data:image/png;base64,") for link in page.links
-    )
-    assert page.tags.count("svg") == (1 if learned_mixing(model) else 0)
-    for part in [*words, "Inside runs/<x>", "64 x 64 pixels from column 30 and row 26"]:
+    assert len(page.links) == pictures
+    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert page.tags.count("svg") == (1 if mixing else 0)
+    for part in [*words, "Inside runs/<x>", "66 x 64 pixels from column 30 and row 26"]:
         assert part in page.text, part
-    assert all(
-        f"{w:.3f}" in page.text
-        for blocks in learned_mixing(model).values()
-        for w in np.ravel(blocks)
-    )
+    assert ("channel weight" in page.text) == bool(seen["levels"][0]["gates"])
 
-    box, shown = np.s_[26:90, 30:94], pictures_of(text)
-    inputs = [] if image is None else [torch.from_numpy(image[box]).permute(2, 0, 1)[None] / 255]
-    inputs += (
-        []
-        if dsm is None
-        else [torch.from_numpy(scale.height_input(dsm, np.s_[0:90, 0:100])[box])[None]]
-    )
-    levels, pred = look_inside(model, *inputs)
-    assert np.array_equal(
-        shown["predicted classes"], labels_to_colors(pred, [color for _, color in CLASSES])
-    )
-    assert image is None or np.abs(shown["image"].astype(int) - image[box]).max() <= 1
-    for level in levels:
-        (caption,) = [name for name in shown if name.startswith(f"stride {level.stride}: ")]
-        assert shown[caption].shape == (64, 64, 3)
-        assert np.array_equal(
-            shown[caption][:: level.stride, :: level.stride], principal_colors(level.fused.numpy())
-        )
-        for name, share in zip(("image", "height"), shares(level.parts) if "+" in kinds else ()):
-            numbers = f"{share.mean():.2f}, from {share.min():.2f} to {share.max():.2f}"
-            drawn = shown[f"stride {level.stride}, {name}: {numbers}"]
-            assert np.array_equal(drawn[:: level.stride, :: level.stride], tint(share, 1 / 2))
-            assert f"{share.mean():.3f}" in page.text
+    shown = pictures_of(text)
+    pred = seen["logits"][0].argmax(0).byte().numpy()
+    colors = labels_to_colors(pred, [color for _, color in CLASSES])
+    assert np.array_equal(shown["predicted classes"], colors)
+    if cut.image is not None:
+        assert np.abs(shown["image"].astype(int) - tile.image[box]).max() <= 1
+    for level, fused in zip(seen["levels"], seen["fused"]):
+        stride = 96 // fused.shape[3]
+        (caption,) = [name for name in shown if name.startswith(f"stride {stride}: ")]
+        assert shown[caption].shape == (64, 66, 3)
+        expected = principal_colors(fused[0].float().numpy())[
+            : -(-64 // stride), : -(-66 // stride)
+        ]
+        assert np.array_equal(shown[caption][::stride, ::stride], expected)
+        found = contributions([part[0].float().numpy() for part in level["parts"]])
+        for one in found:
+            assert f"{one.mean():.3f}" in page.text
+        for gate in level["gates"]:
+            assert f"{gate.mean():.3f}" in page.text
+        if M == 2:
+            one = found[0]
+            caption = f"image: {one.mean():.2f}, from {one.min():.2f} to {one.max():.2f}"
+            drawn = shown[f"stride {stride}, {caption}"][::stride, ::stride]
+            assert np.array_equal(drawn, tint(one, 0.5)[: drawn.shape[0], : drawn.shape[1]])
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    tile, box = a_tile("image"), np.s_[0:90, 0:100]
+    seen = what_was_seen(1, (90, 100))
+    with pytest.raises(
+        DataError, match="--out .*file: cannot be written .*; give another folder"
+    ) as caught:
+        write_inside(tmp_path / "file", tile, box, seen, {}, CLASSES, "x")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_corner_is_two_whole_numbers():
     assert corner("12,-3") == (12, -3)
     for text in ("", "1", "1,2,3", "1.5,2", "a,b"):
-        with pytest.raises(explain.ArgumentTypeError, match="X,Y"):
+        with pytest.raises(ArgumentTypeError, match="X,Y"):
             corner(text)
+
+
+@pytest.mark.parametrize("fusion", ["dfm", "sum"])
+@torch.inference_mode()
+def test_the_network_s_own_intermediates_make_the_page(tmp_path, fusion):
+    torch.manual_seed(0)
+    model = randomise(build_mfnet(TINY, "lora", 3, 2, fusion)).eval()
+    tile, box, seen, mixing = a_tile("image+dsm"), np.s_[0:70, 0:100], {}, {}
+    cut = cut_window(tile, box)
+    image = torch.from_numpy(cut.scale.image_input(cut.image))[None]
+    logits = model(image, torch.from_numpy(cut.scale.height_input(cut.dsm, box))[None], seen=seen)
+    for block in model.image_encoder.blocks:
+        for layer, weights in block.mixing_weights().items():
+            mixing.setdefault(layer, []).append(weights.tolist())
+    path = write_inside(tmp_path, cut, box, seen, mixing, CLASSES, "x")
+    shown = pictures_of(path.read_text(encoding="utf-8"))
+    colors = labels_to_colors(logits[0].argmax(0).numpy(), [color for _, color in CLASSES])
+    assert np.array_equal(shown["predicted classes"], colors)
+    strides = [int(name.split()[1][:-1]) for name in shown if re.match(r"stride \d+: ", name)]
+    assert strides == ([4, 8, 16, 32] if fusion == "dfm" else [16])
+    numbers = [w for blocks in mixing.values() for weights in blocks for w in weights]
+    assert len(numbers) == 8 and all(f"{w:.3f}" in path.read_text() for w in numbers)

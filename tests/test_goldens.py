@@ -16,8 +16,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from goldens.detfill import det_input, fill_state_dict
 
+from fast import accelerate
 from mfnet import build_mfnet, load_published_weights
-from sam_vit import build_image_encoder
+from sam_vit import Block, build_image_encoder
+from tuners import TUNERS
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -44,6 +46,34 @@ def test_the_encoder_equals_metas():
     x = torch.tensor(det_input((settings["batch"], 3, 256, 256), settings["seed"], "image"))
     with torch.no_grad():
         assert error(encoder(x)[:, ::8], published["out"]) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["lora", "adapter"])
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_standard_blocks_are_the_published_ablations(name, quick):
+    settings = json.loads((GOLDENS / "standard_blocks.json").read_text())
+    (h, w), C, seed = settings["hw"], settings["dim"], settings["seed"]
+    filled = fill_state_dict(settings["keys"][name], seed)
+    filled = {n.replace(".rel_", ".rel_pos_"): torch.as_tensor(a) for n, a in filled.items()}
+    block = Block(C, settings["num_heads"], 4.0, table_size=4, window=settings["window"])
+    tuned = TUNERS[f"standard-{name}"](block, 2)
+    given = {n: t for n, t in filled.items() if n in tuned.state_dict()}
+    for m, (xy, published) in enumerate((("x", "Img_Adapter"), ("y", "DSM_Adapter"))):
+        for n in tuned.state_dict():
+            if n.startswith(f"attn_adapters.{m}"):
+                given[n] = filled[n.replace(f"attn_adapters.{m}.", f"{published}.D_")]
+            elif "lora_" in n:  # (M, slices, rows, columns); published: (slices * rows, columns)
+                stacked = given.setdefault(n, torch.zeros_like(tuned.state_dict()[n]))
+                stacked[m] = filled[n + xy].view_as(stacked[m])
+    tuned.load_state_dict(given)
+    if quick:
+        accelerate(SimpleNamespace(blocks=[tuned]))
+    x = [torch.tensor(det_input((2, h, w, C), seed, kind) - 0.5) for kind in ("image", "dsm")]
+    with torch.no_grad():
+        found = tuned(torch.cat(x)).chunk(2)
+    with np.load(GOLDENS / "standard_blocks.npz") as arrays:
+        for stream, kind in zip(found, ("image", "dsm")):
+            assert error(stream, torch.tensor(arrays[f"{name}_{kind}"])) < 1e-5
 
 
 # -------------------------------------------------------------------------------------- the network

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 import sam_vit
-from sam_vit import WeightsError, build_image_encoder, load_sam_weights
+from sam_vit import Attention, WeightsError, build_image_encoder, load_sam_weights
 from tuners import TUNERS, apply_tuner
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -113,6 +113,88 @@ def test_names_and_shapes_are_those_of_sam():
     assert {n: list(t.shape) for n, t in ours.items()} == {
         n: shape for n, (shape, _) in golden["keys"].items()
     }
+
+
+# ------------------------------------------------------------------------------------ the attention
+
+
+def resized(table, length):
+    """Linear interpolation between the centres of the entries, constant beyond the first and the
+    last.
+    """
+    table = table.detach().numpy()
+    at = (np.arange(length) + 0.5) * len(table) / length - 0.5
+    return torch.tensor(
+        np.stack([np.interp(at, np.arange(len(table)), column) for column in table.T], axis=1)
+    )
+
+
+def attend_all_pairs(q, k, v, table_h, table_w, h, w):
+    """One head on h x w tokens in rows, (tokens, d) each: softmax of the whole (tokens, tokens)
+    matrix.
+    """
+    y, x = torch.arange(h * w) // w, torch.arange(h * w) % w
+    of_rows = table_h[y[:, None] - y[None, :] + h - 1]  # (tokens, tokens, d)
+    of_cols = table_w[x[:, None] - x[None, :] + w - 1]
+    bias = (q[:, None] * of_rows).sum(-1) + (q[:, None] * of_cols).sum(-1)
+    return torch.softmax(q @ k.T / q.shape[1] ** 0.5 + bias, dim=1) @ v
+
+
+def pad_first_attention(attn, tokens):
+    """As SAM tells it: zeros around the tokens, every token projected, every window and head on its
+    own.
+    """
+    B, h, w, C = tokens.shape
+    rows, cols = (attn.window, attn.window) if attn.window else (h, w)
+    padded = tokens.new_zeros(B, -(-h // rows) * rows, -(-w // cols) * cols, C)
+    padded[:, :h, :w] = tokens
+    out, d = torch.empty_like(padded), C // attn.num_heads
+    table_h, table_w = resized(attn.rel_pos_h, 2 * rows - 1), resized(attn.rel_pos_w, 2 * cols - 1)
+    for b in range(B):
+        for top in range(0, padded.shape[1], rows):
+            for left in range(0, padded.shape[2], cols):
+                here = b, slice(top, top + rows), slice(left, left + cols)
+                qkv = attn.qkv(padded[here].reshape(rows * cols, C))
+                for head in range(0, C, d):
+                    q, k, v = (qkv[:, part + head : part + head + d] for part in (0, C, 2 * C))
+                    found = attend_all_pairs(q, k, v, table_h, table_w, rows, cols)
+                    out[here][..., head : head + d] = found.view(rows, cols, d)
+    return attn.proj(out[:, :h, :w])
+
+
+def random_attention(heads, table, window):
+    return randomise(
+        Attention(4 * heads, heads, table, window).double().requires_grad_(False), seed=table
+    )
+
+
+@given(B=st.integers(1, 2), h=side, w=side, rows=st.integers(1, 5), cols=st.integers(1, 5))
+def test_windows_are_cut_row_by_row_from_a_grid_padded_with_zeros_and_merged_back(
+    B, h, w, rows, cols
+):
+    x = torch.randn(B, h, w, 3)
+    windows = sam_vit.window_partition(x, rows, cols)
+    down, across = -(-h // rows), -(-w // cols)
+    assert windows.shape == (B * down * across, rows, cols, 3)
+    last = torch.zeros(rows, cols, 3)  # the lower right window of the last image
+    part = x[-1, (down - 1) * rows :, (across - 1) * cols :]
+    last[: part.shape[0], : part.shape[1]] = part
+    assert torch.equal(windows[-1], last)
+    assert torch.equal(sam_vit.window_unpartition(windows, h, w), x)
+
+
+@given(h=side, w=side, window=st.integers(2, 5), heads=st.integers(1, 2))
+def test_padded_attention_equals_padding_first(h, w, window, heads):
+    attn = random_attention(heads, window, window)
+    x = torch.randn(2, h, w, 4 * heads, dtype=torch.float64)
+    assert_close(attn(x), pad_first_attention(attn, x))
+
+
+@given(h=side, w=side, table=st.integers(2, 9), heads=st.integers(1, 2))
+def test_global_attention_resizes_its_tables_linearly(h, w, table, heads):
+    attn = random_attention(heads, table, window=0)
+    x = torch.randn(2, h, w, 4 * heads, dtype=torch.float64)
+    assert_close(attn(x), pad_first_attention(attn, x))
 
 
 # ------------------------------------------------------------------------------------------ loading

@@ -14,20 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from geodata import city as drawing
 from geodata import synthetic
-from geodata.city import BUILDING, CAR, IMPERVIOUS, LOW, PALETTE, TREE, make_tile
-from geodata.synthetic import (
-    IGNORE,
-    TEST_AREAS,
-    TRAIN_AREAS,
-    ensure_city,
-    erode_labels,
-    tile_paths,
-    write_city,
-)
+from geodata.canvas import BUILDING, CAR, IMPERVIOUS, LOW, TREE, Canvas, measure_heights, photograph
+from geodata.city import make_tile, slab
+from geodata.synthetic import ensure_city, erode_labels, tile_paths, write_city
 
 ROOT = Path(synthetic.__file__).resolve().parent.parent
+TRAIN_AREAS, TEST_AREAS = (1, 3, 23, 26, 7, 11, 13, 28, 17, 32, 34, 37), (5, 21, 15, 30)
+COLOURS = ((255, 255, 255), (0, 0, 255), (0, 255, 255), (0, 255, 0), (255, 255, 0), (255, 0, 0))
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +83,7 @@ def test_any_size_gives_the_declared_types_and_shapes(height, width):
         assert (scene.dsm.shape, scene.dsm.dtype) == ((height, width), np.float32)
         assert (scene.labels.shape, scene.labels.dtype) == ((height, width), np.uint8)
         assert np.isfinite(scene.dsm).all() and 250 < scene.dsm.min() and scene.dsm.max() < 320
-        assert scene.labels.max() < len(PALETTE)
+        assert scene.labels.max() < len(COLOURS)
 
 
 def test_every_test_tile_holds_the_five_scored_classes(scenes):
@@ -149,9 +143,9 @@ def test_much_low_vegetation_has_the_colours_of_crowns_and_much_has_not(scenes):
 
 def test_a_roof_and_a_yard_of_the_same_draws_look_the_same():
     def picture(label, height, caster):
-        canvas = city.Canvas(np.random.default_rng(9), 200, 200)
-        drawing.slab(canvas, 9.0, 9.0, 0.4, 9.0, 8.0, label, height, caster)
-        return drawing.photograph(canvas), drawing.measure_heights(canvas), canvas.labels
+        canvas = Canvas(np.random.default_rng(9), 200, 200)
+        slab(canvas, 9.0, 9.0, 0.4, 9.0, 8.0, label, height, caster)
+        return photograph(canvas), measure_heights(canvas), canvas.labels
 
     (roof, high, as_roof), (yard, low, as_yard) = (
         picture(BUILDING, 5.0, 5.0),
@@ -176,7 +170,7 @@ def test_eroded_labels_are_the_labels_except_where_the_disc_holds_a_second_class
     rows, columns = np.indices(labels.shape)
     for (row, column), label in np.ndenumerate(labels):
         disc = labels[(rows - row) ** 2 + (columns - column) ** 2 <= radius**2]
-        assert eroded[row, column] == (label if (disc == label).all() else IGNORE)
+        assert eroded[row, column] == (label if (disc == label).all() else 255)
 
 
 def test_the_folders_are_those_of_vaihingen(city):
@@ -203,9 +197,9 @@ def test_the_files_hold_the_tile_in_the_official_types_and_colours(city):
         and np.array_equal(dsm, scene.dsm)
         and dsm.dtype == np.float32
     )
-    assert np.array_equal(full, np.uint8(PALETTE)[scene.labels]) and full.dtype == np.uint8
+    assert np.array_equal(full, np.uint8(COLOURS)[scene.labels]) and full.dtype == np.uint8
     black = (eroded == 0).all(-1)
-    assert np.array_equal(black, erode_labels(scene.labels) == IGNORE) and black.any()
+    assert np.array_equal(black, erode_labels(scene.labels) == 255) and black.any()
     assert np.array_equal(eroded[~black], full[~black])
 
 
@@ -242,7 +236,7 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
 
 
 def test_a_missing_tile_is_written_again(tmp_path):
-    write_city(tmp_path, seed=1, size=64, areas=TRAIN_AREAS)  # a city without its test tiles
+    write_city(tmp_path, seed=1, size=64, tiles=TRAIN_AREAS)  # a city without its test tiles
     assert ensure_city(tmp_path, seed=1, size=64)
     assert not ensure_city(tmp_path, seed=1, size=64)
 
@@ -273,35 +267,55 @@ def test_a_file_interrupted_while_it_is_written_never_has_its_name(tmp_path, mon
     assert ensure_city(tmp_path, size=64)
 
 
-@pytest.mark.parametrize("arguments", [["--size", "8"], ["--seed", "-1"], ["--root", __file__]])
-def test_a_mistake_on_the_command_line_ends_with_status_2_and_one_line(tmp_path, arguments):
-    command = [
-        sys.executable,
-        "-m",
-        "geodata.synthetic",
-        "--root",
-        str(tmp_path / "city"),
-        *arguments,
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and not result.stdout
-    assert not (tmp_path / "city").exists()
+@pytest.mark.parametrize("layout, tiles", [("potsdam", ["2_10", "7_12"]), ("hunan", ["test/5"])])
+def test_a_city_in_another_layout_is_used_again_finished_and_not_taken_for_another(
+    tmp_path, layout, tiles
+):
+    write_city(tmp_path, 1, 64, tiles, layout)
+    assert not ensure_city(tmp_path, 1, 64, layout)
+    with pytest.raises(ValueError, match="another synthetic city"):
+        ensure_city(tmp_path, 1, 64)
+    marker = json.loads((tmp_path / "city.json").read_text())
+    (tmp_path / "city.json").write_text(json.dumps({**marker, "complete": False}))
+    before = len(list(tmp_path.rglob("*.tif")))
+    assert ensure_city(tmp_path, 1, 64, layout)
+    assert len(list(tmp_path.rglob("*.tif"))) > before
 
 
-def test_the_command_line_writes_a_city_and_prints_its_shares(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "geodata.synthetic",
-        "--root",
-        str(tmp_path / "city"),
-        "--size",
-        "64",
+def test_the_numbers_of_the_tiles_have_not_moved():
+    """`make_tile` draws a tile from its number: another order would be other pixels."""
+    areas, potsdam, hunan = (synthetic.LAYOUTS[k][1] for k in ("vaihingen", "potsdam", "hunan"))
+    assert areas == {area: area for area in TRAIN_AREAS + TEST_AREAS}
+    assert list(potsdam) == [
+        f"{row}_{column}"
+        for row in range(2, 8)
+        for column in (range(10, 13) if row < 6 else range(7, 13))
     ]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert (
-        result.returncode == 0
-        and "building" in result.stdout
-        and len(result.stdout.splitlines()) == 1
-    )
-    assert not ensure_city(tmp_path / "city", size=64)
+    assert list(hunan) == ["train/101", "train/7", "val/23", "test/5"]
+    assert list(potsdam.values()) == list(range(24)) and list(hunan.values()) == [0, 1, 2, 3]
+
+
+def command(*words):
+    words = [sys.executable, "-m", "geodata.synthetic", *map(str, words)]
+    return subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--size", "8"], ["--seed", "-1"], ["--root", __file__], ["--layout", "x"], ["--size", "big"]],
+    ids=str,
+)
+def test_a_mistake_on_the_command_line_ends_with_status_2_and_one_line(tmp_path, words):
+    result = command("--root", tmp_path / "city", *words)
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and not result.stdout
+    assert len(result.stderr.splitlines()) == 1 and not (tmp_path / "city").exists()
+
+
+def test_the_command_line_writes_a_city_once_and_says_so(tmp_path):
+    words = ["--root", tmp_path / "city", "--size", "64", "--layout", "hunan", "--seed", "3"]
+    for done in ("wrote", "already holds"):
+        result = command(*words)
+        assert result.returncode == 0 and not result.stderr
+        assert f"{done} 4 tiles of 64 x 64 pixels" in result.stdout
+        assert len(result.stdout.splitlines()) == 1
+    assert not ensure_city(tmp_path / "city", 3, 64, "hunan")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,25 +11,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.settings import AS_PUBLISHED, PUBLISHED_STRIDES, RECIPES, Settings
+from engine.recipes import PUBLISHED_STRIDES, recipe, with_optimizer
+from engine.settings import Settings
 from geodata.layouts import VAIHINGEN_TEST_PIXELS
 from geodata.rasters import DataError
 from mfnet import build_mfnet, count_parameters
-from reports.table import (
-    HEAD,
-    MEANS,
-    PAPER_ABLATIONS,
-    PAPER_SCORES,
-    PAPER_TRAINED,
-    finished,
-    group,
-    markdown,
-    read_runs,
-    remarks,
-)
+from reports.paper import PAPER_ABLATIONS, PAPER_SCORES, PAPER_TRAINED, variant
+from reports.runs import read_runs, result_of
+from reports.table import HEAD, group, inline, markdown
+from reports.table import notes as notes_of
 
 SCORED = dict(labels="eroded labels", window=256, stride=32, repeat_border=False)
-SPEED = [dict(images_per_second=20.0, seconds=3.0, peak_memory_mb=2048.0)]
+SPEED = [dict(epoch=50, images_per_second=20.0, seconds=3.0, peak_memory_mb=2048.0)]
+MEANS = ("oa", "mf1", "miou", "kappa")
 
 
 def made_up(
@@ -42,10 +37,14 @@ def made_up(
     **own,
 ):
     """A run of the recipe of its data set, but for what is given -> (config.json, scores.json,
-    log.jsonl) as `finished` takes.
+    log.jsonl) as `result_of` takes.
     """
     data = own.get("data", "vaihingen")
-    config = dataclasses.asdict(Settings(**{"data": data, **RECIPES[data], **own}))
+    usual = with_optimizer(own, recipe(data.removeprefix("mm"), own.get("encoder")))
+    config = {**dataclasses.asdict(Settings(**usual)), **own, "data": data}
+    if "mixing" in own or "rank" in own:  # as runs of an earlier version have it
+        config |= {"mixing": True, "rank": 4, **own}
+        del config["tuner_option"]
     config |= dict(
         base=base or {"weights": "sam.pth", "sha256": "c0ffee"},
         version=version,
@@ -63,7 +62,7 @@ def made_up(
 
 
 def run_of(*words, **own):
-    return finished(*made_up(*words, **own))
+    return result_of(*made_up(*words, **own))
 
 
 def cells(text):
@@ -162,19 +161,20 @@ def test_a_row_holds_mean_and_deviation_of_its_runs_and_the_table_is_even(drawn)
 
 @pytest.mark.parametrize("select", ["last", "test"])
 def test_only_what_moves_no_score_is_left_out_of_what_makes_a_row(select):
-    other = {"int": 7, "float": 0.25, "str": "x", "bool": None}
+    other = {"int": 7, "float": 0.25, "str": "x", "bool": None, "dict": {"own": 1}}
     _, config, scores, log = made_up(select=select, seed=0)
     apart = set()
     for f in dataclasses.fields(Settings):
         value = not config[f.name] if f.type == "bool" else other[f.type]
-        changed = finished(Path("b"), {**config, f.name: value}, scores, log)
-        if len(group([finished(Path("a"), config, scores, log), changed])) == 2:
+        changed = result_of(Path("b"), {**config, f.name: value}, scores, log)
+        if len(group([result_of(Path("a"), config, scores, log), changed])) == 2:
             apart.add(f.name)
     free = set(
-        "out root weights workers device save_every memory_gb seed checkpointing compile deterministic".split()
+        "out root weights workers device save_every memory_gb seed checkpointing compile "
+        "deterministic accumulate".split()
     )
     free |= (
-        set("eval_every eval_stride repeat_border full_labels".split())
+        set("eval_every eval_stride select_stride repeat_border full_labels".split())
         if select == "last"
         else set()
     )
@@ -212,10 +212,15 @@ def test_the_parameters_beside_the_paper_s_scores_are_those_of_the_network(tuner
             "3.19 (it prints 7.25)",
         ),
         (dict(data="mmhunan"), "80.93 / 65.33 / 51.82", "52.61 (it prints 56.67)"),
-        (dict(modalities="image"), "- / - / 83.69", ""),
-        (dict(modalities="image", tuner="frozen"), "- / - / 75.11", ""),
-        (dict(mixing=False), "- / - / 84.35", ""),
-        (dict(fusion="sum", tuner="lora"), "- / - / 83.24", ""),
+        (dict(modalities="image"), "92.02 / 90.94 / 83.69", ""),
+        (dict(modalities="image", tuner="frozen"), "88.01 / 85.34 / 75.11", ""),
+        (dict(tuner="standard-adapter"), "92.80 / 91.30 / 84.35", ""),
+        (dict(tuner="standard-lora"), "91.86 / 89.90 / 82.06", ""),
+        (dict(fusion="sum", tuner="lora"), "92.02 / 90.64 / 83.24", ""),
+        (dict(tuner="lora", rank=4), "92.22 / 91.09 / 83.96", "4.91 (it prints 8.97)"),
+        (dict(tuner="lora", rank=8), "", ""),
+        (dict(mixing=False), "", ""),
+        (dict(tuner="lora", mixing=False), "", ""),
         (dict(fusion="sum", mixing=False), "", ""),
         (dict(fusion="sum", modalities="image"), "", ""),
         (dict(modalities="image", encoder="vit_b"), "", ""),
@@ -239,17 +244,32 @@ def test_the_paper_s_row_stands_beside_runs_of_its_data_tuner_and_encoder_alone(
 
 def test_the_tables_of_the_paper_are_complete_but_for_the_row_that_is_doubtful():
     sizes = [(tuner, size) for tuner in ("adapter", "lora") for size in ("vit_b", "vit_l", "vit_h")]
-    expected = {(data, *size) for data in ("vaihingen", "potsdam", "hunan") for size in sizes} - {
-        ("hunan", "lora", "vit_l")
-    }
-    assert (
-        set(PAPER_SCORES) == expected
-        and set(PAPER_TRAINED) == set(sizes)
-        and len(PAPER_ABLATIONS) == 7
-    )
+    expected = {(data, *size) for data in ("vaihingen", "potsdam", "hunan") for size in sizes}
+    expected |= {("vaihingen", f"standard-{tuner}", "vit_l") for tuner in ("lora", "adapter")}
+    assert set(PAPER_SCORES) == expected - {("hunan", "lora", "vit_l")}
+    assert set(PAPER_TRAINED) == set(sizes) and len(PAPER_ABLATIONS) == 5
     assert any(
-        "another method's" in note for note in remarks(run_of(data="hunan", tuner="lora").traits)
+        "another method's" in note for note in notes_of(run_of(data="hunan", tuner="lora").traits)
     )
+
+
+options = st.dictionaries(st.sampled_from(["rank", "ratio", "alpha", "own"]), st.integers(2, 9))
+
+
+@given(options, st.booleans(), st.sampled_from(["image", "image+dsm"]))
+def test_options_of_the_tuner_are_part_of_a_row_s_name_in_runs_of_any_version(
+    given_options, mixing, modalities
+):
+    settings = dict(tuner="lora", fusion="dfm", modalities=modalities)
+    found = variant({**settings, "tuner_option": {**given_options, "mixing": mixing}})
+    parts = set(found.split(", ")) - {""}
+    expected = {f"{k} {v}" for k, v in given_options.items() if (k, v) != ("rank", 4)}
+    expected |= {"image only"} if modalities == "image" else set() if mixing else {"no mixing"}
+    assert parts == expected
+    old = {**settings, "mixing": mixing, "rank": given_options.get("rank", 4)}
+    kept = {k: v for k, v in given_options.items() if k == "rank"}
+    new = {**settings, "tuner_option": {**kept, "mixing": mixing}}
+    assert variant(old) == variant(new) and variant({**new, "mixing": not mixing}) == variant(new)
 
 
 # ---------------------------------------------------------------------------------------- the notes
@@ -259,16 +279,9 @@ def test_the_tables_of_the_paper_are_complete_but_for_the_row_that_is_doubtful()
 @pytest.mark.parametrize("encoder", ["vit_l", "vit_h"])
 def test_a_run_as_published_differs_in_nothing_and_a_note_names_each_thing_that_does(data, encoder):
     during, final = PUBLISHED_STRIDES[data]
-    own = dict(
-        data=data,
-        encoder=encoder,
-        **AS_PUBLISHED,
-        eval_stride=during,
-        batch_size=4 if encoder == "vit_h" else 10,
-    )
-    own |= dict(image_scaling="minmax") if "hunan" in data else {}
+    own = dict(data=data, encoder=encoder, **recipe(data, encoder, as_published=True))
     scored = dict(stride=final, repeat_border=True)
-    plain = remarks(run_of(scored=scored, **own).traits)
+    plain = notes_of(run_of(scored=scored, **own).traits)
     assert [note.split()[1] for note in plain] == ["pixels", "by"]
     for changed, note in (
         (dict(select="last"), "`--select`: last; the published code: test"),
@@ -277,10 +290,13 @@ def test_a_run_as_published_differs_in_nothing_and_a_note_names_each_thing_that_
         (dict(early_drops=False), "`--early-drops`: off; the published code: on"),
         (dict(splits="official"), "`--splits`: official; the published code: paper"),
         (dict(val="7,32"), "`--val`: 7,32; the published code: none"),
-        (dict(optimizer="adamw"), "`--optimizer`: adamw; the published code: sgd"),
+        (
+            dict(optimizer="adamw", lr=0.01, weight_decay=5e-4),
+            "`--optimizer`: adamw; the published code: sgd",
+        ),
         (dict(labels="dataset"), "`--labels`: dataset; the published code: published"),
         (
-            dict(eval_stride=64),
+            dict(select_stride=64),
             f"`--eval-stride` while choosing the epoch: 64; the published code: {during}",
         ),
         (
@@ -297,7 +313,7 @@ def test_a_run_as_published_differs_in_nothing_and_a_note_names_each_thing_that_
         ),
         (dict(base={"weights": "random"}), "weights: random; the published code: SAM's"),
     ):
-        found = remarks(run_of(**{"scored": scored, **own, **changed}).traits)
+        found = notes_of(run_of(**{"scored": scored, **own, **changed}).traits)
         assert [
             line
             for line in found
@@ -306,7 +322,7 @@ def test_a_run_as_published_differs_in_nothing_and_a_note_names_each_thing_that_
 
 
 def test_on_own_tiles_notes_name_what_the_recipe_has_not():
-    found = remarks(
+    found = notes_of(
         run_of(data="tiles", epochs=30, scored=dict(labels="all labels", stride=128)).traits
     )
     assert found[:-2] == ["`--epochs`: 30; the recipe: 8"] and found[-1].endswith("SHA-256 c0ffee")
@@ -318,7 +334,7 @@ def test_pixels_that_are_not_the_paper_s_are_told():
         (dict(pixels=(5, 6)), True),
         (dict(pixels=(5, 6), scored=dict(labels="full labels")), False),
     ):
-        assert any("so these are others" in note for note in remarks(run_of(**own).traits)) == told
+        assert any("so these are others" in note for note in notes_of(run_of(**own).traits)) == told
 
 
 def test_rows_share_the_numbers_of_the_notes_that_they_share():
@@ -356,22 +372,28 @@ def edit(name, change):
     "damage, why",
     [
         (lambda f: (f / "scores.json").unlink(), "not finished"),
-        (lambda f: (f / "config.json").unlink(), "damaged"),
+        (lambda f: (f / "config.json").unlink(), "no config.json"),
+        (lambda f: (f / "log.jsonl").unlink(), "not finished, log.jsonl ends at epoch 0 of 50"),
+        (lambda f: (f / "log.jsonl").write_text(""), "ends at epoch 0 of 50"),
+        (lambda f: (f / "log.jsonl").write_text('{"epoch": 11}\n'), "ends at epoch 11 of 50"),
+        (edit("scores.json", lambda s: s.update(stride=64)), "scored with stride 64, .* with 32"),
+        (edit("scores.json", lambda s: s.update(window=128)), "scored with window 128"),
+        (edit("scores.json", lambda s: s.update(repeat_border=True)), "repeat_border True"),
+        (edit("scores.json", lambda s: s.update(labels="full labels")), "scored with full labels"),
+        (edit("config.json", lambda c: c.update(full_labels=True)), "scored with eroded labels"),
         (lambda f: (f / "scores.json").write_text('{"oa": 0.'), "damaged"),
         (lambda f: (f / "scores.json").write_text("[]"), "damaged"),
         (lambda f: (f / "scores.json").write_bytes(b"\xff\xfe\x00"), "damaged"),
         (lambda f: (f / "log.jsonl").write_text("7\n"), "damaged"),
         (edit("scores.json", lambda s: s.pop("miou")), "damaged"),
-        (edit("scores.json", lambda s: s.update(miou="good")), "damaged"),
-        (
-            edit("scores.json", lambda s: (s.pop("stride"), s.update(convention="x"))),
-            "evaluate.py --run",
-        ),
+        (edit("scores.json", lambda s: s.update(miou="good\n## better")), "damaged"),
+        (edit("scores.json", lambda s: s.pop("stride")), "evaluate.py --run"),
         (edit("config.json", lambda c: c.update(base=None)), "damaged"),
         (edit("config.json", lambda c: c.pop("version")), "damaged"),
+        (edit("config.json", lambda c: c.update(epochs="many")), "damaged"),
     ],
 )
-def test_a_run_that_cannot_be_used_is_left_out_with_one_line_and_the_others_stay(
+def test_a_run_without_a_result_of_its_own_is_left_out_in_one_line_and_the_others_stay(
     tmp_path, damage, why
 ):
     good, bad = write_run(tmp_path / "many" / "seed-0"), write_run(tmp_path / "bad")
@@ -379,18 +401,60 @@ def test_a_run_that_cannot_be_used_is_left_out_with_one_line_and_the_others_stay
     runs, skipped = read_runs([tmp_path])
     assert [run.folder for run in runs] == [good] and runs[0] == run_of(good)
     (line,) = skipped
-    assert line.startswith(f"skipped {bad}: ") and why in line and "\n" not in line
+    assert line.startswith(f"skipped {bad}: ") and re.search(why, line) and "\n" not in line
     with pytest.raises(DataError, match="of 1 runs below .* none can be shown"):
         read_runs([bad])
 
 
-def test_a_run_is_read_once_however_often_its_folder_is_named_and_one_without_a_log_has_empty_places(
-    tmp_path,
-):
+def test_a_run_is_read_once_however_often_its_folder_is_named(tmp_path):
     folder = write_run(tmp_path / "runs" / "a")
-    (folder / "log.jsonl").unlink()
     runs, _ = read_runs([tmp_path, tmp_path / "runs", folder, folder / ".." / "a"])
     (row,) = cells(markdown(runs))
-    assert (row["images/s"], row["memory, GiB"], row["seeds"]) == ("", "", "1")
+    assert row["seeds"] == "1"
     with pytest.raises(DataError, match="nowhere: there is no run"):
         read_runs([folder, tmp_path / "nowhere"])
+
+
+def test_memory_is_the_highest_and_speed_the_mean_of_all_epochs():
+    memories, seconds = (1024.0, 3072.0, None, 2048.0), (1.0, 2.0, 3.0, 4.0)
+    log = [
+        dict(images_per_second=10 * t, seconds=t, peak_memory_mb=m)
+        for t, m in zip(seconds, memories)
+    ]
+    (row,) = cells(markdown([run_of(log=log)]))
+    assert (row["memory, GiB"], row["images/s"]) == ("3.00", "30")
+
+
+def test_labels_of_one_kind_and_null_scores_are_results_and_unknown_figures_are_empty(tmp_path):
+    log = [dict(epoch=50, images_per_second=0.0, seconds=0, peak_memory_mb=None)]
+    own = dict(log=log, values=(0.5, None, None, None), scored=dict(labels="all labels (official)"))
+    runs, skipped = read_runs([write_run(tmp_path / "a", full_labels=True, **own)])
+    (row,) = cells(markdown(runs))
+    assert not skipped and (row["OA"], row["mF1"], row["mIoU"], row["kappa"]) == ("50.00", *"---")
+    assert (row["images/s"], row["memory, GiB"]) == ("", "")
+
+
+HOSTILE = st.text(st.sampled_from("a|\n\r\u2028\\`<>*[]#& \t"), max_size=12)
+
+
+@given(HOSTILE, HOSTILE, HOSTILE, HOSTILE)
+def test_no_text_of_a_run_s_files_opens_a_line_a_cell_or_a_tag(data, tuner, version, name):
+    def shape(text):
+        return [line[:2] for line in text.splitlines()]
+
+    run = run_of(f"runs/{name}", data="tiles", class_weights="1", version="commit a")
+    changed = {"data": data, "tuner": tuner, "class_weights": name or "1", "version": version}
+    text = markdown([dataclasses.replace(run, traits={**run.traits, **changed})])
+    calm = markdown([dataclasses.replace(run, traits={**run.traits, "data": "other"})])
+    assert len(cells(text)) == 1 and shape(text) == shape(calm)
+    folders = text[text.rindex("\n- ") :]  # a folder stands in code, where a tag is none
+    assert "<" not in text.removesuffix(folders).replace("\\<", "")
+    assert re.match(r"\n- .*: `[^`\n]*`\n\n", folders)
+
+
+@given(HOSTILE)
+def test_inline_text_is_one_line_without_bars_tags_and_links(text):
+    found = inline(text)
+    bare = re.sub(r"\\.", "", found)
+    assert not re.search(r"[|<`*\[\n\r\u2028]", bare)
+    assert re.sub(r"\\(.)", r"\1", found) == " ".join(text.split())

@@ -2,29 +2,35 @@
 processes.
 """
 
+import contextlib
+import io
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
+import evaluate
 import train
 from data import open_dataset
+from engine.commandline import parse_settings
+from engine.console import run_script
 from engine.device import autocast, store_frozen_weights
 from engine.distributed import Team
-from engine.settings import AS_PUBLISHED, Settings, class_weights, learning_rate, parse_settings
-from engine.training import TrainingStopped, scored_weight, segmentation_loss
+from engine.folder import RunFolder
+from engine.run import Run
+from engine.signals import noted_signals
+from engine.training import TrainingStopped
 from geodata import synthetic
-from geodata.crops import draw_crop
 from geodata.rasters import DataError
 from mfnet import build_mfnet
+from sam_vit import WeightsError
 
 ROOT = Path(train.__file__).resolve().parent
 SHORT = "--data vaihingen --encoder vit_t --weights none --epochs 2 --steps 8 --batch-size 2 --crop 64 --eval-stride 64"
@@ -64,6 +70,34 @@ def finish(process, status=0):
     return out, err
 
 
+def call(city, out, flags="", status=0):
+    """The same command inside this process -> (stdout, stderr)."""
+    return call_script(
+        "train.py",
+        train.main,
+        *SHORT.split(),
+        "--root",
+        city,
+        "--out",
+        out,
+        *flags.split(),
+        status=status,
+    )
+
+
+def call_script(name, main, *words, status=0):
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = [name, *map(str, words)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            with pytest.raises(SystemExit) as end:
+                run_script(main, DataError, WeightsError)
+    finally:
+        sys.argv = argv
+    assert (end.value.code or 0) == status, (out.getvalue(), err.getvalue())
+    return out.getvalue(), err.getvalue()
+
+
 def weights(folder):
     return torch.load(folder / "model.pt", weights_only=True)["state"]
 
@@ -94,7 +128,7 @@ def whole_run(city, tmp_path_factory):
 
 
 def test_the_same_command_twice_gives_the_same_bits_and_scores(city, whole_run, tmp_path):
-    finish(start(city, tmp_path / "again"))
+    call(city, tmp_path / "again")
     assert_same_bits(whole_run, tmp_path / "again")
     assert (whole_run / "scores.json").read_bytes() == (
         tmp_path / "again" / "scores.json"
@@ -108,13 +142,13 @@ def test_a_run_killed_again_and_again_goes_on_to_the_bits_of_one_never_stopped(
     while True:
         process = start(city, folder, "--save-every 1" + (" --resume" if kills else ""))
         step = wait_for_step(folder, process, step)
-        if step is None or kills == 3:
+        if step is None or kills == 2:
             break
         process.kill()
         process.communicate()
         kills += 1
     finish(process)
-    assert kills >= 2
+    assert kills
     assert_same_bits(whole_run, folder)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     expected = [json.loads(line) for line in (whole_run / "log.jsonl").read_text().splitlines()]
@@ -122,29 +156,57 @@ def test_a_run_killed_again_and_again_goes_on_to_the_bits_of_one_never_stopped(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM that a program can answer")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_run_saves_says_how_to_go_on_and_does(city, whole_run, tmp_path, number):
+def test_an_interrupted_run_saves_says_how_to_go_on_and_does(city, whole_run, tmp_path):
     folder = tmp_path / "interrupted"
     process = start(city, folder, "--save-every 1")
-    wait_for_step(folder, process)
-    process.send_signal(number)
-    _, err = finish(process, status=128 + number)
+    wait_for_step(folder, process, 0)
+    process.send_signal(signal.SIGTERM)
+    _, err = finish(process, status=128 + signal.SIGTERM)
     assert f"--resume --out {folder}" in err and len(err.strip().splitlines()) == 1
-    finish(start(city, folder, "--resume"))
+    call(city, folder, "--resume")
     assert_same_bits(whole_run, folder)
 
 
-def test_resuming_with_another_setting_or_other_data_is_refused(city, whole_run, tmp_path):
-    _, err = finish(start(city, whole_run, "--resume --lr 0.5"), status=2)
-    assert "--lr 0.5 contradicts" in err
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_is_noted_and_a_second_one_does_what_it_did_before(name):
+    number = getattr(signal, name, None)
+    if number is None:
+        pytest.skip(f"no {name} here")
+    seen, before = [], signal.signal(number, lambda *_: seen.append("second"))
+    try:
+        with noted_signals() as noted:
+            os.kill(os.getpid(), number)
+            assert noted == [number] and not seen
+            os.kill(os.getpid(), number)
+            assert seen == ["second"]
+        os.kill(os.getpid(), number)
+        assert len(seen) == 2
+    finally:
+        signal.signal(number, before)
+
+
+def test_resuming_with_another_setting_or_other_data_or_another_base_is_refused(city, tmp_path):
+    folder = tmp_path / "run"
+    short_run(city, folder).folder.release()
+    assert "--lr 0.5 contradicts" in call(city, folder, "--resume --lr 0.5", status=2)[1]
     other = tmp_path / "other"
     synthetic.write_city(other, seed=1, size=96)
-    _, err = finish(start(other, whole_run, "--resume"), status=2)
-    assert "not the training tiles" in err
-    damaged = tmp_path / "damaged"
-    damaged.mkdir()
-    (damaged / "last.pt").write_bytes((whole_run / "last.pt").read_bytes()[:5000])
-    _, err = finish(start(city, damaged, "--resume"), status=2)
+    assert "not the training tiles" in call(other, folder, "--resume", status=2)[1]
+    last = torch.load(folder / "last.pt", weights_only=True)
+    torch.save({**last, "base": {**last["base"], "sha256": "0" * 64}}, folder / "last.pt")
+    _, err = call(city, folder, "--resume", status=2)
+    assert "was begun on" in err and "0" * 64 in err and "--weights" in err
+    for content in (
+        {**last, "progress": {}},
+        {**last, "progress": {**last["progress"], "best": "x", "step": None}},
+        {**last, "optimizer": {}},
+        {**last, "settings": {**last["settings"], "colour": 1}},
+    ):
+        torch.save(content, folder / "last.pt")
+        _, err = call(city, folder, "--resume", status=2)
+        assert "last.pt" in err and len(err.strip().splitlines()) == 1
+    (folder / "last.pt").write_bytes((folder / "last.pt").read_bytes()[:5000])
+    _, err = call(city, folder, "--resume", status=2)
     assert "last.pt" in err and len(err.strip().splitlines()) == 1
 
 
@@ -152,7 +214,6 @@ def test_what_cannot_be_written_ends_the_run_and_leaves_the_last_checkpoint(
     monkeypatch, city, tmp_path
 ):
     run = short_run(city, tmp_path / "full")
-    run.save_last()
     before = (run.folder / "last.pt").read_bytes()
 
     def no_space(content, path):
@@ -163,14 +224,14 @@ def test_what_cannot_be_written_ends_the_run_and_leaves_the_last_checkpoint(
     with pytest.raises(TrainingStopped, match="No space left.*--resume"):
         run.save_last()
     assert (run.folder / "last.pt").read_bytes() == before
-    assert sorted(p.name for p in run.folder.iterdir()) == ["config.json", "last.pt"]
+    assert sorted(p.name for p in run.folder.path.iterdir()) == ["config.json", "last.pt"]
 
 
 def short_run(city, folder, **changes):
     settings, _, _ = parse_settings([*SHORT.split(), "--root", str(city), "--out", str(folder)])
     for name, value in changes.items():
         setattr(settings, name, value)
-    return train.Run(settings, open_dataset("vaihingen", city), Team(), torch.device("cpu"), None)
+    return Run(settings, open_dataset("vaihingen", city), Team(), torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------------------------- processes
@@ -178,8 +239,9 @@ def short_run(city, folder, **changes):
 
 PARITY = """
 import os, sys, torch, torch.nn.functional as F
-from engine.distributed import form_team, join_team, leave_team
+from engine.distributed import join_team, leave_team, wrap_distributed
 from mfnet import build_mfnet
+from sam_vit import WeightsError
 torch.set_num_threads(1)
 team, _ = join_team("cpu")
 
@@ -191,7 +253,7 @@ g = torch.Generator().manual_seed(1)
 x, y = torch.rand(4, 3, 64, 64, generator=g).double(), torch.rand(4, 64, 64, generator=g).double()
 labels = torch.randint(0, 6, (4, 64, 64), generator=g)
 alone, shared = network(), network()
-together = form_team(shared, team)
+together = wrap_distributed(shared, team)
 mine = slice(2 * team.rank, 2 * team.rank + 2)
 for step in range(3):
     losses = []
@@ -231,7 +293,7 @@ def test_two_processes_compute_what_one_computes_in_double_precision(tmp_path):
 def test_a_run_on_two_processes_is_that_of_one_and_writes_one_folder(city, tmp_path):
     # At a rate at which training does not multiply rounding: at 0.01 one process with another
     # number of threads is as far off. What is no rounding shows in double precision, above.
-    flags = "--epochs 20 --steps 1 --batch-size 4 --lr 0.0001"
+    flags = "--epochs 5 --steps 2 --batch-size 4 --lr 0.0001"
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
     out, _ = finish(start(city, tmp_path / "two", flags, launcher))
     finish(start(city, tmp_path / "one", flags))
@@ -239,7 +301,7 @@ def test_a_run_on_two_processes_is_that_of_one_and_writes_one_folder(city, tmp_p
         [json.loads(e)["loss"] for e in (tmp_path / n / "log.jsonl").read_text().splitlines()]
         for n in ("one", "two")
     )
-    assert len(one) == 20 and one == pytest.approx(two, rel=0, abs=1e-5)
+    assert len(one) == 5 and one == pytest.approx(two, rel=0, abs=1e-5)
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert max((a[n].float() - b[n].float()).abs().max() for n in a) < 1e-4
     scores = [json.loads((tmp_path / n / "scores.json").read_text()) for n in ("one", "two")]
@@ -262,21 +324,6 @@ def test_a_killed_worker_ends_the_run_with_an_error(city, tmp_path):
 # -------------------------------------------------------------------------------- memory, precision
 
 
-def test_recomputed_activations_give_the_same_gradients():
-    grads = []
-    for checkpointing in (False, True):
-        torch.manual_seed(0)
-        model = build_mfnet("vit_t", "adapter")
-        model.image_encoder.activation_checkpointing = checkpointing
-        torch.manual_seed(1)
-        F.cross_entropy(
-            model(torch.rand(2, 3, 64, 64), torch.rand(2, 64, 64)), torch.ones(2, 64, 64).long()
-        ).backward()
-        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    assert grads[0].keys() == grads[1].keys()
-    assert all(torch.allclose(grads[0][n], g, rtol=1e-6, atol=1e-9) for n, g in grads[1].items())
-
-
 def test_in_bf16_the_frozen_matrices_are_stored_so_and_what_is_trained_stays_fp32():
     model = build_mfnet("vit_t", "lora")
     store_frozen_weights(model, "bf16", torch.device("cpu"))
@@ -293,51 +340,13 @@ def test_in_bf16_the_frozen_matrices_are_stored_so_and_what_is_trained_stays_fp3
 
 def test_a_run_in_bf16_is_scored_again_with_the_same_digits(city, tmp_path):
     folder = tmp_path / "bf16"
-    finish(
-        start(city, folder, "--precision bf16 --epochs 1 --steps 2 --checkpointing --accumulate 2")
-    )
+    call(city, folder, "--precision bf16 --epochs 1 --steps 2 --checkpointing --accumulate 2")
     before = (folder / "scores.json").read_bytes()
-    command = [sys.executable, str(ROOT / "evaluate.py"), "--run", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, capture_output=True, timeout=100, env=environment)
+    call_script("evaluate.py", evaluate.main, "--run", folder)
     assert (folder / "scores.json").read_bytes() == before
 
 
-# --------------------------------------------------------------------------------- settings, choice
-
-
-def test_as_published_sets_exactly_its_list_and_each_switch_goes_by_itself():
-    plain, _, _ = parse_settings(["--data", "vaihingen"])
-    published, _, _ = parse_settings(["--data", "vaihingen", "--as-published"])
-    assert published.seed >= 0  # drawn
-    differing = {n for n, v in asdict(plain).items() if getattr(published, n) != v}
-    assert differing == set(AS_PUBLISHED)
-    for name, value in AS_PUBLISHED.items():
-        flag = "--" + name.replace("_", "-")
-        one, _, _ = parse_settings(
-            ["--data", "vaihingen", *([flag] if value is True else [flag, str(value)])]
-        )
-        assert {n for n, v in asdict(plain).items() if getattr(one, n) != v} == {name}
-
-
-def test_as_published_the_rate_drops_one_epoch_earlier():
-    ours = Settings(steps=2, epochs=50)
-    theirs = Settings(steps=2, epochs=50, early_drops=True)
-    drops = [
-        {e for e in range(1, 50) if learning_rate(2 * e, s) < learning_rate(2 * e - 1, s)}
-        for s in (ours, theirs)
-    ]
-    assert drops == [{25, 35, 45}, {24, 34, 44}]
-
-
-def test_as_published_the_last_row_and_column_are_never_drawn():
-    for last_pixel, reached in ((True, 70), (False, 69)):
-        crops = [draw_crop(0, 0, i, [(70, 70)], 64, last_pixel) for i in range(300)]
-        assert max(c.top + 64 for c in crops) == max(c.left + 64 for c in crops) == reached
-
-
-def test_two_runs_without_a_seed_differ():
-    assert len({parse_settings(["--seed", "-1"])[0].seed for _ in range(5)}) > 1
+# ------------------------------------------------------------------------------ the epoch that is kept
 
 
 @pytest.mark.parametrize("select, val", [("val", "7,32"), ("test", "")])
@@ -345,18 +354,30 @@ def test_the_best_epoch_is_kept_of_held_out_tiles_or_as_published_of_the_test_ti
     city, tmp_path, select, val
 ):
     run = short_run(city, tmp_path / "run", val=val, select=select, epochs=3, steps=1)
-    assert {t.name for t in run.tiles} == set("1 3 23 26 7 11 13 28 17 32 34 37".split()) - set(
-        val.split(",")
-    )
-    run.train()
+    training = set("1 3 23 26 7 11 13 28 17 32 34 37".split())
+    assert {t.name for t in run.tiles} == training - set(val.split(","))
+    train.train(run, [])
+    assert json.loads((run.folder / "log.jsonl").read_text().splitlines()[0])["miou"] is not None
     scores = [
         json.loads(line)["miou"] for line in (run.folder / "log.jsonl").read_text().splitlines()
     ]
     best = scores.index(max(scores)) + 1
-    final = run.finish()
+    assert not torch.load(run.folder / "model.pt", weights_only=True)["finished"]
+    final = train.finish(run, [])
     assert run.trainer.progress.best_epoch == best and run.trainer.progress.best == max(scores)
+    kept = torch.load(run.folder / "model.pt", weights_only=True)
+    assert (kept["finished"], kept["epoch"]) == (True, best)
     if select == "test":
         assert final["miou"] == max(scores)
+
+
+def test_while_training_epochs_are_scored_at_their_own_stride(city, tmp_path, capsys):
+    run = short_run(
+        city, tmp_path / "run", select="test", epochs=1, steps=1, select_stride=48, eval_stride=32
+    )
+    train.train(run, [])
+    assert "test tiles at stride 48" in capsys.readouterr().out
+    assert train.finish(run, [])["stride"] == 32
 
 
 def test_tiles_are_held_out_by_number_but_never_all_of_them(city, tmp_path):
@@ -365,68 +386,119 @@ def test_tiles_are_held_out_by_number_but_never_all_of_them(city, tmp_path):
         short_run(city, tmp_path / "three", val="99")
 
 
-def test_seeds_are_trained_in_turn_and_summarised(city, tmp_path):
-    finish(start(city, tmp_path, "--seeds 0 1 --epochs 1 --steps 1"))
-    summary = json.loads((tmp_path / "seeds.json").read_text())
+# ----------------------------------------------------------------------------- stopped at any moment
+
+
+def test_a_run_can_go_on_before_its_first_step(city, whole_run, tmp_path):
+    folder = tmp_path / "run"
+    short_run(city, folder).folder.release()  # and dies here
+    assert torch.load(folder / "last.pt", weights_only=True)["progress"]["step"] == 0
+    call(city, folder, "--resume")
+    assert_same_bits(whole_run, folder)
+
+
+@pytest.mark.parametrize("select", ["test", "last"])
+def test_a_signal_while_tiles_are_scored_ends_the_run_at_once_and_loses_nothing(
+    city, tmp_path, select, monkeypatch
+):
+    changes = dict(select=select, epochs=2, steps=2, eval_every=1)
+    whole = short_run(city, tmp_path / "whole", **changes)
+    train.train(whole, [])
+    train.finish(whole, [])
+
+    score, folder, ends = train.score_split, tmp_path / "killed", []
+    run = short_run(city, folder, **changes)
+    for _ in range(3):  # in the scores of both epochs, and in that of the end
+        noted = []
+        monkeypatch.setattr(
+            train, "score_split", lambda *a, **o: noted.append(signal.SIGTERM) or score(*a, **o)
+        )
+        with pytest.raises(TrainingStopped, match="while scoring .*--resume") as end:
+            train.train(run, noted)
+            train.finish(run, noted)
+        ends.append(end.value.status)
+        monkeypatch.setattr(train, "score_split", score)
+        run.folder.release()
+        run = resumed(folder)
+        if len(ends) < 3:  # the score that was interrupted comes first
+            assert run.trainer.progress.unscored
+            train.choose(run, [])
+    train.train(run, [])
+    train.finish(run, [])
+    assert ends == [128 + signal.SIGTERM] * 3
+    assert_same_bits(tmp_path / "whole", folder)
+    logs = [
+        [(e["step"], e["loss"], e["miou"]) for e in map(json.loads, (f / "log.jsonl").open())]
+        for f in (tmp_path / "whole", folder)
+    ]
+    assert logs[0] == logs[1] and all(miou is not None for _, _, miou in logs[0])
+    assert (folder / "scores.json").read_bytes() == (tmp_path / "whole/scores.json").read_bytes()
+
+
+def resumed(folder):
+    held = RunFolder(folder)
+    s = train.stored_settings(held)
+    return Run(s, open_dataset("vaihingen", s.root), Team(), torch.device("cpu"), held)
+
+
+def test_a_run_can_be_lengthened_and_says_that_it_was(city, tmp_path, capsys):
+    run = short_run(city, tmp_path / "run", epochs=1, steps=2)
+    train.train(run, [])
+    train.finish(run, [])
+    held = RunFolder(tmp_path / "run")
+    assert held.is_finished()
+    s = train.stored_settings(held)
+    s.epochs = 2
+    longer = Run(s, open_dataset("vaihingen", s.root), Team(), torch.device("cpu"), held)
+    assert not held.is_finished() and "lengthened from 1 to 2 epochs" in capsys.readouterr().out
+    assert longer.trainer.progress.lengthened == [[2, 1]]
+    train.train(longer, [])
+    assert longer.trainer.progress.step == 4
+    assert resumed(tmp_path / "run").trainer.progress.lengthened == [[2, 1]]
+
+
+def test_a_finished_run_is_left_as_it_is(city, whole_run):
+    before = {p: p.read_bytes() for p in whole_run.rglob("*") if p.is_file()}
+    out, _ = call(city, whole_run, "--resume")
+    assert "is finished" in out and "evaluate.py --run" in out
+    assert {p: p.read_bytes() for p in whole_run.rglob("*") if p.is_file()} == before
+
+
+def test_what_needs_less_memory_may_be_given_when_a_run_goes_on(city, tmp_path):
+    short_run(city, tmp_path / "run").folder.release()
+    call(city, tmp_path / "run", "--resume --checkpointing --accumulate 2")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["checkpointing"], config["accumulate"]) == (True, 2)
+
+
+def test_a_second_run_on_the_same_folder_is_refused(city, tmp_path):
+    run = short_run(city, tmp_path / "run")
+    _, err = call(city, run.folder, "--resume", status=2)
+    assert "is being trained by another process" in err and len(err.splitlines()) == 1
+
+
+# -------------------------------------------------------------------------------------- many seeds
+
+
+def test_seeds_are_trained_in_turn_and_shown_as_one_row_with_what_was_there(city, tmp_path):
+    out, _ = call(city, tmp_path, "--seeds 0 1 --epochs 1 --steps 1")
+    times = {i: (tmp_path / f"seed-{i}" / "last.pt").stat().st_mtime_ns for i in (0, 1)}
+    (tmp_path / "seed-1" / "scores.json").unlink()  # stopped in its last score
+    again, _ = call(city, tmp_path, "--seeds 1 2 --epochs 1 --steps 1")
     scores = [
-        json.loads((tmp_path / f"seed-{i}" / "scores.json").read_text())["miou"] for i in (0, 1)
+        100 * json.loads((tmp_path / f"seed-{i}" / "scores.json").read_text())["miou"]
+        for i in (0, 1, 2)
     ]
-    assert [summary["seeds"][i]["miou"] for i in "01"] == scores
-    assert summary["mean"]["miou"] == pytest.approx(sum(scores) / 2)
-    assert summary["deviation"]["miou"] == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5)
+    assert f"{statistics.fmean(scores[:2]):.2f} +- {statistics.stdev(scores[:2]):.2f}" in out
+    assert f"{statistics.fmean(scores):.2f} +- {statistics.stdev(scores):.2f}" in again
+    assert (tmp_path / "seed-0" / "last.pt").stat().st_mtime_ns == times[0]  # not trained again
+    assert not (tmp_path / "seeds.json").exists()
 
 
-def test_parts_of_a_batch_add_up_to_the_loss_of_the_whole():
-    torch.manual_seed(0)
-    logits, labels = torch.randn(4, 3, 8, 8), torch.randint(0, 3, (4, 8, 8))
-    labels[0] = 255
-    weights = torch.tensor([1.0, 2.0, 0.5])
-    whole = F.cross_entropy(logits, labels, weights, ignore_index=255, label_smoothing=0.1)
-    total = float(scored_weight(labels, weights))
-    parts = [
-        segmentation_loss(logits[i : i + 2], labels[i : i + 2], total, weights, 0.1) for i in (0, 2)
-    ]
-    torch.testing.assert_close(sum(parts).float(), whole)
-
-
-def test_out_of_memory_ends_with_the_ways_to_need_less(city, tmp_path, monkeypatch, capsys):
-    def no_memory(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(train.Trainer, "step", no_memory)
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["train.py", *SHORT.split(), "--root", str(city), "--out", str(tmp_path / "run")],
-    )
-    with pytest.raises(SystemExit) as end:
-        train.main()
-    err = capsys.readouterr().err
-    assert end.value.code == 1 and len(err.splitlines()) == 1
-    assert all(
-        way in err
-        for way in ("MB", "--batch-size 2", "--accumulate 2", "--checkpointing", "--precision bf16")
-    )
-
-
-def test_class_weights_are_one_number_for_each_class():
-    assert class_weights(Settings(class_weights="1,2,0.5"), 3) == [1, 2, 0.5]
-    assert class_weights(Settings(), 3) is None
-    for bad in ("1,2", "1,2,x", "1,2,-1", "0,0,0", "1,2,inf"):
-        with pytest.raises(DataError, match="--class-weights"):
-            class_weights(Settings(class_weights=bad), 3)
-
-
-def test_onecycle_rises_to_the_highest_rate_and_falls_to_nearly_nothing():
-    s = Settings(schedule="onecycle", epochs=4, steps=25, lr=1.0)
-    rates = [learning_rate(i, s) for i in range(100)]
-    peak = rates.index(max(rates))
-    assert (
-        25 <= peak <= 35
-        and max(rates) == pytest.approx(1.0)
-        and rates[0] < 0.1
-        and rates[-1] < 0.01
-    )
-    assert rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(
-        rates[peak:], reverse=True
-    )
+def test_seeds_of_different_experiments_are_never_averaged(city, tmp_path):
+    call(city, tmp_path, "--seeds 0 --epochs 1 --steps 1")
+    for flags in ("--tuner lora", "--lr 0.02", "--epochs 2", "--tuner-option ratio=0.5"):
+        words = f"--seeds 0 1 --epochs 1 --steps 1 {flags}"
+        _, err = call(city, tmp_path, words, status=2)
+        assert "contradicts the run in" in err and len(err.splitlines()) == 1
+        assert not (tmp_path / "seed-1").exists()

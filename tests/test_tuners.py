@@ -11,9 +11,22 @@ from conftest import randomise, small_encoder
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
+from mfnet import build_mfnet, count_parameters
 from sam_vit import Block
-from tuners import TUNERS, LoRA, MMAdapter, MMLoRA, apply_tuner, mix_modalities, tuner_names
+from tuners import (
+    TUNERS,
+    LoRA,
+    MMAdapter,
+    MMLoRA,
+    Tuner,
+    apply_tuner,
+    mix_modalities,
+    parse_option,
+    tuner_names,
+    tuner_options,
+)
 
 every_tuner = pytest.mark.parametrize("name", TUNERS)
 every_count = pytest.mark.parametrize("M", [1, 2, 3])
@@ -141,23 +154,6 @@ def test_adapters_start_with_half_own_and_half_other():
     )
 
 
-def test_nothing_inside_the_adapters_is_kept_for_the_way_back():
-    block = MMAdapter(
-        Block(32, num_heads=2, mlp_ratio=4.0, table_size=3, window=3).requires_grad_(False),
-        2,
-        ratio=0.75,
-    )
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
-        out = block(torch.randn(2, 3, 3, 32, requires_grad=True))
-    widths = {size for shape in kept for size in shape}
-    assert (
-        128 in widths and 24 not in widths
-    )  # of the hidden layers: the frozen MLP's, the adapters'
-    out.sum().backward()
-    assert all(p.grad is not None and p.grad.any() for p in block.parameters() if p.requires_grad)
-
-
 # -------------------------------------------------------------------------------------- the streams
 
 
@@ -213,7 +209,7 @@ def test_exactly_the_tuners_own_parameters_are_trained(name, M):
     sam = list(dict(small_encoder().named_parameters()))
     added = [n for n in dict(encoder.named_parameters()) if n not in sam]
     assert trained == tuner_names(encoder) == {"frozen": [], "full": sam}.get(name, added)
-    assert bool(added) == (name in ("adapter", "lora"))
+    assert bool(added) == (name not in ("frozen", "full"))
 
 
 @every_tuner
@@ -281,3 +277,110 @@ def test_a_second_tuner_is_refused(name):
     encoder = tuned(name)
     with pytest.raises(ValueError, match=name):
         apply_tuner(encoder, "lora")
+
+
+# ------------------------------------------------------------------------------ what a tuner declares
+
+
+@every_tuner
+@every_count
+def test_a_tuner_says_whether_a_new_one_computes_what_the_frozen_block_does(name, M):
+    x = torch.rand(M, 3, 64, 80)
+    out, frozen = (tuned(n, M, random=False)(x) for n in (name, "frozen"))
+    assert torch.allclose(out, frozen, atol=1e-5) == TUNERS[name].starts_as_frozen
+
+
+@every_tuner
+@every_count
+def test_a_tuner_counts_the_products_that_it_adds(name, M):
+    def operations(name):
+        encoder = tuned(name, M)
+        with FlopCounterMode(display=False) as counter:
+            encoder(torch.rand(M, 3, 48, 96))  # 3 x 6 tokens: whole windows
+        return encoder, counter.get_total_flops()
+
+    encoder, counted = operations(name)
+    added = [p for block in encoder.blocks for p in block.added_products(M * 18)]
+    assert sum(2 * n * a * b * c for n, a, b, c in added) == counted - operations("frozen")[1]
+
+
+class NormTuning(Tuner):
+    """Trains SAM's norms, the second ones on request."""
+
+    def __init__(self, block, modalities, both=False, scale=1.0, note="", depth=3):
+        super().__init__(block, modalities)
+        self.sam_trained = ("blocks.*.norm?.*",) if both else ("blocks.*.norm1.*",)
+
+
+@pytest.fixture
+def norm_tuning(monkeypatch):
+    monkeypatch.setitem(TUNERS, "norms", NormTuning)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_tuner_trains_the_parameters_of_sam_that_it_names(norm_tuning, both):
+    encoder = tuned("norms", both=both)
+    norms = [f".norm{k}." for k in ((1, 2) if both else (1,))]
+    expected = [n for n, _ in encoder.named_parameters() if any(norm in n for norm in norms)]
+    assert tuner_names(encoder) == expected and len(expected) == 4 * len(norms)
+    assert [n for n, p in encoder.named_parameters() if p.requires_grad] == expected
+
+
+def test_options_are_the_constructors_with_their_defaults(norm_tuning):
+    assert tuner_options("norms") == {"both": False, "scale": 1.0, "note": "", "depth": 3}
+    assert tuner_options("frozen") == {}
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("both=true", ("both", True)),
+        ("both=False", ("both", False)),
+        ("scale=0.5", ("scale", 0.5)),
+        ("note=a=b", ("note", "a=b")),
+        ("depth=2", ("depth", 2)),
+    ],
+)
+def test_an_option_is_read_by_the_type_of_its_default(norm_tuning, text, value):
+    assert parse_option("norms", text) == value
+
+
+@pytest.mark.parametrize("text", ["both=1", "scale=x", "depth=1.5", "depth", "width=3", "=3", ""])
+def test_an_option_that_cannot_be_is_refused_in_a_line(norm_tuning, text):
+    with pytest.raises(ValueError) as refused:
+        parse_option("norms", text)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name, known", [("adapter", "ratio=0.25, mixing=True"), ("full", "none")])
+def test_an_unknown_option_is_refused_with_the_list(name, known):
+    with pytest.raises(ValueError, match=f"no option 'rank'.*{known}"):
+        apply_tuner(small_encoder(), name, 2, rank=3)
+
+
+@with_parameters
+@pytest.mark.parametrize("mixing", [True, False])
+def test_the_mixing_weights_are_told_by_layer(name, mixing):
+    for block in tuned(name, 3, mixing=mixing).blocks:
+        found = block.mixing_weights()
+        layers = {"adapter": [""], "lora": ["mlp.lin1", "mlp.lin2"]}[name] if mixing else []
+        assert list(found) == layers and all(w.shape == (3,) for w in found.values())
+
+
+@pytest.mark.parametrize(
+    "name, option, shown",
+    [("lora", {"rank": 3}, "rank=3"), ("adapter", {"ratio": 0.5}, "bottleneck=16")],
+)
+def test_a_printed_block_shows_its_method(name, option, shown):
+    text = str(tuned(name, random=False, **option).blocks[0])
+    assert shown in text and "w=[0.500, 0.500]" in text and "window=3" in text
+
+
+@pytest.mark.parametrize(
+    "name, count", [("standard-adapter", 25_227_264), ("standard-lora", 2_752_512)]
+)
+def test_the_standard_tuners_of_vit_l_have_so_many_parameters(name, count):
+    with torch.device("meta"):
+        model = build_mfnet("vit_l", name)
+    assert count_parameters(model)["tuner"] == count
+    assert count_parameters(model)["trainable"] == count + 1_643_136 + 515_102

@@ -1,0 +1,76 @@
+"""What a run needs at the least, counted before anything is allocated; and what to do when it turns
+out to be more.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from engine.checkpoints import build_network
+from engine.console import Mistake
+from engine.device import peak_memory, resolve_precision, total_memory
+from engine.settings import Settings
+from engine.training import TrainingStopped
+from geodata.layouts import MODALITIES
+from sam_vit import first_line
+
+
+def check_budget(s: Settings, num_classes: int, device: torch.device, world: int) -> None:
+    """Raises Mistake for a run that this machine cannot hold, whatever its blocks keep.
+
+    Counted are the weights, their gradients and the optimiser's state, and of a batch the rasters
+    and the logits; the activations come on top."""
+    processors = os.cpu_count() or 1
+    if s.workers > 4 * max(processors, 4):
+        raise Mistake(
+            f"--workers {s.workers}: this machine has {processors} processors; give as many or fewer"
+        )
+    have = total_memory(device)
+    if have is None:
+        return
+    with torch.device("meta"):
+        model = build_network(s, num_classes)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    state = {"sgd": 1, "adamw": 2}[s.optimizer]
+    stored = 2 if resolve_precision(s.precision, device) == "bf16" else 4
+    weights = (stored * frozen + 4 * (2 + state) * trained) / 2**20
+    # float32: three channels of each raster, and three times the logits, in the loss and backward
+    numbers = 3 * len(MODALITIES[s.modalities]) + 3 * num_classes
+    batch = s.batch_size / world * s.crop**2 * 4 * numbers / 2**20
+    if weights + batch > have:
+        remedy = "a smaller --batch-size" if batch > weights else "fewer trained parameters"
+        raise Mistake(
+            f"{trained:,} trained parameters and --batch-size {s.batch_size} of --crop {s.crop} need "
+            f"more than {weights + batch:,.0f} MB, and there are {have:,.0f}; give {remedy}"
+        )
+
+
+def explain_failure(error: Exception, s: Settings, device: torch.device) -> TrainingStopped | None:
+    """What stopped a run and how to go on, None for an error that nobody foresaw."""
+    text, resume = first_line(error), f"python train.py --resume --out {s.out}"
+    short = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if short or "can't allocate memory" in str(error):
+        ways = [] if s.checkpointing else [f"{resume} --checkpointing"]
+        if s.batch_size > s.accumulate:
+            ways.append(f"{resume} --accumulate {next_divisor(s.batch_size, s.accumulate)}")
+        ways.append(f"a run with a --batch-size below {s.batch_size}")
+        ways += [] if s.precision == "bf16" else ["one with --precision bf16"]
+        used = peak_memory(device)
+        after = "" if used is None else f" after {used:,.0f} MB"
+        return TrainingStopped(f"out of memory{after}; try {', or '.join(ways)}")
+    if "DataLoader worker" in str(error):
+        return TrainingStopped(
+            f"a process that cuts crops died ({text}), perhaps for want of memory; go on with "
+            f"{resume} --workers 0"
+        )
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return TrainingStopped(f"--compile failed ({text}); train without it")
+    return None
+
+
+def next_divisor(n: int, above: int) -> int:
+    """The smallest divisor of n that is larger than `above`, which is below n."""
+    return next(d for d in range(above + 1, n + 1) if n % d == 0)

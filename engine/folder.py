@@ -1,0 +1,191 @@
+"""The folder of a run: held by one process at a time, every file in it whole or not there.
+
+config.json   settings, base, classes, code, parameters
+log.jsonl     a line for each epoch
+last.pt       everything to go on, from before the first step
+model.pt      what was trained; `finished` in it says whether training came to its end
+plugins/      the plugins the run was trained with
+scores.json, pictures/, report.html
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator
+
+from engine.checkpoints import MODEL_KEYS, read_content, save_tensors
+from engine.console import Mistake
+from engine.distributed import Team
+from engine.files import replace_atomically
+from engine.settings import Settings
+from engine.training import TrainingStopped
+from sam_vit import WeightsError, first_line
+
+LAST_KEYS = ("settings", "base", "data", "state", "optimizer", "progress")
+
+
+class RunFolder:
+    """A folder that this process holds: a second one that opens it is refused."""
+
+    def __init__(self, path: Path):
+        self.path, self.lock = path, None
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def hold(self) -> None:
+        """Raises Mistake where another process holds the folder; a killed one holds nothing."""
+        try:
+            import fcntl  # not on Windows
+        except ImportError:
+            return
+        self.lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self.lock)
+            raise Mistake(
+                f"{self.path} is being trained by another process; wait for it, or give another --out"
+            ) from None
+        except OSError:  # a file system without locks
+            return
+
+    def release(self) -> None:
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """A full disk or a folder that is gone ends the run with a line; files that were written
+        before stay whole.
+        """
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or first_line(error)
+            if not self.path.exists():
+                raise TrainingStopped(f"{self.path} is gone ({reason})") from error
+            free = shutil.disk_usage(self.path).free / 1e6
+            raise TrainingStopped(
+                f"{self.path} cannot be written ({reason}, {free:,.0f} MB are free); what was saved "
+                f"before is intact: make room, then python train.py --resume --out {self.path}"
+            ) from error
+
+    def write_json(self, name: str, content: dict) -> None:
+        text = json.dumps(content, indent=1)
+        with self.writing():
+            replace_atomically(self / name, lambda p: p.write_text(text, encoding="utf-8"))
+
+    def versions(self, now: str, step: int, total: int) -> str:
+        """What trained the run: the code of each part of it, `now` from `step` on."""
+        path = self / "config.json"
+        if step == 0 or not path.exists():
+            return now
+        before = str(json.loads(path.read_text(encoding="utf-8")).get("version"))
+        return (
+            before
+            if before.endswith(now) or step >= total
+            else f"{before}; from step {step}: {now}"
+        )
+
+    def append_log(self, entry: dict) -> None:
+        """Adds a line to log.jsonl, in place of what was logged from this step on."""
+        path = self / "log.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] < entry["step"]]
+        text = "\n".join([*kept, json.dumps(entry)]) + "\n"
+        with self.writing():
+            replace_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+    def amend_log(self, **values) -> None:
+        """Adds values to the last line of log.jsonl."""
+        last = (self / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+        self.append_log({**json.loads(last), **values})
+
+    def is_finished(self) -> bool:
+        """Whether the run came to its end and was scored."""
+        path = self / "model.pt"
+        scored = path.exists() and (self / "scores.json").exists()
+        return scored and bool(read_content(path, MODEL_KEYS).get("finished", True))
+
+    def reopen(self) -> None:
+        """Takes back that the run is finished: what it was scored with is no longer its end."""
+        for name in ("scores.json", "report.html"):
+            (self / name).unlink(missing_ok=True)
+        if (self / "model.pt").exists():
+            content = read_content(self / "model.pt", MODEL_KEYS)
+            with self.writing():
+                save_tensors(self / "model.pt", {**content, "finished": False})
+
+
+# ---------------------------------------------------------------------------------- new and resumed
+
+# What a folder holds where something was trained or scored that is not to be lost.
+KEPT = ("last.pt", "model.pt", "scores.json", "log.jsonl")
+
+
+def check_new(folder: Path) -> None:
+    """Raises Mistake for a folder that holds a run, or files of one. A run that has not taken a
+    step may be begun again.
+    """
+    there = [name for name in KEPT if (folder / name).exists()]
+    if there == ["last.pt"] and read_last(folder)["progress"]["step"] == 0:
+        return
+    if "last.pt" in there:
+        raise Mistake(
+            f"{folder} holds a run already; go on with it by --resume, or give another --out"
+        )
+    if there:
+        raise Mistake(f"{folder} holds {there[0]}, which a run would overwrite; give another --out")
+
+
+def new_folder(s: Settings, team: Team) -> RunFolder:
+    """The folder of a new run, made and held by the main process. Raises Mistake if it holds a run
+    already or cannot be made.
+    """
+    path = Path(team.broadcast(s.out or unused_name(s)))
+    check_new(path)
+    team.barrier()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Mistake(f"--out {path}: the folder cannot be made ({error.strerror})") from error
+    folder = RunFolder(path)
+    if team.is_main:
+        folder.hold()
+    return folder
+
+
+def unused_name(s: Settings) -> str:
+    name, serial = f"{time.strftime('%Y%m%d-%H%M%S')}_{s.data}_{s.tuner}", 2
+    path = Path("runs") / name
+    while path.exists():
+        path, serial = Path("runs") / f"{name}-{serial}", serial + 1
+    return str(path)
+
+
+def read_last(folder: Path) -> dict:
+    """last.pt of a run. Raises WeightsError."""
+    content = read_content(folder / "last.pt", LAST_KEYS)
+    if type(content["progress"]) is not dict or type(content["progress"].get("step")) is not int:
+        raise WeightsError(f"{folder / 'last.pt'}: not the file of a run, its progress is damaged")
+    return content
+
+
+def unfinished_run(runs: Path = Path("runs")) -> Path:
+    """The folder below `runs` that was saved last of those that are not finished. Raises Mistake."""
+    saved = sorted(runs.glob("*/last.pt"), key=lambda p: p.stat().st_mtime)
+    open_runs = [path.parent for path in saved if not (path.parent / "scores.json").exists()]
+    if not open_runs:
+        listed = f"; {saved[-1].parent} is the newest finished one" if saved else ""
+        raise Mistake(f"there is no unfinished run below {runs.resolve()}{listed}; give --out DIR")
+    return open_runs[-1]

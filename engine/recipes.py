@@ -1,0 +1,104 @@
+"""What a data set is trained with where nobody says otherwise: the paper's recipe and its variants.
+
+`recipe` gives the settings of a data set that differ from `Settings`' own, which are the paper's;
+with `as_published`, also what the published code does otherwise than its paper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+from engine.settings import Settings
+
+# The rate and the decay that an optimiser brings where neither recipe nor command line names them.
+OPTIMIZERS: dict[str, dict] = {
+    "sgd": dict(lr=0.01, weight_decay=5e-4),  # the paper's
+    "adamw": dict(lr=1e-3, weight_decay=0.01),
+}
+
+
+RECIPES: dict[str, dict] = {
+    "vaihingen": dict(precision="fp32"),  # the paper's: Settings as it stands
+    "potsdam": dict(precision="fp32"),
+    "hunan": dict(precision="fp32", steps=500, eval_stride=128, image_scaling="reflectance"),
+    "tiles": dict(
+        batch_size=4, epochs=8, steps=20, optimizer="adamw", schedule="cosine", warmup=20,
+        eval_stride=128,
+    ),
+    "synthetic": dict(
+        encoder="vit_t", weights="none", crop=128, batch_size=8, epochs=10, steps=30,
+        optimizer="adamw", lr=2e-3, schedule="cosine", warmup=20, eval_stride=64,
+    ),
+}  # fmt: skip
+
+
+# Pixels between the published code's windows, while it trains and for its final scores.
+PUBLISHED_STRIDES = {"vaihingen": (32, 32), "potsdam": (128, 32), "hunan": (256, 128)}
+
+
+# What the published code does otherwise than its paper; `--as-published` sets all of it.
+AS_PUBLISHED: dict[str, object] = {
+    "relative_positions": "zero",
+    "labels": "published",
+    "select": "test",
+    "seed": -1,
+    "repeat_border": True,
+    "crop_range": "published",
+    "early_drops": True,
+}
+
+
+AS_PUBLISHED_WITH: dict[str, dict[str, object]] = {
+    "potsdam": dict(select_stride=128),
+    "hunan": dict(select_stride=256, image_scaling="minmax"),
+}
+
+
+VIT_H_BATCH = 4  # the paper's batch for its largest encoder
+
+
+def recipe(data: str, encoder: str | None = None, as_published: bool = False) -> dict:
+    """The settings of a data set that differ from the defaults; with what the published code does.
+
+    A data set without a recipe, as a plugin's, has the paper's."""
+    found = dict(RECIPES.get(data, {}))
+    if data in PUBLISHED_STRIDES and encoder == "vit_h":
+        found["batch_size"] = VIT_H_BATCH
+    if as_published:
+        found |= AS_PUBLISHED | AS_PUBLISHED_WITH.get(data, {})
+    return found
+
+
+def with_optimizer(given: dict, chosen: dict) -> dict:
+    """A recipe with the rate and decay of the optimiser, where another than its own was given."""
+    optimizer = given.get("optimizer", chosen.get("optimizer", "sgd"))
+    if optimizer != chosen.get("optimizer", "sgd"):
+        chosen = {k: v for k, v in chosen.items() if k not in ("lr", "weight_decay")}
+    return {**OPTIMIZERS[optimizer], **chosen}
+
+
+def published_protocol(s: Settings) -> Settings:
+    """A run's settings with the windows that the published code scores with.
+
+    A data set that was not published keeps the run's stride."""
+    _, stride = PUBLISHED_STRIDES.get(s.data, (0, s.eval_stride))
+    return replace(s, repeat_border=True, eval_stride=stride)
+
+
+def different_from_recipe(s: Settings) -> str:
+    """What a run's settings change of the recipe of its data set, in words."""
+    theirs = Settings(**{**recipe(s.data, s.encoder), "data": s.data})
+    theirs.tuner = s.tuner  # whose options are compared with its own defaults
+    theirs.complete()
+    changed = {}
+    for f in fields(s):
+        ours = getattr(s, f.name)
+        if f.name == "tuner_option":
+            usual = theirs.tuner_option
+            changed |= {name: v for name, v in ours.items() if v != usual[name]}
+        elif f.name not in ("data", "root", "out", "plugin") and ours != getattr(theirs, f.name):
+            changed[f.name] = ours
+    if s.tuner != Settings.tuner:
+        changed["tuner"] = s.tuner
+    listed = ", ".join(f"{name} {value}" for name, value in changed.items())
+    return f"the recipe with {listed}" if listed else "the recipe as it stands"

@@ -1,0 +1,171 @@
+"""A run before its first step: data, weights, what it had learned, its folder, and what is said of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from engine.budget import check_budget
+from engine.checkpoints import build_model, save_model, save_tensors
+from engine.console import Mistake, Ticker
+from engine.device import store_frozen_weights, version
+from engine.distributed import Team
+from engine.folder import RunFolder, new_folder, read_last
+from engine.plugins import keep_plugins
+from engine.pretrained import find_weights
+from engine.recipes import different_from_recipe
+from engine.settings import Settings, held_out_tiles
+from engine.training import Trainer
+from fast import accelerate
+from geodata.layouts import MODALITIES
+from geodata.rasters import DataError
+from geodata.tiles import facts_of, fingerprint, load_tiles, memory_line
+from mfnet import MFNet, count_parameters, trained_names
+
+
+class Run:
+    """A run in its folder, ready to train. Only the main process prints and writes."""
+
+    def __init__(
+        self,
+        s: Settings,
+        dataset: Any,
+        team: Team,
+        device: torch.device,
+        folder: RunFolder | None = None,
+    ):
+        """A new run on a `data.Dataset`, or with a `folder` the one that is in it."""
+        self.s, self.team, self.device = s, team, device
+        last = None if folder is None else read_last(folder.path)
+        self.open_data(dataset, last)
+        self.build(last)
+        # What can be wrong with data or weights has been found by now: from here on there is a
+        # folder.
+        self.folder = folder or new_folder(s, team)
+        s.out = str(self.folder)
+        self.announce()
+        self.begin(last)
+
+    def open_data(self, dataset: Any, last: dict | None) -> None:
+        s, modalities = self.s, MODALITIES[self.s.modalities]
+        if s.batch_size % (self.team.world * s.accumulate):
+            raise Mistake(
+                f"--batch-size {s.batch_size} is no multiple of {self.team.world} processes x "
+                f"{s.accumulate} parts"
+            )
+        self.dataset = dataset.hold_out(held_out_tiles(s.val)) if s.val else dataset
+        self.classes = [[name, list(color)] for name, color in dataset.classes]
+        tiles = self.dataset.tiles("train", modalities)
+        # A test tile that is missing or broken is to be found now, not after the training.
+        self.dataset.check(modalities)
+        if "dsm" in modalities:
+            s.heights_kind, _ = self.dataset.chosen_heights()
+        check_budget(s, len(self.classes), self.device, self.team.world)
+        self.tiles = load_tiles(tiles, modalities, s.memory_gb)
+        self.fingerprint, self.facts = fingerprint(self.tiles), facts_of(tiles)
+        self.notes = [note for tile in tiles for note in tile.notes]
+        if last is not None and last["data"] != self.fingerprint:
+            raise DataError(
+                f"{s.root}: not the training tiles that {s.out} began with; give them back, or "
+                "begin anew"
+            )
+
+    def build(self, last: dict | None) -> None:
+        """The network on its base, fast, on its device, with what a resumed run had learned."""
+        s, team = self.s, self.team
+        ticker = Ticker("fetching SAM's weights, bytes")
+        if team.is_main:  # on a fresh machine one process downloads
+            find_weights(s.weights, s.encoder, ticker)
+        team.barrier()
+        model, self.base, self.report = build_model(s, len(self.classes), ticker)
+        if last is not None and last["base"]["sha256"] != self.base["sha256"]:
+            was, found = (
+                f"{base['weights']} (sha256 {base['sha256']})" for base in (last["base"], self.base)
+            )
+            raise DataError(
+                f"{s.out} was begun on {was}, not on {found}; give the base it was begun on by "
+                "--weights"
+            )
+        store_frozen_weights(model, s.precision, self.device)
+        accelerate(model, checkpointing=s.checkpointing)
+        self.trainer = Trainer(model.to(self.device), s, team, len(self.classes))
+        if last is not None:
+            self.trainer.load_state_dict(last, f"last.pt of {s.out}")
+
+    def announce(self) -> None:
+        s, many = self.s, f", {self.team.world} processes" if self.team.world > 1 else ""
+        self.say(f"MFNet, {version()}, device {self.device}{many}")
+        self.say(f"{s.data}, {different_from_recipe(s)}; all settings: {self.folder}/config.json")
+        self.say(f"training: {memory_line(self.tiles)}, from {s.root}")
+        for note in self.notes:
+            self.say(f"note: {note}")
+        random = "NONE, the encoder is random; scores will be far below the paper"
+        self.say(f"weights: {self.report or random}")
+        self.say(describe_model(self.trainer.model))
+        self.say(f"{s.epochs} epochs x {s.steps} steps x {s.batch_size} crops of {s.crop}")
+
+    def begin(self, last: dict | None) -> None:
+        """Writes what there is before the first step: a run that dies in it can go on."""
+        s = self.s
+        config = {
+            **asdict(s),
+            "base": self.base,
+            "classes": self.classes,
+            "version": self.folder.versions(
+                version(), self.trainer.progress.step, s.epochs * s.steps
+            ),
+            "processes": self.team.world,
+            "parameters": count_parameters(self.trainer.model),
+            "facts": self.facts,
+        }
+        if self.team.is_main:
+            self.folder.write_json("config.json", config)
+            with self.folder.writing():
+                keep_plugins(s.plugin, self.folder.path)
+        if last is None:
+            self.save_last()
+        else:
+            self.lengthen(last["settings"]["epochs"])
+
+    def lengthen(self, epochs: int) -> None:
+        """Notes that a run which was to have `epochs` goes on for more."""
+        s, progress = self.s, self.trainer.progress
+        if s.epochs > epochs:
+            progress.lengthened.append([progress.step, epochs])
+            self.say(
+                f"lengthened from {epochs} to {s.epochs} epochs after step {progress.step}: the "
+                f"schedule is that of {s.epochs} from here on, so this is no run of {s.epochs} epochs"
+            )
+            if self.team.is_main:
+                self.folder.reopen()
+            self.save_last()
+
+    def say(self, text: str) -> None:
+        if self.team.is_main:
+            print(text, flush=True)
+
+    def save_last(self) -> None:
+        self.trainer.check_weights()
+        if self.team.is_main:
+            content = self.trainer.state_dict(self.base, self.fingerprint)
+            with self.folder.writing():
+                save_tensors(self.folder / "last.pt", content)
+
+    def save_model(self, epoch: int, finished: bool) -> None:
+        if self.team.is_main:
+            path, model = self.folder / "model.pt", self.trainer.model
+            with self.folder.writing():
+                save_model(path, model, self.s, self.base, self.classes, epoch, finished)
+
+
+def describe_model(model: MFNet) -> str:
+    """The numbers of parameters by group; raises AssertionError unless exactly what the tuner lists
+    is trained.
+    """
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trained == trained_names(model), "what requires a gradient is not what the tuner trains"
+    counts = count_parameters(model)
+    counts["frozen"] = counts["total"] - counts["trainable"]
+    return "parameters: " + ", ".join(f"{group} {n:,}" for group, n in counts.items())

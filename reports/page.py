@@ -1,0 +1,154 @@
+"""A page of HTML that needs no network and no script: text, tables, a line chart, pictures inside.
+
+It is readable on a phone, in a dark scheme and in print."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import itertools
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+
+from engine.files import replace_atomically
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #222; --soft: #595959; --rule: #bbb; --page: #fff; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e6e6; --soft: #a8a8a8; --rule: #555; --page: #161616; }
+}
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
+  margin: 0 auto; max-width: 1100px; padding: 1rem; }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin-top: 2rem; border-bottom: 1px solid var(--rule); }
+.note, pre { color: var(--soft); font-size: .9rem; overflow-wrap: anywhere; }
+pre { white-space: pre-wrap; }
+.banner { border: 2px solid; padding: .5rem 1rem; font-weight: 600; }
+.numbers { display: flex; flex-wrap: wrap; gap: 0 3rem; }
+.numbers b { display: block; font-size: 2.2rem; line-height: 1.1; }
+.wide { overflow-x: auto; } .wide img { min-width: 800px; width: 100%; }
+table { border-collapse: collapse; margin-bottom: 1rem; }
+td, th { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid var(--rule); }
+td:first-child, th:first-child { text-align: left; position: sticky; left: 0;
+  background: var(--page); }
+.dim { color: var(--soft); }
+.charts { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
+svg { max-width: 100%; height: auto; font-size: 12px; fill: currentColor; }
+svg path { stroke: var(--rule); fill: none; } svg polyline { stroke-width: 2; fill: none; }
+figure { margin: 0 0 1rem; } figcaption { font-size: .9rem; }
+.figures { display: grid; gap: 1rem; margin: 1rem 0;
+  grid-template-columns: repeat(auto-fill, minmax(max(150px, 22%), 1fr)); }
+.figures img { width: 100%; border: 1px solid var(--rule); box-sizing: border-box;
+  image-rendering: pixelated; }
+.key { white-space: nowrap; margin-right: 1rem; }
+.key span { display: inline-block; width: 1em; height: 1em; margin-right: .4em;
+  vertical-align: -.15em; border: 1px solid var(--soft); }
+.settings { columns: 18rem; font-size: .9rem; overflow-wrap: anywhere; }
+@media print { body { max-width: none; } .wide img { min-width: 0; } h2 { break-after: avoid; } }
+"""
+
+COLORS = ("#3987c2", "#d95f02", "#2ca02c", "#a57bc9", "#a8756a", "#d971b8")  # of lines, in turn
+
+
+def write_page(path: Path, title: str, sections: dict[str, str]) -> None:
+    """Writes a page, whole or not at all; `sections` are HTML by heading, "" for the first one."""
+    body = "".join(
+        (f"<h2>{html.escape(name)}</h2>" if name else "") + content
+        for name, content in sections.items()
+    )
+    title = html.escape(title)
+    text = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{STYLE}</style></head>"
+        f"<body><h1>{title}</h1>{body}</body></html>"
+    )
+    replace_atomically(path, lambda p: p.write_text(text, "utf-8", errors="backslashreplace"))
+
+
+def note(text: str) -> str:
+    return f'<p class="note">{html.escape(text)}</p>'
+
+
+def percent(*values: float | None) -> str:
+    """The mean of values of 0 to 1 in percent, from two on with the standard deviation of a sample;
+    - where there is none.
+    """
+    known = [100 * value for value in values if value is not None]
+    deviation = f" +- {statistics.stdev(known):.2f}" if len(known) > 1 else ""
+    return f"{statistics.fmean(known):.2f}{deviation}" if known else "-"
+
+
+def table(
+    head: list[str],
+    rows: list[list[str]],
+    attributes: Callable[[int, int], str] = lambda row, column: "",
+) -> str:
+    """All cells are text; `attributes` gives those of a cell's tag, as HTML."""
+    lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)]
+    for i, row in enumerate(rows):
+        cells = (f"<td{attributes(i, j)}>{html.escape(cell)}</td>" for j, cell in enumerate(row))
+        lines.append("".join(cells))
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="wide"><table>{body}</table></div>'
+
+
+def figure(caption: str, picture: Image.Image, format: str = "PNG") -> str:
+    """A picture inside the page, with its caption."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format=format, quality=85)
+    data = f"data:image/{format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    text = html.escape(caption)
+    return f'<figure><img alt="{text}" src="{data}"><figcaption>{text}</figcaption></figure>'
+
+
+def legend(colors: dict[str, str]) -> str:
+    """Squares of CSS colours, by the text beside them."""
+    keys = (
+        f'<span class="key"><span style="background:{color}"></span>{html.escape(text)}</span> '
+        for text, color in colors.items()
+    )
+    return f'<p class="note">{"".join(keys)}</p>'
+
+
+def line_chart(
+    title: str, lines: dict[str, list[tuple[float, float]]], low: float, high: float, x_name: str
+) -> str:
+    """Lines of (x, y) by name as inline SVG, over y from `low` to `high` with a tick in the middle;
+    points that are not finite are left out. A legend where there is more than one.
+    """
+    width, left, right, top, bottom = 360, 46, 352, 30, 190
+    lines = {
+        name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in lines.items()
+    }
+    xs = [x for points in lines.values() for x, _ in points] or [0]
+    first, last = min(xs), max(xs)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        u, v = (x - first) / ((last - first) or 1), (y - low) / ((high - low) or 1)
+        return left + u * (right - left), bottom - v * (bottom - top)
+
+    drawn = [f'<text x="{left}" y="16" font-weight="600">{html.escape(title)}</text>']
+    for y in (low, (low + high) / 2, high):
+        height = place(first, y)[1]
+        drawn.append(f'<path d="M{left} {height:g}H{right}"/>')
+        drawn.append(f'<text x="{left - 6}" y="{height + 4:g}" text-anchor="end">{y:.3g}</text>')
+    colors = dict(zip(lines, itertools.cycle(COLORS)))
+    for name, points in lines.items():
+        places = [f"{x:.1f},{y:.1f}" for x, y in (place(x, y) for x, y in points)]
+        drawn.append(f'<polyline points="{" ".join(places)}" stroke="{colors[name]}"/>')
+        drawn += [
+            '<circle cx="{}" cy="{}" r="2.5" fill="{}"/>'.format(*xy.split(","), colors[name])
+            for xy in places
+        ]
+    foot = f'y="{bottom + 17}"'
+    drawn.append(f'<text x="{left}" {foot}>{html.escape(x_name)} {first:g}</text>')
+    drawn.append(f'<text x="{right}" {foot} text-anchor="end">{last:g}</text>')
+    label = f'role="img" aria-label="{html.escape(title)}"'
+    svg = f'<svg viewBox="0 0 {width} 215" width="{width}" {label}>{"".join(drawn)}</svg>'
+    return f"<div>{svg}{legend(colors) if len(lines) > 1 else ''}</div>"
