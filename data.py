@@ -85,7 +85,8 @@ class Dataset:
     labels_note: str
     layout: Layout | None = None  # None: own tiles, found by listing folders
     ignore_index: int = IGNORE
-    bands: str = ""  # "": the layout's first choice, or the first three; a name of the layout; or 4,3,2 counted from 1
+    # "": the layout's first choice, or the first three; a name of the layout; or 4,3,2 from 1 on
+    bands: str = ""
     labels: str = "dataset"  # one of LABELS
     full_labels: bool = False  # score with the full labels where there are eroded ones
     splits: str = "paper"  # or official
@@ -438,7 +439,8 @@ def _open_own_tiles(root: Path) -> Dataset:
         ignore = int(content.get("ignore", IGNORE))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f'{path}: not of the form {{"classes": [{{"name": ..., "color": [r, g, b]}}, ...]}} ({one_line(error)})'
+            f'{path}: not of the form {{"classes": [{{"name": ..., "color": [r, g, b]}}, ...]}} '
+            f"({one_line(error)})"
         ) from error
     colors = [color for _, color in classes]
     if not 2 <= len(classes) <= 64 or any(

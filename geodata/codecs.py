@@ -63,8 +63,8 @@ class Codec:
             return None
         if name is None:
             return f"packed by the unknown compression {self.compression}; rewrite it: {REWRITE}"
-        if self.dtype.byteorder == ">":
-            return f"compressed by {name} in big-endian order; rewrite it: {REWRITE}"  # of unsure order
+        if self.dtype.byteorder == ">":  # programs do not agree what that means
+            return f"compressed by {name} in big-endian order; rewrite it: {REWRITE}"
         if find_spec("imagecodecs") is None:
             return f"compressed by {name}; pip install imagecodecs, or rewrite it: {REWRITE}"
         return None

@@ -17,7 +17,7 @@ from geodata.rasters import GEO_TAGS, STRIP, TIFF, DataError, Raster, View, open
 SAME = 0.01  # of a pixel: files that are written on one grid differ by rounding alone
 USER_DEFINED = 32767
 WORLD_FILES = {".png": ".pgw", ".jpg": ".jgw", ".jpeg": ".jgw"}  # of a TIFF .tfw; of any .wld
-# Keys of GeoTIFF that make a projection: the method, its centre, scale and shift, and the ellipsoid.
+# GeoTIFF's keys that make a projection: method, centre, scale, shift, ellipsoid.
 PROJECTION = re.compile(
     "ProjCoordTrans|Proj.*(Long|Lat|Easting|Northing|Scale|Azimuth)|GeogSemi|GeogInv"
 )
@@ -208,8 +208,8 @@ def _inside(places: np.ndarray, n: int) -> np.ndarray:
 
 
 def on_grid(source, source_grid: Grid, target: Grid, size: tuple[int, int], lay) -> View:
-    """A raster (h, w, ...), behind slices, on the target's grid of `size`, slice by slice, by `lay`:
-    `resample` or `nearest`. Raises DataError as `check_overlap`."""
+    """A raster (h, w, ...) on the target's grid of `size`, slice by slice, by `lay`: `resample` or
+    `nearest`. Raises DataError as `check_overlap`."""
     check_overlap(source_grid, target, source.shape, size)
     places = places_in(source_grid, target, size)
 

@@ -24,7 +24,7 @@ def colors_to_labels(
 
     A pixel belongs to a colour when no channel differs by more than `tolerance`; without one, by
     the most that keeps the palette unambiguous: 127 for ISPRS's colours, which is thresholding each
-    channel, and repairs the lossy labels of Potsdam (PAPER.md 3.2). `tolerance=0` is exact
+    channel, and repairs the lossy labels of Potsdam (docs/method.md 3.2). `tolerance=0` is exact
     matching. Pixels that fit no colour become `unknown`."""
     colors = np.asarray(palette, dtype=np.int16)
     K = len(colors)
@@ -75,7 +75,7 @@ class Legend:
         K = len(self.classes)
         if raw.ndim == 3 and raw.shape[2] >= 3:
             # differs: the published code matches colours exactly, and makes all others class 0
-            # (PAPER.md 3.2)
+            # (docs/method.md 3.2)
             found = colors_to_labels(raw[..., :3], self.palette, 0 if self.exact else None, 254)
             out = found.astype(np.int16)
             out[found == K] = IGNORE

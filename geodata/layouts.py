@@ -189,13 +189,15 @@ HUNAN = Layout(
     ),
     scored=(0, 1, 2, 3, 4, 5, 6),
     splits={
-        "paper": {  # of the prepared folders, which keep all tiles together: these are tested, the others train
+        # Of the prepared folders, which keep all tiles together: what is not tested trains.
+        "paper": {
             "test": tuple(
                 "11767 11816 1239 12626 12815 1290 1303 13254 13257 13515 13765 14108 14293 15426 "
                 "1625 16373 16750 "
                 "16890 17039 17055 17107 17455 17821 17980 18958 1908 1923 20028 2106 21385 21423 "
                 "22312 2256 2265 2442 "
-                "2603 27264 28965 29287 30275 3280 4017 4166 4886 5215 5233 5410 639 7176 11624".split()
+                "2603 27264 28965 29287 30275 3280 4017 4166 4886 5215 5233 5410 639 7176 "
+                "11624".split()
             )
         }
     },
@@ -221,8 +223,8 @@ HUNAN = Layout(
     nested=("", "Hunan_Dataset", "Hunan_Dataset/Hunan_Dataset"),
     listed={"train": ("train", "val"), "val": ("val",), "test": ("test",)},
     codes={
-        # differs: the published code ignores 4 and 7, and exchanges 8 and 9 (PAPER.md 3.8). 7,
-        # tundra, becomes 6; 11, cloud, would be class 7, which does not exist; a raw 255 reads as
+        # differs: the published code ignores 4 and 7, and exchanges 8 and 9 (docs/method.md
+        # 3.8). 7, tundra, becomes 6; 11, cloud, would be class 7, which does not exist; a raw 255 reads as
         # 12.
         "dataset": (_X, 0, 1, 2, 1, 3, 4, 6, 6, 5, 6, _X, _X),
         "published": (_X, 0, 1, 2, _X, 3, 4, _X, 5, 6, _X, _X, _X),

@@ -441,7 +441,7 @@ def _picture_pixels(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     )
 
 
-# ----------------------------------------------------------------------- what stands beside the file
+# ---------------------------------------------------------------------- what stands beside the file
 
 
 def _items(text: object) -> dict[str, str]:

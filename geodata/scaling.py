@@ -3,14 +3,14 @@
 `Scaling` is the choice, two plain strings that are kept with a run; `measure` turns it into the
 numbers of one tile.
 
-    heights   minmax       the tile's lowest is 0, its highest 1 (PAPER.md 1, Input)
+    heights   minmax       the tile's lowest is 0, its highest 1 (the paper's)
               percentiles  the same between the 1st and 99th percentile, clipped
               LOW:HIGH     a fixed range in metres, clipped
               ground       height above the local ground, 0 to 30 m, clipped
-    images    unit         the whole range of the file's type; floats lie in 0 to 1 (PAPER.md 1, Input)
+    images    unit         the whole range of the file's type; floats lie in 0 to 1
               sam          the same, minus SAM's mean, over its standard deviation
               LOW:HIGH     a fixed range, clipped
-              reflectance  0 to 0.4, clipped; values above 10 are ten-thousandths, 8-bit pixels are `unit`
+              reflectance  0 to 0.4, clipped; above 10 in ten-thousandths; 8 bits are `unit`
               minmax       each image and band from its own lowest to its highest
 """
 
@@ -36,7 +36,7 @@ HEIGHTS, IMAGES = ("minmax", "percentiles", "ground"), ("unit", "sam", "reflecta
 
 @dataclass(frozen=True)
 class Scaling:
-    """How rasters become inputs; see the top of the file. Raises DataError for an unknown choice."""
+    """How rasters become inputs; see above. Raises DataError for an unknown choice."""
 
     heights: str = "minmax"
     images: str = "unit"
@@ -61,7 +61,7 @@ def fixed_range(text: str) -> tuple[float, float] | None:
 
 @dataclass(frozen=True)
 class TileScale:
-    """The numbers that scale one tile. Heights in metres; an image of None scales as its type says."""
+    """The numbers of one tile. Heights in metres; an image of None scales as its type says."""
 
     heights: tuple[float, float] | None = None  # what becomes 0 and 1
     clip_heights: bool = False
@@ -150,7 +150,7 @@ def _measure_image(choice: str, image: np.ndarray, valid: Callable | None) -> di
         span = np.where(high > low, high - low, 1)
         return dict(image=(low, span), clip_image=valid is not None)
     # differs: the published code scales each image and band of MMHunan by itself, which is `minmax`
-    # (PAPER.md 3.10)
+    # (docs/method.md 3.10)
     if choice == "reflectance" and image.dtype != np.uint8:
         counts = any(p.max() > 10 for p in data_pixels(image, valid))
         full = REFLECTANCE * (10_000 if counts else 1)
@@ -182,8 +182,7 @@ def height_range(dsm: np.ndarray) -> tuple[float, float]:
 
 
 def scale_heights(dsm: np.ndarray, low_high: tuple[float, float]) -> np.ndarray:
-    """Metres -> [0, 1] float32 over the range of the tile (PAPER.md 1, Input); 0 where the tile is
-    flat."""
+    """Metres -> [0, 1] float32 over the range of the tile; 0 where it is flat."""
     low, high = low_high
     return ((dsm - low) / (high - low if high > low else 1.0)).astype(np.float32)
 

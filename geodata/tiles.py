@@ -180,8 +180,8 @@ class Tile:
         return self._open_heights("array")[0] if "dsm" in self.paths else None
 
     def use_heights_of(self, layout: Layout, kind: str) -> None:
-        """Reads the heights as a run on a layout's own kind of them does. Only 8-bit heights without
-        a scale of their own are counts of the layout's unit; others are metres."""
+        """Reads heights as a run on a layout's `kind` of them does: 8-bit ones without a scale of
+        their own are counts of the layout's unit, others metres."""
         unit = layout.dsm.get(kind, next(iter(layout.dsm.values())))[0]
         raster = self.raster("dsm")
         if raster.dtype == np.uint8 and raster.scale == 1:
@@ -503,4 +503,5 @@ def memory_line(loaded: list[LoadedTile]) -> str:
     rasters = [r for tile in loaded for r in (tile.image, tile.dsm, tile.labels)]
     mapped = sum(isinstance(r, View) and not r.nbytes for r in rasters)
     files = f", {mapped} rasters are read crop by crop from their files" if mapped else ""
-    return f"{len(loaded)} tiles take {sum(tile.nbytes() for tile in loaded) / 1e6:,.1f} MB of memory{files}"
+    size = sum(tile.nbytes() for tile in loaded) / 1e6
+    return f"{len(loaded)} tiles take {size:,.1f} MB of memory{files}"

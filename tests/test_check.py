@@ -95,11 +95,19 @@ SUSPICIONS = {
     "one class": (dict(labels=np.ones((20, 20), np.uint8)), "the labels hold house alone"),
     "flat": (dict(dsm=np.full((20, 20), 7, np.float32)), "all heights are 7.00 m"),
     "black": (dict(images=np.zeros((20, 20, 3), np.uint8)), "all pixels of the image are 0"),
-    "half black": (dict(images=np.repeat(np.arange(20, dtype=np.uint8)[:, None, None] // 10, 20, 1).repeat(3, 2)), "50.0 % of the image are black"),
+    "half black": (
+        dict(
+            images=np.repeat(np.arange(20, dtype=np.uint8)[:, None, None] // 10, 20, 1).repeat(3, 2)
+        ),
+        "50.0 % of the image are black",
+    ),
     "no-data": (dict(dsm=holes()), "20.0 % of the pixels have no height"),
     "colours": (dict(labels=strange), "15.0 % of the label pixels fit no class"),
-    "dark 16 bit": (dict(images=np.random.default_rng(0).integers(0, 255, (20, 20, 3)).astype(np.uint16)), "16-bit pixels that end at"),
-}  # fmt: skip
+    "dark 16 bit": (
+        dict(images=np.random.default_rng(0).integers(0, 255, (20, 20, 3)).astype(np.uint16)),
+        "16-bit pixels that end at",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", SUSPICIONS)
@@ -204,7 +212,7 @@ def test_the_real_folders_are_sound(check, name, folder):
     assert status == 0 and "SUSPICIOUS" not in out and "UNUSABLE" not in out
 
 
-# ---------------------------------------------------------------------------- what it finds in labels
+# -------------------------------------------------------------------------- what it finds in labels
 
 
 def of_labels(labels):
@@ -213,13 +221,28 @@ def of_labels(labels):
 
 rng = np.random.default_rng(0)
 FINDINGS = {
-    "labels counted from 1": (of_labels(rng.integers(1, 3, (20, 20))), "labels up to 2, and the classes are 0 to 1"),
-    "unknown values": (of_labels(np.where(np.tri(20, k=-14), 7, rng.integers(0, 2, (20, 20)))), "fit no class: 7 (21 pixels)"),
+    "labels counted from 1": (
+        of_labels(rng.integers(1, 3, (20, 20))),
+        "labels up to 2, and the classes are 0 to 1",
+    ),
+    "unknown values": (
+        of_labels(np.where(np.tri(20, k=-14), 7, rng.integers(0, 2, (20, 20)))),
+        "fit no class: 7 (21 pixels)",
+    ),
     "a photo": (of_labels(rng.integers(0, 255, (20, 20, 3))), "are these labels, or a photo?"),
-    "a background": (of_labels(np.diag([1] * 20)), "95.0 % of the labels are 0, ground; if that is the background of gdal_rasterize"),
-    "-999": (dict(dsm=np.where(np.eye(20), -999, 200 + rng.uniform(0, 9, (20, 20))).astype(np.float32)), "20 pixels are -999 m high"),
-    "9999": (dict(dsm=np.where(np.eye(20), 9999, 200 + rng.uniform(0, 9, (20, 20))).astype(np.float32)), "20 pixels are 9999 m high"),
-}  # fmt: skip
+    "a background": (
+        of_labels(np.diag([1] * 20)),
+        "95.0 % of the labels are 0, ground; if that is the background of gdal_rasterize",
+    ),
+    "-999": (
+        dict(dsm=np.where(np.eye(20), -999, 200 + rng.uniform(0, 9, (20, 20))).astype(np.float32)),
+        "20 pixels are -999 m high",
+    ),
+    "9999": (
+        dict(dsm=np.where(np.eye(20), 9999, 200 + rng.uniform(0, 9, (20, 20))).astype(np.float32)),
+        "20 pixels are 9999 m high",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", FINDINGS)
@@ -292,7 +315,7 @@ def test_training_on_labels_that_are_all_ignored_is_refused(tmp_path):
         load_tiles(tiles, ("image", "dsm"), 1)
 
 
-# -------------------------------------------------------------------------------------- own tiles
+# ---------------------------------------------------------------------------------------- own tiles
 
 
 def test_files_that_are_no_tiles_are_passed_over_and_two_of_one_name_are_refused(tmp_path):
@@ -340,7 +363,7 @@ def test_ignoring_a_class_is_remarked_on(check, tmp_path):
     assert "SUSPICIOUS: classes.json ignores 1, the class house" in out
 
 
-# ----------------------------------------------------------------------------------- colour tables
+# ------------------------------------------------------------------------------------ colour tables
 
 
 @pytest.mark.parametrize("ending", ["png", "tif"])

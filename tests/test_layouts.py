@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from data import image_bands, open_dataset, open_from_settings
+from engine.settings import Settings
 from geodata import synthetic
 from geodata.crops import CropDataset, CropOrder, draw_crop
 from geodata.layouts import HUNAN, ISPRS_CLASSES, POTSDAM, VAIHINGEN
@@ -180,7 +181,7 @@ def test_one_kind_of_heights_serves_all_splits_and_is_kept_by_name(city):
     for split in ("train", "test"):
         tiles = dataset.tiles(split)
         assert {tile.paths["dsm"].parent.name for tile in tiles} == {"1_DSM"}
-    kept = open_from_settings(dict(data="potsdam", root=str(root), heights_kind="normalised"))
+    kept = open_from_settings(Settings("potsdam", str(root), heights_kind="normalised"))
     assert {tile.height_unit for tile in kept.tiles("test")} == {0.1}
     with pytest.raises(DataError, match="1 files of the train split are missing.*07_08"):
         kept.tiles("train")
@@ -554,7 +555,7 @@ def test_training_on_the_image_alone_keeps_no_heights_in_memory(city):
 
 def test_a_run_is_read_again_as_it_was_trained(city):
     root = city("potsdam")
-    settings = dict(
+    settings = Settings(
         data="potsdam",
         root=str(root),
         bands="irrg",
@@ -568,9 +569,6 @@ def test_a_run_is_read_again_as_it_was_trained(city):
         and dataset.labels == "published"
         and dataset.scaling == Scaling("0:20", "sam")
     )
-    assert (
-        open_from_settings(dict(data="potsdam", root=str(root))).scaling == Scaling()
-    )  # runs from before the choice
 
 
 # --------------------------------------------------------------------------------------- real files

@@ -1,4 +1,4 @@
-"""Every pixel is what was written, whatever the file's packing, or the file is refused in a line."""
+"""Every pixel is what was written, whatever the packing, or the file is refused in a line."""
 
 import pickle
 from importlib.util import find_spec
@@ -52,17 +52,40 @@ def refused(path, message, call=read_raster):
     byteorder=st.sampled_from("<>"),
     nodata=st.sampled_from([None, 7]),
     left_out=st.sets(st.integers(0, 5)),
-    boxes=st.lists(st.tuples(*[st.tuples(st.integers(0, n - 1), st.integers(1, 60)) for n in (H, W)]), max_size=4),
-)  # fmt: skip
+    boxes=st.lists(
+        st.tuples(*[st.tuples(st.integers(0, n - 1), st.integers(1, 60)) for n in (H, W)]),
+        max_size=4,
+    ),
+)
 def test_slices_and_the_whole_are_what_was_written(
-    tmp_path, dtype, bands, compression, tile, rows, separate, predictor, byteorder, nodata, left_out, boxes
-):  # fmt: skip
+    tmp_path,
+    dtype,
+    bands,
+    compression,
+    tile,
+    rows,
+    separate,
+    predictor,
+    byteorder,
+    nodata,
+    left_out,
+    boxes,
+):
     assume(predictor != 3 or dtype[0] == "f")
     array, separate = pixels(dtype, bands), separate and bands > 1
     tags = {} if nodata is None else {42113: ("s", 0, str(nodata))}
     path = write_tiff(
-        tmp_path / "a.tif", array, compression, tile, rows, separate, predictor, byteorder, left_out, tags,
-    )  # fmt: skip
+        tmp_path / "a.tif",
+        array,
+        compression,
+        tile,
+        rows,
+        separate,
+        predictor,
+        byteorder,
+        left_out,
+        tags,
+    )
     if predictor != 1 and compression in ("none", "packbits"):
         refused(path, "predictor")  # some programs undo it, some do not
         return
@@ -210,7 +233,7 @@ def test_grey_pngs_of_few_bits_hold_the_numbers_of_the_file(tmp_path, bits):
     assert np.array_equal(read_raster(tmp_path / "a.png"), array)
 
 
-# ------------------------------------------------------------------------------------ left-out parts
+# ----------------------------------------------------------------------------------- left-out parts
 
 
 @pytest.mark.parametrize("compression", ["none", "deflate", "lzw"])
@@ -221,9 +244,14 @@ def test_heights_of_left_out_segments_are_no_data_in_training_and_in_prediction(
 ):
     dsm = np.random.default_rng(0).uniform(21, 39, (H, W, 1)).astype(np.float32)
     path = write_tiff(
-        tmp_path / "a.tif", dsm, compression, tile, rows, left_out=tuple(left_out),
+        tmp_path / "a.tif",
+        dsm,
+        compression,
+        tile,
+        rows,
+        left_out=tuple(left_out),
         tags={42113: ("s", 0, "-9999")},
-    )  # fmt: skip
+    )
     if len(left_out) == 99:
         refused(
             path,
@@ -247,7 +275,7 @@ def test_an_image_with_left_out_tiles_has_no_data_there(tmp_path):
     assert missing[:16, :16].all() and missing.sum() == 256
 
 
-# --------------------------------------------------------------------------------------------- masks
+# -------------------------------------------------------------------------------------------- masks
 
 
 def write_masked(path, array, mask, beside):
@@ -283,13 +311,24 @@ def test_a_mask_of_another_size_is_refused(tmp_path):
         read_raster(tmp_path / "a.tif")
 
 
-# --------------------------------------------------------------------------------------- header lies
+# -------------------------------------------------------------------------------------- header lies
 
 
-@pytest.mark.parametrize("lie", [
-    dict(ImageWidth=60_000), dict(ImageWidth=30), dict(ImageLength=9_000), dict(TileWidth=48),
-    dict(TileLength=0), dict(TileWidth=0), dict(PlanarConfiguration=2), dict(SamplesPerPixel=4), dict(BitsPerSample=(16, 16, 16)),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "lie",
+    [
+        dict(ImageWidth=60_000),
+        dict(ImageWidth=30),
+        dict(ImageLength=9_000),
+        dict(TileWidth=48),
+        dict(TileLength=0),
+        dict(TileWidth=0),
+        dict(PlanarConfiguration=2),
+        dict(SamplesPerPixel=4),
+        dict(BitsPerSample=(16, 16, 16)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("compression", ["none", "deflate", "lzw"])
 @pytest.mark.parametrize("tile", [None, (16, 16)])
 def test_a_header_that_lies_is_one_line(tmp_path, lie, compression, tile):
@@ -308,9 +347,10 @@ def test_a_header_that_lies_is_one_line(tmp_path, lie, compression, tile):
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.sampled_from(["none", "deflate", "lzw"]), st.sampled_from([None, (16, 16)]),
+    st.sampled_from(["none", "deflate", "lzw"]),
+    st.sampled_from([None, (16, 16)]),
     st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=3),
-)  # fmt: skip
+)
 def test_whatever_byte_of_a_header_is_wrong_the_file_is_read_or_refused_in_a_line(
     tmp_path, compression, tile, changes
 ):

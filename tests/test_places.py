@@ -21,11 +21,21 @@ def world(path, left, top):
     path.write_text(WORLD.format(left + 0.25, top - 0.25))
 
 
-# --------------------------------------------------------------------------- world files and endings
+# -------------------------------------------------------------------------- world files and endings
 
 
-@pytest.mark.parametrize("name, beside", [("a.tif", "a.tfw"), ("a.tif", "a.TFW"), ("a.tif", "a.wld"), ("a.tif", "a.tifw"),
-                                          ("a.png", "a.pgw"), ("a.jpg", "a.jgw"), ("a.jpg", "a.jpgw")])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, beside",
+    [
+        ("a.tif", "a.tfw"),
+        ("a.tif", "a.TFW"),
+        ("a.tif", "a.wld"),
+        ("a.tif", "a.tifw"),
+        ("a.png", "a.pgw"),
+        ("a.jpg", "a.jgw"),
+        ("a.jpg", "a.jpgw"),
+    ],
+)
 def test_a_world_file_says_where_a_raster_without_tags_lies(tmp_path, name, beside):
     Image.fromarray(image(20, 30)).save(tmp_path / name)
     world(tmp_path / beside, 1000, 2000)
@@ -84,7 +94,7 @@ def test_gdal_s_sidecar_tells_place_no_data_scale_and_unit(tmp_path):
     assert np.allclose(dsm, (100 * 0.5 + 10) * 0.3048)
 
 
-# -------------------------------------------------------------------------------- coordinate systems
+# ------------------------------------------------------------------------------- coordinate systems
 
 
 def by_parameters(meridian, **changes):
@@ -149,7 +159,7 @@ def test_labels_on_another_grid_are_those_of_the_nearest_pixel_and_none_beyond(t
     assert np.array_equal(again.read_labels(), found)
 
 
-# ------------------------------------------------------------------------------------ units and kind
+# ----------------------------------------------------------------------------------- units and kind
 
 
 def heights(tmp_path, array, *metadata, tags=()):
@@ -160,10 +170,16 @@ def heights(tmp_path, array, *metadata, tags=()):
     return Tile("a", {"dsm": write(tmp_path / "d.tif", array, tags)}, TWO_CLASSES)
 
 
-@pytest.mark.parametrize("metadata, metres", [
-    ([("scale", 0.01)], 121.0), ([("scale", 0.01), ("offset", 100)], 221.0), ([("unittype", "cm")], 121.0),
-    ([("unittype", "ft"), ("scale", 0.1)], 1210 * 0.3048), ([("unittype", "metre"), ("scale", 0.05)], 605.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "metadata, metres",
+    [
+        ([("scale", 0.01)], 121.0),
+        ([("scale", 0.01), ("offset", 100)], 221.0),
+        ([("unittype", "cm")], 121.0),
+        ([("unittype", "ft"), ("scale", 0.1)], 1210 * 0.3048),
+        ([("unittype", "metre"), ("scale", 0.05)], 605.0),
+    ],
+)
 def test_scale_offset_and_unit_of_a_file_make_metres(tmp_path, metadata, metres):
     array = np.full((6, 6), 12_100, np.uint16)
     array[0, 0] = 12_200
@@ -219,7 +235,7 @@ def test_advice_about_heights_is_given_once_and_names_the_file_once(tmp_path, me
         assert text.count("d.tif") == 1 and text.count("replace the file") == 1
 
 
-# --------------------------------------------------------------------------------- images with holes
+# -------------------------------------------------------------------------------- images with holes
 
 
 @pytest.mark.parametrize(
@@ -261,10 +277,17 @@ def tile_of(folder, pixel, low, high):
     return Tile("a", paths, TWO_CLASSES)
 
 
-@pytest.mark.parametrize("pixel, low, high, said", [
-    (0.09, 240, 260, []), (0.1, 235, 262, []), (0.2, 240, 260, ["pixels of 0.2 m"]), (0.09, 2400, 2600, ["heights of"]),
-    (0.09, 0, 30, ["heights of"]), (0.2, 0, 3000, ["pixels of 0.2 m", "heights of"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "pixel, low, high, said",
+    [
+        (0.09, 240, 260, []),
+        (0.1, 235, 262, []),
+        (0.2, 240, 260, ["pixels of 0.2 m"]),
+        (0.09, 2400, 2600, ["heights of"]),
+        (0.09, 0, 30, ["heights of"]),
+        (0.2, 0, 3000, ["pixels of 0.2 m", "heights of"]),
+    ],
+)
 def test_a_pixel_or_heights_far_from_those_of_the_training_are_told(
     tmp_path, pixel, low, high, said
 ):
