@@ -20,8 +20,8 @@ from engine.settings import Settings, held_out_tiles
 from engine.training import Trainer
 from fast import accelerate
 from geodata.layouts import MODALITIES
+from geodata.loading import facts_of, fingerprint, load_tiles, memory_line
 from geodata.rasters import DataError
-from geodata.tiles import facts_of, fingerprint, load_tiles, memory_line
 from mfnet import MFNet, count_parameters, trained_names
 
 

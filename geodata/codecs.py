@@ -226,3 +226,25 @@ def open_picture(file, *formats: str) -> Iterator[Image.Image]:
             yield image
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+# ----------------------------------------------------------------------------------------- pictures
+
+PNG = b"\x89PNG\r\n\x1a\n"
+GREY_STEPS = {1: 255, 2: 85, 4: 17}  # by which Pillow stretches grey of few bits
+
+
+def png_depth(path: Path) -> int:
+    with open(path, "rb") as file:
+        head = file.read(26)
+    return head[24] if head.startswith(PNG) else 8
+
+
+def picture_pixels(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    with open_picture(path, "PNG", "JPEG") as image:
+        pixels = np.asarray(image)
+    if pixels.dtype != bool and image.mode == "L":
+        pixels = pixels // np.uint8(GREY_STEPS.get(png_depth(path), 1))
+    return pixels.astype(np.uint16 if image.mode.startswith("I") else np.uint8).reshape(
+        *shape[:2], -1
+    )

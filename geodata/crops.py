@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from geodata.layouts import IGNORE
-from geodata.rasters import DataError
+from geodata.slices import DataError
 
 if TYPE_CHECKING:
-    from tiles import LoadedTile
+    from geodata.loading import LoadedTile
 
 
 # ------------------------------------------------------------------------------- crops for training

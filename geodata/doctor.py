@@ -9,8 +9,8 @@ import numpy as np
 
 from geodata.labels import listed
 from geodata.layouts import IGNORE, VAIHINGEN_TEST_PIXELS
-from geodata.rasters import DataError
 from geodata.scaling import data_pixels
+from geodata.slices import DataError
 from geodata.tiles import MUCH, Tile
 
 LISTED = 20  # missing files that are named

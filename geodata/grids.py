@@ -12,14 +12,16 @@ from pathlib import Path
 import numpy as np
 import tifffile
 
-from geodata.rasters import GEO_TAGS, STRIP, TIFF, DataError, Raster, View, open_raster, ranges
+from geodata.rasters import GEO_TAGS, TIFF, feet, open_raster
+from geodata.slices import STRIP, DataError, Raster, View, ranges
 
 SAME = 0.01  # of a pixel: files that are written on one grid differ by rounding alone
 USER_DEFINED = 32767
 WORLD_FILES = {".png": ".pgw", ".jpg": ".jgw", ".jpeg": ".jgw"}  # of a TIFF .tfw; of any .wld
 # GeoTIFF's keys that make a projection: method, centre, scale, shift, ellipsoid.
 PROJECTION = re.compile(
-    "ProjCoordTrans|Proj.*(Long|Lat|Easting|Northing|Scale|Azimuth)|GeogSemi|GeogInv"
+    "Projection|ProjCoordTrans|Proj.*(Long|Lat|Parallel|Easting|Northing|Scale|Azimuth)"
+    "|GeogSemi|GeogInv"
 )
 
 
@@ -95,7 +97,7 @@ def read_grid(source: Path | Raster) -> Grid | None:
     if geo.get("GTRasterTypeGeoKey") == 2 and "GeoTransform" not in geo:
         left, top = left - (step_x + turn_x) / 2, top - (down + turn_y) / 2  # of the pixel's middle
     projected = {1: True, 2: False}.get(geo.get("GTModelTypeGeoKey"))
-    unit = {9002: 0.3048, 9003: 1200 / 3937}.get(geo.get("ProjLinearUnitsGeoKey"), 1.0)
+    unit = feet(geo, "ProjLinearUnitsGeoKey", 0)
     parameters = tuple(
         (key, float(value))
         for key, value in geo.items()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from geodata.layouts import IGNORE, Classes
-from geodata.rasters import Raster, row_strips
+from geodata.slices import Raster, row_strips
 
 LISTED = 8  # unknown values that are named
 

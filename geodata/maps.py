@@ -26,7 +26,8 @@ from PIL import Image
 from engine.files import replace_together
 from geodata.grids import geo_tags, read_grid
 from geodata.layouts import Classes
-from geodata.rasters import GDAL_METADATA, NODATA, DataError
+from geodata.rasters import GDAL_METADATA, NODATA
+from geodata.slices import DataError
 
 TIFF_ENDINGS = (".tif", ".tiff")
 ENDINGS = (".png", *TIFF_ENDINGS)

@@ -23,7 +23,7 @@ from typing import Callable, Iterator
 import numpy as np
 
 from geodata.grids import bilinear
-from geodata.rasters import DataError, Raster, row_strips, strip_boxes
+from geodata.slices import DataError, Raster, row_strips, strip_boxes
 
 SAM_MEAN, SAM_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of 255
 REFLECTANCE = 0.4  # what becomes 1: brighter than land without snow and cloud

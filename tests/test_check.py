@@ -15,8 +15,9 @@ from test_rasters import geo_tags
 from data import open_dataset
 from geodata import synthetic
 from geodata.layouts import VAIHINGEN_TEST_PIXELS
+from geodata.loading import load_tiles
 from geodata.rasters import DataError
-from geodata.tiles import Tile, load_tiles
+from geodata.tiles import Tile
 
 HOME = Path(__file__).parents[1]
 SHARED = HOME.parent / "shared" / "data"

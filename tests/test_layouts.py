@@ -16,9 +16,11 @@ from engine.settings import Settings
 from geodata import synthetic
 from geodata.crops import CropDataset, CropOrder, draw_crop
 from geodata.layouts import HUNAN, ISPRS_CLASSES, POTSDAM, VAIHINGEN
-from geodata.rasters import DataError, View, read_raster
+from geodata.loading import fingerprint, load_tiles, memory_line
+from geodata.rasters import read_raster
 from geodata.scaling import Scaling
-from geodata.tiles import Tile, fingerprint, load_tiles, memory_line
+from geodata.slices import DataError, View
+from geodata.tiles import Tile
 
 PALETTE = np.array([color for _, color in ISPRS_CLASSES], np.uint8)
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -8,10 +8,11 @@ from test_rasters import geo_tags, image, write
 
 from geodata.grids import Grid, read_grid, same_grid
 from geodata.grids import geo_tags as tags_of
+from geodata.loading import facts_of, load_tiles
 from geodata.maps import Output, write_maps
 from geodata.rasters import DataError, open_raster
 from geodata.scaling import Scaling
-from geodata.tiles import Tile, facts_of, load_tiles
+from geodata.tiles import Tile
 
 TWO_CLASSES = (("ground", (10, 20, 30)), ("house", (200, 100, 0)))
 WORLD = "0.5\n0.0\n0.0\n-0.5\n{}\n{}\n"  # of the middle of the first pixel

@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from data import open_dataset
 from geodata.crops import CropDataset
+from geodata.loading import load_tiles
 from geodata.rasters import DataError
 from geodata.scaling import (
     GROUND_SPAN,
@@ -24,7 +25,7 @@ from geodata.scaling import (
     measure,
     sliding_min,
 )
-from geodata.tiles import Tile, load_tiles
+from geodata.tiles import Tile
 
 TWO_CLASSES = (("ground", (10, 20, 30)), ("house", (200, 100, 0)))
 WHOLE = np.s_[0:1000, 0:1000]

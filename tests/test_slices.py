@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_rasters import geo_tags
 
-from geodata.rasters import DataError, Raster, open_raster
+from geodata.rasters import open_raster
 from geodata.scaling import Scaling
+from geodata.slices import DataError, Raster
 from geodata.tiles import Tile
 
 TWO_CLASSES = (("ground", (10, 20, 30)), ("house", (200, 100, 0)))
