@@ -365,3 +365,34 @@ def test_whatever_byte_of_a_header_is_wrong_the_file_is_read_or_refused_in_a_lin
         read_raster(path)
     except DataError as error:
         assert "\n" not in str(error) and str(error).count(str(path)) == 1
+
+
+# ----------------------------------------------------------------------- with imagecodecs installed
+
+
+def test_jpeg_tables_reach_every_segment_with_imagecodecs_too(tmp_path):
+    pytest.importorskip("imagecodecs")
+    path = tmp_path / "a.tif"
+    Image.fromarray(pixels("u1", 3)).save(path, compression="jpeg", strip_size=8 * W * 3)
+    with Image.open(path) as picture:
+        wanted = np.asarray(picture)
+    assert tifffile.TiffFile(path).pages[0].jpegtables
+    tile = Tile("a", {"image": path}, TWO_CLASSES)
+    assert np.array_equal(tile.open(("image",)).image[0:H, 0:W], wanted)
+    assert np.array_equal(tile.load(("image",)).image, wanted)
+
+
+@pytest.mark.parametrize("bands", [1, 3])
+def test_holes_of_lerc_are_holes(tmp_path, bands):
+    imagecodecs = pytest.importorskip("imagecodecs")
+    array = np.random.default_rng(0).uniform(20, 30, (H, W, bands)).astype(np.float32)
+    mask = np.ones((H, W), bool)
+    mask[:9, :9] = False
+    packed = imagecodecs.lerc_encode(squeezed(array), masks=mask, planar=False)
+    path = write_tiff(tmp_path / "a.tif", array, segments=[packed])
+    patch(path, Compression=34887)
+    array[~mask] = np.nan
+    assert np.array_equal(read_raster(path), squeezed(array), equal_nan=True)
+    if bands == 1:
+        tile = Tile("a", {"dsm": path}, TWO_CLASSES)
+        assert tile.load(("dsm",)).heights[0] >= 20 and tile.missing_heights == 81

@@ -56,12 +56,14 @@ def write_tiff(
     byteorder: str = "<",
     left_out: tuple[int, ...] = (),
     tags: dict | None = None,
+    segments: list[bytes] | None = None,
 ):
-    """An array (H, W, C); segments named in `left_out` are sparse. `tags` are entered by number."""
+    """An array (H, W, C); segments named in `left_out` are sparse. `tags` are entered by number;
+    `segments` are already packed."""
     H, W, C = array.shape
     h, w = tile or (rows or H, W)
     planes = np.moveaxis(array, -1, 0)[..., None] if separate else array[None]
-    segments = []
+    given, segments = segments, []
     for plane in planes:
         for top in range(0, H, h):
             for left in range(0, W, w):
@@ -73,6 +75,7 @@ def write_tiff(
                 row = w * block.shape[2] * array.dtype.itemsize
                 data = predicted(np.ascontiguousarray(block), predictor, byteorder)
                 segments.append(packed(data, row, compression))
+    segments = given or segments
     extra = [(code, kind, n, value, True) for code, (kind, n, value) in (tags or {}).items()]
     extra.append(
         (PLACEHOLDER, "H", 1, predictor, True)
