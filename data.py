@@ -200,8 +200,8 @@ def open_dataset(
     """A data set by name: one of `LAYOUTS` (synthetic is made on first use), or tiles (own files).
     Raises DataError.
     """
-    if name not in DATASETS:
-        raise DataError(f"unknown data set {name!r}; there are {', '.join(DATASETS)}")
+    if name not in (names := (*LAYOUTS, "tiles")):  # a plugin may have added to the layouts
+        raise DataError(f"unknown data set {name!r}; there are {', '.join(names)}")
     root = Path(root if root is not None else Path("data") / name)
     if labels not in LABELS:
         raise DataError(f"--labels {labels}: give {' or '.join(LABELS)}")

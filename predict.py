@@ -2,7 +2,7 @@
 
     python predict.py --run runs/NAME --image ortho.tif --dsm heights.tif --out map.tif
     python predict.py --image ortho.tif --dsm heights.tif --out map.png --stride 64 --blend cosine
-    python predict.py --image ortho.tif --dsm heights.tif --out map.tif --flips --confidence sure.tif
+    python predict.py --image ortho.tif --dsm heights.tif --out map.tif --confidence sure.tif
     python predict.py --image ortho.tif --dsm heights.tif --out map.tif --probabilities classes.tif
 
 The map is a PNG or a GeoTIFF, by the ending of --out: class indices with a colour table, laid where

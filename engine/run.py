@@ -1,4 +1,4 @@
-"""A run before its first step: data, weights, what it had learned, its folder, and what is said of it."""
+"""A run before its first step: data, weights, what it had learned, its folder, what it says."""
 
 from __future__ import annotations
 
@@ -136,7 +136,8 @@ class Run:
             progress.lengthened.append([progress.step, epochs])
             self.say(
                 f"lengthened from {epochs} to {s.epochs} epochs after step {progress.step}: the "
-                f"schedule is that of {s.epochs} from here on, so this is no run of {s.epochs} epochs"
+                f"schedule is that of {s.epochs} from here on, so this is no run of {s.epochs} "
+                "epochs"
             )
             if self.team.is_main:
                 self.folder.reopen()

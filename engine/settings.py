@@ -178,7 +178,8 @@ class Settings:
         known = {f.name: f for f in fields(cls)}
         if unknown := sorted(str(name) for name in stored if name not in known):
             raise Mistake(
-                f"{where}: unknown settings, of a newer version ({', '.join(unknown)}); use that version"
+                f"{where}: unknown settings, of a newer version ({', '.join(unknown)}); use that "
+                "version"
             )
         hints = get_type_hints(cls)
         for name, value in stored.items():
