@@ -56,6 +56,9 @@ class Settings:
     heights: str = of_data(
         "minmax", "scaling of heights: minmax, percentiles, ground, or metres LOW:HIGH"
     )
+    heights_kind: str = of_data(
+        "", "kind of heights where a data set has several (potsdam: normalised, absolute)"
+    )
     image_scaling: str = of_data(
         "unit", "scaling of images: unit, sam, reflectance, minmax, or LOW:HIGH"
     )
@@ -208,7 +211,7 @@ class Settings:
 
 
 # What config.json holds besides the settings.
-BESIDE_SETTINGS = ("base", "classes", "version", "processes", "parameters", "lengthened")
+BESIDE_SETTINGS = ("base", "classes", "version", "processes", "parameters", "facts", "lengthened")
 
 
 def flag(name: str) -> str:

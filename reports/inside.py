@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from geodata.labels import labels_to_colors
 from geodata.layouts import Classes
 from geodata.rasters import DataError, one_line
-from geodata.tiles import LoadedTile, labels_to_colors
+from geodata.tiles import LoadedTile
 from reports.page import figure, legend, line_chart, note, table, write_page
 from reports.panels import raster_pictures
 

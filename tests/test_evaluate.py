@@ -23,10 +23,11 @@ from engine.scoring import ConfusionMatrix, format_scores, score_split, scores_n
 from engine.settings import Settings
 from geodata import synthetic
 from geodata.crops import sliding_windows
+from geodata.labels import colors_to_labels
 from geodata.layouts import ISPRS_CLASSES
 from geodata.rasters import read_raster
 from geodata.scaling import Scaling
-from geodata.tiles import LoadedTile, colors_to_labels
+from geodata.tiles import LoadedTile
 from reports.panels import (
     RIGHT,
     SURE,

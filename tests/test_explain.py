@@ -15,9 +15,10 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 from test_report import Reader
 
+from geodata.labels import labels_to_colors
 from geodata.rasters import DataError
 from geodata.scaling import TileScale
-from geodata.tiles import LoadedTile, labels_to_colors
+from geodata.tiles import LoadedTile
 from mfnet import build_mfnet
 from reports.inside import (
     contributions,

@@ -21,7 +21,8 @@ from PIL import Image
 
 from engine import checkpoints
 from geodata import synthetic
-from geodata.rasters import read_grid, read_raster
+from geodata.grids import read_grid
+from geodata.rasters import read_raster
 
 HOME = Path(__file__).parent.parent
 TINY = (
