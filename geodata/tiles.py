@@ -18,7 +18,6 @@ import numpy as np
 from geodata.grids import Grid, nearest, on_grid, read_grid, resample, same_grid
 from geodata.labels import Legend, listed
 from geodata.layouts import IGNORE, Classes, Layout
-from geodata.loading import LoadedTile
 from geodata.rasters import open_raster
 from geodata.scaling import Scaling, TileScale, fill, height_limits, measure, metres, valid_heights
 from geodata.slices import DataError, Held, Raster, View, row_strips, strip_boxes
@@ -410,3 +409,27 @@ def _decoded(raster: Raster, legend: Legend, table: np.ndarray | None, box: Box)
 
 def _finished(view: View, legend: Legend, box: Box) -> np.ndarray:
     return legend.finish(view[box])
+
+
+@dataclass
+class LoadedTile:
+    """A tile for a network. Rasters are arrays, or slice like arrays where they are held packed or
+    in their files."""
+
+    name: str
+    image: np.ndarray | View | None  # (H, W, 3) in the type of its file
+    dsm: np.ndarray | View | None  # (H, W) float32 metres
+    labels: np.ndarray | View | None  # (H, W) uint8
+    heights: tuple[float, float] | None  # metres that become 0 and 1
+    scale: TileScale | None = None  # None: the type's range, and `heights`
+
+    def __post_init__(self):
+        if self.scale is None:
+            self.scale = TileScale(self.heights)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return next(a for a in (self.image, self.dsm) if a is not None).shape[:2]
+
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in (self.image, self.dsm, self.labels) if a is not None)
