@@ -791,7 +791,6 @@ def test_a_mistake_in_prediction_is_one_line_and_writes_no_map(
 ):
     _, run, _ = trained
     tifffile.imwrite("short.tif", np.zeros((125, 132), np.float32))
-    tifffile.imwrite("tiny_dsm.tif", np.zeros((60, 132), np.float32))
     tifffile.imwrite("grey.tif", np.zeros((128, 132), np.uint8))
     Path("garbage.tif").write_bytes(b"II*\x00 no more than this")
     words = {"--run": run, "--image": tile[0], "--dsm": tile[1], "--out": "map.png"} | flags
@@ -846,6 +845,7 @@ def test_a_mistake_in_looking_inside_is_one_line_and_writes_no_page(
 ):
     _, run, _ = trained
     tifffile.imwrite("short.tif", np.zeros((125, 132), np.float32))
+    tifffile.imwrite("tiny_dsm.tif", np.zeros((60, 132), np.float32))
     tifffile.imwrite(
         "tiny.tif", np.arange(60 * 132 * 3, dtype=np.uint16).reshape(60, 132, 3), photometric="rgb"
     )
