@@ -4,10 +4,9 @@
     python explain.py --run runs/NAME --tile 11 --at 128,256
     python explain.py --image ortho.tif --dsm heights.tif --out FOLDER
 
-FOLDER/explain.html, by default in the run's folder below explain/, holds at each stage the equation
-of docs/method.md, the lines of code that compute it, shapes and numbers of parameters, and pictures
-of what happened there. The network is the plain one, not `fast.py`'s: the lines on the page are
-those that were run.
+explain.html in --out, by default in RUN/explain, holds for each stage the equation of
+docs/method.md, the lines of code that compute it, shapes and numbers of parameters, and pictures of
+what happened. The network is the plain one, not `fast.py`'s: the lines on the page are what ran.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import importlib
 import inspect
 from argparse import ArgumentTypeError, Namespace
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Callable
 
@@ -26,15 +26,15 @@ from data import open_from_settings, tile_of_files
 from engine.checkpoints import load_model, newest_run
 from engine.console import Parser, Ticker, run_script
 from engine.device import autocast, pick_device, store_frozen_weights
-from engine.inside import Inside, look_inside
+from engine.inside import look_inside
 from engine.settings import Settings
-from geodata.layouts import MODALITIES, Classes
+from geodata.layouts import MODALITIES
 from geodata.rasters import DataError
 from geodata.tiles import LoadedTile, Tile
 from mfnet import MIN_SIZE, MFNet
 from reports import decoder_stages as later
 from reports import encoder_stages as first
-from reports.lesson import Stage, write_lesson
+from reports.lesson import write_lesson
 from reports.method import equations
 from sam_vit import WeightsError
 
@@ -69,71 +69,43 @@ def place_window(
     return np.s_[top : top + h, left : left + w]
 
 
+def window_side(model: MFNet, crop: int) -> int:
+    """The run's crop; where one of SAM's attention windows covers all of that, two by two."""
+    window = max(getattr(block.attn, "window", 0) for block in model.image_encoder.blocks)
+    return crop if crop > 16 * window else 2 * 16 * window
+
+
 def choose_tile(args: Namespace, s: Settings, classes: list, run: Path) -> Tile:
     """The rasters that were named, or a test tile of the run's data set. Raises DataError."""
     if args.image or args.dsm:
-        return tile_of_files(s, "window", args.image, args.dsm, classes, str(run))
-    tiles = open_from_settings(s).tiles("test", MODALITIES[s.modalities])
-    names = [tile.name for tile in tiles]
-    if args.tile is not None and args.tile not in names:
-        raise DataError(f"--tile {args.tile}: no test tile; there are {', '.join(names)}")
-    return tiles[names.index(args.tile) if args.tile is not None else 0]
+        return tile_of_files(s, "given", args.image, args.dsm, classes, str(run))
+    tiles = {
+        tile.name: tile for tile in open_from_settings(s).tiles("test", MODALITIES[s.modalities])
+    }
+    name = next(iter(tiles)) if args.tile is None else args.tile
+    if name not in tiles:
+        raise DataError(f"--tile {name}: no test tile; there are {', '.join(tiles)}")
+    return tiles[name]
 
 
 def cut_window(tile: Tile, loaded: LoadedTile, box: tuple[slice, slice]) -> LoadedTile:
-    """The tile's rasters inside the box, as arrays, with the labels where there are some."""
-    rasters = {kind: getattr(loaded, kind) for kind in ("image", "dsm")}
-    rasters["labels"] = tile.read_labels() if "labels" in tile.paths else None
-    return replace(
-        loaded, **{k: raster[box] for k, raster in rasters.items() if raster is not None}
-    )
-
-
-def network_input(cut: LoadedTile, box: tuple[slice, slice], device: torch.device) -> dict:
-    """Modality -> (1, 3, H, W) or (1, H, W)."""
-    found = {}
-    if cut.image is not None:
-        found["image"] = cut.scale.image_input(cut.image)
-    if cut.dsm is not None:
-        found["height"] = cut.scale.height_input(cut.dsm, box)
-    return {name: torch.from_numpy(raster)[None].to(device) for name, raster in found.items()}
+    """The rasters inside the box, as arrays, with the labels of a tile that has some."""
+    labels = tile.read_labels() if "labels" in tile.paths else None
+    rasters = {"image": loaded.image, "dsm": loaded.dsm, "labels": labels}
+    return replace(loaded, **{k: r[box] for k, r in rasters.items() if r is not None})
 
 
 def functions_of_tuner(model: MFNet) -> dict[str, Callable]:
-    """What the first block computes that SAM's does not: `file.py:Class.forward` -> the function."""
-    found = {}
-    for module in model.image_encoder.blocks[0].modules():
-        forward = type(module).forward
-        if not forward.__module__.startswith(("sam_vit", "torch.")):
-            found[f"{Path(inspect.getfile(forward)).name}:{forward.__qualname__}"] = forward
-    return found
+    """What the first block computes that SAM's does not: `file.py:Class.forward` -> function."""
+    kinds = dict.fromkeys(map(type, model.image_encoder.blocks[0].modules()))
+    own = [k.forward for k in kinds if not k.forward.__module__.startswith(("sam_vit", "torch."))]
+    return {f"{Path(inspect.getfile(f)).name}:{f.__qualname__}": f for f in own}
 
 
 def find_function(name: str) -> Callable:
     """`dfm.py:Pyramid.forward` -> the function."""
-    file, _, path = name.partition(".py:")
-    found = importlib.import_module(file.replace("/", "."))
-    for part in path.split("."):
-        found = getattr(found, part)
-    return found
-
-
-def walk(
-    inside: Inside, cut: LoadedTile, classes: Classes, of_tuner: dict[str, Callable]
-) -> list[Stage]:
-    return [
-        first.window_stage(inside, cut, classes),
-        first.patch_stage(inside, cut),
-        first.attention_stage(inside),
-        first.tuner_stage(inside, list(of_tuner)),
-        first.mixing_stage(inside),
-        first.feature_stage(inside),
-        later.fusion_stage(inside),
-        later.decoder_stage(inside),
-        later.class_stage(inside, cut.labels, classes),
-        later.heat_stage(inside, classes),
-        later.other_stage(inside, cut.labels, classes),
-    ]
+    file, path = name.split(".py:")
+    return attrgetter(path)(importlib.import_module(file.replace("/", ".")))
 
 
 def main() -> None:
@@ -143,54 +115,56 @@ def main() -> None:
     add("--tile", help="a test tile of the run's data set; by default the first")
     add("--image", type=Path, help="image of three or more bands (TIFF, PNG, JPEG)")
     add("--dsm", type=Path, help="heights of the same size, or a GeoTIFF on another grid")
-    add(
-        "--at",
-        type=corner,
-        metavar="X,Y",
-        help="upper left pixel of the window; else in the middle",
-    )
+    add("--at", type=corner, metavar="X,Y", help="upper left pixel of the window; else the middle")
     add("--out", type=Path, metavar="FOLDER", help="folder for the page; by default RUN/explain")
     add("--weights", help="where SAM's weights are now; by default as the run found them")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     args = parser.parse_args()
     if args.tile is not None and (args.image or args.dsm):
-        parser.error("--tile is one of the data set's: give it, or --image and --dsm")
-    run = args.run or newest_run()
-    device = pick_device(args.device)
+        parser.error("--tile is one of the data set's; give it, or --image and --dsm")
+    run, device = args.run or newest_run(), pick_device(args.device)
     ticker = Ticker("fetching SAM's weights, bytes")
     model, s, classes = load_model(run / "model.pt", args.weights, ticker)
     store_frozen_weights(model, s.precision, device)
     tile = choose_tile(args, s, classes, run)
     loaded = tile.open(MODALITIES[s.modalities])
+    box = place_window(loaded.size, window_side(model, s.crop), args.at)
+    cut, rasters = cut_window(tile, loaded, box), {}
     for note in tile.notes:
         print(f"note: {note}")
-    box = place_window(loaded.size, s.crop, args.at)
-    cut = cut_window(tile, loaded, box)
-    rasters = network_input(cut, box, device)
+    if cut.image is not None:
+        rasters["image"] = torch.from_numpy(cut.scale.image_input(cut.image))[None].to(device)
+    if cut.dsm is not None:
+        rasters["height"] = torch.from_numpy(cut.scale.height_input(cut.dsm, box))[None].to(device)
     with autocast(s.precision, device):
-        inside = look_inside(model.to(device), s.encoder, list(rasters.values()), list(rasters))
-    of_tuner = functions_of_tuner(model)
-    stages = walk(inside, cut, tile.classes, of_tuner)
+        inside = look_inside(model.to(device), s.encoder, rasters)
+    functions = functions_of_tuner(model)
+    stages = [
+        first.window_stage(inside, cut, tile.classes),
+        first.patch_stage(inside, cut),
+        first.attention_stage(inside),
+        first.tuner_stage(inside, s.tuner, list(functions)),
+        first.mixing_stage(inside),
+        first.feature_stage(inside),
+        later.fusion_stage(inside),
+        later.decoder_stage(inside),
+        later.class_stage(inside, cut.labels, tile.classes),
+        later.heat_stage(inside, tile.classes),
+        later.other_stage(inside, cut.labels, tile.classes),
+    ]
     functions = {
-        name: find_function(name) for stage in stages for name in stage.code if name not in of_tuner
-    }
-    (H, W), (rows, columns) = inside.logits.shape[1:], box
+        n: find_function(n) for stage in stages for n in stage.code if n not in functions
+    } | functions
+    (H, W), (rows, columns) = inside.size, box
     words = (
         f"Tile {tile.name}, {W} x {H} pixels from column {columns.start} and row {rows.start} on. "
-        "Equations and their numbers are those of docs/method.md; code is shown as it stands in the "
-        "files now, from below the docstring on."
+        "Equations and their numbers are those of docs/method.md; code is as it stands in the "
+        "files, without docstrings."
     )
     page = (args.out or run / "explain") / "explain.html"
     method = equations(METHOD.read_text(encoding="utf-8"))
-    write_lesson(
-        page,
-        f"One window through {run}",
-        words,
-        stages,
-        method,
-        functions | of_tuner,
-        inside.parameters,
-    )
+    title = f"One window through {run}"
+    write_lesson(page, title, words, stages, method, functions, inside.parameters)
     print(f"{page}: one window through {run}")
 
 

@@ -1,42 +1,32 @@
-"""A module as a drawing: a box for each of its parts, in the order of computation, as inline SVG."""
+"""A module as a drawing: a box for each of its parts in the order of its calls, as SVG."""
 
 from __future__ import annotations
 
 import html
-from dataclasses import dataclass
 
 WIDTH, GAP, LINE = 358, 6, 13  # pixels; a phone shows the drawing at its own size
 TRAINED, FROZEN = "#d95f02", "var(--rule)"
 
 
-@dataclass
-class Box:
-    """A part of a module: name, class, and a line for each of its own parts."""
-
-    name: str
-    kind: str
-    lines: list[str]
-    trained: bool
+Box = tuple[str, str, list[str], bool]  # name, class, a line for each of its parts, is it trained
 
 
 def draw_boxes(rows: list[list[Box]], title: str) -> str:
-    """Rows of boxes side by side, from top to bottom with an arrow between: orange for what is
-    trained, grey for what is frozen or has no parameters."""
+    """Rows of boxes, from top to bottom with an arrow between: orange for what is trained, grey for
+    what is frozen or has no parameters."""
     drawn, top = [], 2
     for i, row in enumerate(rows):
-        height = 22 + LINE * max(len(box.lines) for box in row)
+        height = 22 + LINE * max(len(lines) for _, _, lines, _ in row)
         width = (WIDTH - 4 - GAP * (len(row) - 1)) / len(row)
         if i:
             drawn.append(f'<path d="M{WIDTH / 2} {top - 14}v10m-3-4l3 4l3-4"/>')
-        for j, box in enumerate(row):
+        for j, (name, kind, lines, trained) in enumerate(row):
             left = 2 + j * (width + GAP)
-            edge = f'stroke="{TRAINED if box.trained else FROZEN}" stroke-width="2" fill="none"'
+            edge = f'stroke="{TRAINED if trained else FROZEN}" stroke-width="2" fill="none"'
             place = f'x="{left:g}" y="{top}" width="{width:g}" height="{height}" rx="4"'
             drawn.append(f"<rect {place} {edge}/>")
-            head = (
-                f'<tspan font-weight="600">{html.escape(box.name)}</tspan> {html.escape(box.kind)}'
-            )
-            texts = [head, *map(html.escape, box.lines)]
+            head = f'<tspan font-weight="600">{html.escape(name)}</tspan> {html.escape(kind)}'
+            texts = [head, *map(html.escape, lines)]
             drawn += [
                 f'<text x="{left + 6:g}" y="{top + 15 + LINE * k}" font-size="10">{text}</text>'
                 for k, text in enumerate(texts)

@@ -9,9 +9,9 @@ import numpy as np
 from geodata.layouts import Classes
 from geodata.tiles import LoadedTile, labels_to_colors
 from reports import features as draw
-from reports.boxes import Box, draw_boxes
-from reports.lesson import SAME, Stage, listed, percent, plate, shape
-from reports.page import line_chart, note, table
+from reports.boxes import draw_boxes
+from reports.lesson import SAME, Stage, percent, shape, side_by_side
+from reports.page import line_chart, table
 from reports.panels import raster_pictures
 
 if TYPE_CHECKING:
@@ -19,254 +19,186 @@ if TYPE_CHECKING:
 
 
 def window_stage(inside: Inside, cut: LoadedTile, classes: Classes) -> Stage:
-    pictures = raster_pictures(cut)
-    H, W = inside.logits.shape[1:]
+    code = {"image": "geodata/scaling.py:image_input", "height": "geodata/scaling.py:scale_heights"}
+    stage = Stage(
+        "The window",
+        [*(code[name] for name in inside.names), "mfnet.py:as_three_channels"],
+        "Rasters are scaled to 0 to 1, heights repeated to three channels, and all stacked along "
+        "the batch: the encoder is not told which is which.",
+        ("network input (M, 3, H, W)", str((len(inside.names), 3, *inside.size)), ""),
+    )
+    pictures, see = raster_pictures(cut), "the same ground in every picture."
     if cut.labels is not None:
         pictures["labels"] = labels_to_colors(cut.labels, [color for _, color in classes])
-    see = "the same ground in every picture."
     if cut.dsm is not None:
-        low, high = float(cut.dsm.min()), float(cut.dsm.max())
-        see += f" Heights span {high - low:.1f} m here; the grey is stretched to this window."
-        see += "" if high > low else " They do not vary: they cannot tell anything apart."
-    return Stage(
-        "The window",
-        [
-            *["geodata/scaling.py:image_input"][: "image" in inside.names],
-            *["geodata/scaling.py:scale_heights"][: "height" in inside.names],
-            "mfnet.py:as_three_channels",
-        ],
-        "The rasters are scaled to 0 to 1, the heights repeated to three channels, and stacked along "
-        "the batch: the encoder does not know which is which.",
-        [("network input, M x (3, H, W)", f"({len(inside.names)}, 3, {H}, {W})", "")],
-        [
-            plate(
-                pictures,
-                see,
-                "an outline lies elsewhere from one picture to the next: the files do "
-                "not lie on one grid.",
-            )
-        ],
-    )
+        span = float(cut.dsm.max() - cut.dsm.min())
+        see += f" Heights span {span:.1f} m; grey is stretched to the window."
+        see += "" if span else " They do not vary: they cannot tell anything apart here."
+    wrong = "an outline lies elsewhere in the next picture: the files are not on one grid."
+    stage.show(side_by_side(pictures, inside.size), see, wrong)
+    return stage
 
 
 def patch_stage(inside: Inside, cut: LoadedTile) -> Stage:
-    size, place = inside.logits.shape[1:], inside.place
-    M, h, w, C = inside.tokens.shape
-    unit = inside.positions / np.linalg.norm(inside.positions, axis=-1, keepdims=True)
-    alike = unit @ unit[place]  # (h, w) cosines
-    y, x = place
-    near = alike[max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2]
-    near = (near.sum() - 1) / (near.size - 1)
-    far = (alike.sum() - 1) / (alike.size - 1)
-    pictures = {}
-    for name, picture in zip(inside.names, raster_pictures(cut).values()):
-        grid = picture.copy()
-        grid[::16] = grid[:, ::16] = draw.MARK
-        pictures[f"patches of 16 x 16 pixels, {name}"] = grid
-    colors = draw.shared_colors([t.transpose(2, 0, 1) for t in inside.tokens])
-    for name, tokens in zip(inside.names, colors):
-        pictures[f"tokens, {name}"] = draw.enlarge(tokens, size)[1]
-    position = draw.outline(draw.enlarge(draw.tint(alike, 0, 1), size)[1], place, 16)
-    pictures["positions like the outlined one's"] = position
-    knows = near > far + 0.05
-    see = (
-        "a token has one colour for what its patch looks like; the same colours in all of these "
-        "pictures are the same features. In the last picture the position of the outlined token is "
-        f"compared with the others' (cosine, green is alike): its neighbours' are at {near:.2f}, "
-        f"all at {far:.2f} on average, so positions "
-        + ("tell near from far." if knows else "do not tell near from far, as random ones do.")
-    )
-    wrong = "all tokens have one colour: the patches say nothing, or the raster is flat."
-    return Stage(
+    stage = Stage(
         "Patches and positions",
         [
             "sam_vit.py:ImageEncoderViT.forward",
             "sam_vit.py:PatchEmbed.forward",
             "sam_vit.py:resize_positions",
         ],
-        "Each patch becomes a token; a position is added; the blocks change tokens, never their grid.",
-        [
-            ("tokens (M, h, w, C)", f"({M}, {h}, {w}, {C})", "patch_embed"),
-            ("positions (h, w, C)", shape(inside.positions), "pos_embed"),
-        ],
-        [plate(pictures, see, wrong)],
+        "A patch of 16 x 16 pixels becomes a token; a position is added. Blocks change the tokens, "
+        "and never their grid.",
+        ("tokens (M, h, w, C)", shape(inside.tokens), "patch_embed"),
     )
+    pictures = {}
+    for name, picture in zip(inside.names, raster_pictures(cut).values()):
+        pictures[f"patches, {name}"] = draw.outline(draw.grid(picture, 16), inside.place, 16)
+    colors = draw.shared_colors([t.transpose(2, 0, 1) for t in inside.tokens])
+    pictures |= {f"tokens, {name}": picture for name, picture in zip(inside.names, colors)}
+    unit = inside.positions / np.linalg.norm(inside.positions, axis=-1, keepdims=True)
+    alike, (y, x) = unit @ unit[inside.place], inside.place
+    pictures["positions like the outlined token's"] = draw.tint(alike, 0, 1)
+    around = alike[max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2]
+    near, all_of_them = ((part.sum() - 1) / (part.size - 1) for part in (around, alike))
+    see = (
+        "tokens of one colour are alike, in all of these pictures. The last one compares the "
+        "position of the outlined token with the others' (cosine; green is alike): its neighbours "
+        f"are at {near:.2f}, all at {all_of_them:.2f}, so positions "
+    )
+    knows = near > all_of_them + 0.05
+    see += "tell near from far." if knows else "do not tell near from far, as random ones do."
+    wrong = "all tokens have one colour: the raster is flat, or the patches say nothing of it."
+    stage.show(side_by_side(pictures, inside.size), see, wrong)
+    return stage
 
 
 def attention_stage(inside: Inside) -> Stage:
-    size, (M, h, w, C) = inside.logits.shape[1:], inside.tokens.shape
-    pictures, said = {}, []
-    for a in inside.attention:
-        rows, cols = a["window"]
-        kind = f"block {a['block']}, "
-        whole = (
-            "all of the grid" if rows >= h and cols >= w else f"a window of {rows} x {cols} tokens"
-        )
-        for name in ("with", "without"):
-            drawn = draw.shade(a[name], 0, max(a["with"].max(), a["without"].max()))
-            caption = f"{kind}{whole}, {name} relative positions"
-            pictures[caption] = draw.outline(draw.enlarge(drawn, size)[1], inside.place, 16)
-        moved = np.abs(a["with"] - a["without"]).sum() / 2
-        own = a["with"][inside.place]
-        said.append(
-            f"In block {a['block']} the query gives itself {percent(own)} "
-            f"(an equal part is {percent(1 / (rows * cols))}), padding {percent(a['padding'])}; "
-            + (
-                f"relative positions move {percent(moved)} of it."
-                if moved > SAME
-                else "relative positions move nothing, as tables of zeros do."
-            )
-        )
-    see = (
-        f"where the outlined token of the {inside.names[0]} stream looks (mean of the heads; dark "
-        f"is much, by the larger of the two). {' '.join(said)}"
-    )
-    plates = [
-        plate(
-            pictures,
-            see,
-            "anything but white lies outside the window of a windowed block, "
-            "or all of a trained encoder's weights lie on the query itself.",
-        )
-    ]
-    return Stage(
+    code = ["Block.forward", "Attention.forward", "decomposed_rel_pos"]
+    stage = Stage(
         "Blocks and attention",
-        [
-            "sam_vit.py:Block.forward",
-            "sam_vit.py:Attention.forward",
-            "sam_vit.py:decomposed_rel_pos",
-        ],
-        "A block adds to each token what its attention and its MLP find. All modalities pass the same "
-        "frozen layers.",
-        [
-            (
-                f"the stream, after each of {len(inside.added)} blocks",
-                f"({M}, {h}, {w}, {C})",
-                "blocks",
-            )
-        ],
-        plates if pictures else [note("The attention of this encoder is not SAM's.")],
+        [f"sam_vit.py:{name}" for name in code],
+        "A block adds to each token what attention and MLP find, with the same layers for every "
+        "modality.",
+        (f"the stream, {len(inside.added)} times", shape(inside.tokens), "blocks"),
     )
-
-
-def tuner_stage(inside: Inside, code: list[str]) -> Stage:
-    names, added = inside.names, inside.added
-    rows = [[Box(*part) for part in row] for row in inside.drawings["block"]]
-    trained = [box.name for row in rows for box in row if box.trained]
-    plates = [
-        plate(
-            draw_boxes(rows, "A block of the encoder"),
-            f"the parts of block 0 in the order in which they are called. Trained (orange): "
-            f"{', '.join(trained) or 'none'}; the others are SAM's, frozen.",
-            "a part of the tuner is missing, or one of SAM's is orange without the tuner declaring it.",
+    (_, h, w, _), pictures, said = inside.tokens.shape, {}, []
+    for a in inside.attention:
+        (rows, cols), equal = a["window"], 1 / (a["window"][0] * a["window"][1])
+        reach = max(np.abs(a[name] - equal)[a["inside"]].max() for name in ("with", "without"))
+        where = f"windows of {rows} x {cols}" if (rows, cols) != (h, w) else "the whole grid"
+        for name in ("with", "without"):
+            drawn = draw.tint(np.where(a["inside"], a[name], equal), equal, reach)
+            drawn = draw.outline(draw.enlarge(drawn, inside.size)[1], inside.place, 16)
+            pictures[f"block {a['block']}, {where}, {name} relative positions"] = drawn
+        moved = np.abs(a["with"] - a["without"]).sum() / 2
+        said.append(
+            f"In block {a['block']} it gives itself {percent(a['with'][inside.place])} and padding "
+            f"{percent(a['padding'])}; an equal part is {percent(equal)}; relative positions move "
+            + (f"{percent(moved)}." if moved > SAME else "nothing: tables of zeros.")
         )
-    ]
-    block, m = np.unravel_index(added.argmax(), added.shape)
     see = (
-        f"how much the tuner adds, in parts of the norm of what the frozen block gives. Most in block "
-        f"{block}, {names[m]}: {percent(added[block, m])}."
-        if added.max() > SAME
-        else "the tuner adds nothing: a block gives what the frozen one does."
+        f"where the outlined token of the {inside.names[0]} looks, mean of the heads: green more "
+        f"than an equal part, purple less, white outside of its window. {' '.join(said)}"
     )
-    if inside.tunes_sam:
-        see += " It trains weights of SAM's too; those count as frozen here, as they are now."
-    lines = {n: list(enumerate(added[:, m].tolist())) for m, n in enumerate(names)}
-    plates.append(
-        plate(
-            line_chart("added / frozen", lines, 0, max(float(added.max()), 0.01), "block"),
-            see,
-            "a tuner that has been trained stays at 0 (it is not in the block), or adds many times the "
-            "stream (it drowns what SAM knows).",
-        )
+    wrong = (
+        "SAM's weights are loaded, and relative positions move nothing: their tables were lost, as "
+        "in the published code."
     )
-    return Stage(
-        f"What the tuner adds: {inside.tuner}",
+    if pictures:
+        stage.show(side_by_side(pictures, inside.size), see, wrong)
+    else:
+        stage.words += " The attention of this encoder is not SAM's, and is not drawn."
+    return stage
+
+
+def tuner_stage(inside: Inside, tuner: str, code: list[str]) -> Stage:
+    stage = Stage(
+        f"What the tuner adds: {tuner}",
         code,
-        "The tuner's parameters are the only ones in the encoder that are trained, unless it declares "
-        "some of SAM's.",
-        [("the same stream", f"({', '.join(map(str, inside.tokens.shape))})", "tuner")],
-        plates,
+        "In the encoder nothing is trained but the tuner's parameters, and those of SAM's that it "
+        "declares.",
+        ("the same stream", shape(inside.tokens), "tuner"),
     )
+    rows, added = inside.drawings["block"], inside.added
+    trained = [name for row in rows for name, _, _, is_trained in row if is_trained]
+    see = f"block 0 in the order of its calls. Trained (orange): {', '.join(trained) or 'nothing'}."
+    wrong = "a part of the tuner is missing, or one of SAM's is orange that it does not declare."
+    stage.show(draw_boxes(rows, "A block of the encoder"), see, wrong)
+    block, m = np.unravel_index(added.argmax(), added.shape)
+    see = "the tuner adds nothing: a block gives what the frozen one does."
+    if added.max() > SAME:
+        most = f"{percent(added[block, m])} in block {block}, {inside.names[m]}"
+        see = f"the norm of what it adds over that of what the frozen block gives. At most {most}."
+    if inside.tunes_sam:
+        see += " SAM's own weights count as frozen here, though this tuner has trained them."
+    lines = {name: list(enumerate(added[:, m].tolist())) for m, name in enumerate(inside.names)}
+    chart = line_chart("added / frozen", lines, 0, max(float(added.max()), 0.01), "block")
+    wrong = (
+        "a trained tuner stays at 0 (it is not in the block), or drowns what SAM knows (above 1)."
+    )
+    stage.show(chart, see, wrong)
+    return stage
 
 
 def mixing_stage(inside: Inside) -> Stage:
-    mixes = bool(inside.mixing)
-    stage = Stage(
-        "How the modalities mix inside the encoder",
-        ["tuners.py:mix_modalities"] if mixes else [],
-        "What the tuner adds beside the MLP is, for each modality, w times its own update "
-        "and 1 - w times the mean of the others'. Training starts at w = 0.5.",
-        [],
-    )
-    if not mixes:
-        one = len(inside.names) == 1
-        why = "there is one modality" if one else "this tuner has no mixing weights"
+    stage = Stage("How the modalities mix inside the encoder", [], "")
+    if not inside.mixing:
+        why = (
+            "this tuner has no mixing weights" if len(inside.names) > 1 else "there is one modality"
+        )
         stage.words = f"Nothing is mixed: {why}."
         return stage
+    stage.code = ["tuners.py:mix_modalities"]
+    stage.words = (
+        "Of what the tuner adds to the MLP a modality takes w times its own, and 1 - w times the "
+        "mean of the others'. Training starts at w = 0.5."
+    )
     lines = {}
     for layer, blocks in inside.mixing.items():
         for m, name in enumerate(inside.names):
             lines[f"{layer.split('.')[-1]} {name}".strip()] = [weights[m] for weights in blocks]
-    farthest = max(
-        (abs(w - 0.5), -i, name, w) for name, ws in lines.items() for i, w in enumerate(ws)
+    off, name, block, w = max(
+        (abs(w - 0.5), name, i, w) for name, weights in lines.items() for i, w in enumerate(weights)
     )
-    off, block, name, w = farthest
-    reach = max(0.05, off)
-    points = {line: list(enumerate(values)) for line, values in lines.items()}
+    points, reach = {name: list(enumerate(ws)) for name, ws in lines.items()}, max(0.05, off)
     chart = line_chart("mixing weights", points, 0.5 - reach, 0.5 + reach, "block")
-    rows = [[str(i), *(f"{v:.3f}" for v in vs)] for i, vs in enumerate(zip(*lines.values()))]
-    drawn = f'<div class="charts">{chart}{table(["block", *lines], rows)}</div>'
-    see = (
-        f"the middle line is the start. Farthest from it: {name} in block {-block}, w = {w:.3f}. "
-        "Above 0.5 a modality keeps more of its own; at 1 it hears nothing of the others."
-    )
+    rows = [[str(i), *(f"{w:.3f}" for w in ws)] for i, ws in enumerate(zip(*lines.values()))]
+    see = f"the middle is the start. Farthest from it: {name} in block {block}, w = {w:.3f}. "
     if off <= SAME:
-        see = "all weights are at the start, 0.5: each modality takes half of the others' update."
-    stage.plates = [
-        plate(
-            drawn,
-            see,
-            "every weight of a trained run is exactly 0.5 (they were not "
-            "trained). Below 0 or above 1 is allowed: they are not clamped.",
-        )
-    ]
-    stage.shapes = [("mixing weights", f"{len(rows)} blocks x {len(lines)}", "")]
+        see = "all weights are where they start, at 0.5. "
+    see += "Above 0.5 a modality keeps more of its own, and at 1 it hears nothing of the others."
+    wrong = (
+        "all are exactly 0.5 after a training. Below 0 or above 1 is allowed, nothing clamps them."
+    )
+    stage.show(f'<div class="charts">{chart}{table(["block", *lines], rows)}</div>', see, wrong)
     return stage
 
 
 def feature_stage(inside: Inside) -> Stage:
-    names, size = inside.names, inside.logits.shape[1:]
-    pairs = list(zip(names, inside.maps_before, inside.maps))
-    colors = draw.shared_colors([x for _, before, after in pairs for x in (before, after)])
-    captions = [f"{n}, {when} tuning" for n in names for when in ("before", "after")]
-    pictures = {c: draw.enlarge(p, size)[1] for c, p in zip(captions, colors)}
-    moved = [np.linalg.norm(b - a) / np.linalg.norm(a) for _, a, b in pairs]
-    see = (
-        "the map of each modality, by its three principal components: one colour is one kind of "
-        "place, in all of these pictures. "
-    )
-    see += (
-        f"Tuning moved the maps by {listed(names, map(percent, moved))} of their norm."
-        if max(moved) > SAME
-        else "The tuner changes nothing, so before and after are the same."
-    )
-    if len(names) > 1:
-        was, now = (cosine(maps[0], maps[1]) for maps in (inside.maps_before, inside.maps))
-        see += f" The {names[0]}'s and the {names[1]}'s map have a cosine of {was:.2f}, then {now:.2f}."
-    return Stage(
+    stage = Stage(
         "The encoder's maps, before and after tuning",
         [],
-        "The neck makes 256 channels of the stream. Before tuning: the same encoder without the tuner.",
-        [("maps", shape(*inside.maps), "neck")],
-        [
-            plate(
-                pictures,
-                see,
-                "a map has one colour all over (it tells no places apart), or a trained "
-                "tuner's before and after are the same.",
-            )
-        ],
+        "The neck makes 256 channels of the stream. Before tuning: the encoder without the tuner.",
+        (f"maps, {len(inside.maps)} times", shape(inside.maps[0]), "neck"),
     )
+    pairs = list(zip(inside.names, inside.maps_before, inside.maps))
+    colors = draw.shared_colors([x for _, *both in pairs for x in both])
+    captions = [f"{n}, {when} tuning" for n in inside.names for when in ("before", "after")]
+    moved = {n: np.linalg.norm(b - a) / np.linalg.norm(a) for n, a, b in pairs}
+    see = "principal components; one colour is one kind of place, in all of these pictures. "
+    if max(moved.values()) > SAME:
+        shares = ", ".join(f"{name} {percent(share)}" for name, share in moved.items())
+        see += f"Tuning moved the maps by a part of their norm: {shares}."
+    else:
+        see += "The tuner changes nothing: before and after are the same."
+    if len(pairs) > 1:
+        was, now = (cosine(*maps[:2]) for maps in (inside.maps_before, inside.maps))
+        first, second = inside.names[:2]
+        see += f" The maps of {first} and {second} have a cosine of {was:.2f}, then of {now:.2f}."
+    wrong = "a map has one colour, so that it tells no places apart; or training has moved nothing."
+    stage.show(side_by_side(dict(zip(captions, colors)), inside.size), see, wrong)
+    return stage
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from reports.panels import SURE, UNSURE
+from reports.panels import INK, SURE, UNSURE
 
 MORE, LESS = np.array((27, 120, 55)), np.array((118, 42, 131))  # than the middle, which is white
 MARK = (230, 0, 126)
@@ -77,6 +77,12 @@ def enlarge(pixels: np.ndarray, size: tuple[int, int]) -> tuple[int, np.ndarray]
     stride = 2 ** max(0, math.ceil(math.log2(size[0] / len(pixels))))
     squares = pixels.repeat(stride, axis=0).repeat(stride, axis=1)
     return stride, squares[: size[0], : size[1]]
+
+
+def grid(pixels: np.ndarray, stride: int) -> np.ndarray:
+    drawn = pixels.copy()
+    drawn[::stride] = drawn[:, ::stride] = INK
+    return drawn
 
 
 def outline(pixels: np.ndarray, place: tuple[int, int], stride: int) -> np.ndarray:

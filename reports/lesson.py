@@ -1,8 +1,8 @@
 """Stages of equation, code, shapes and pictures, and the page that they make.
 
 `encoder_stages.py` and `decoder_stages.py` draw the arrays of `engine/inside.py`. Every figure says
-what to see in it and what would be wrong if it looked otherwise; what it says is computed from the
-numbers, so that it holds for any tuner, for a mixing weight of 1 and for a network that has learned
+what to see in it and what would be wrong if it looked otherwise. What it says is computed from the
+numbers, so that it holds for any tuner, for mixing weights of 1 and for a network that has learned
 nothing.
 """
 
@@ -18,11 +18,12 @@ import numpy as np
 from PIL import Image
 
 from geodata.rasters import DataError, one_line
+from reports.features import enlarge
 from reports.method import excerpt
 from reports.page import figure, note, table, write_page
 
 MAX_LINES = 12  # of an excerpt
-SAME = 5e-5  # what is less apart than this is printed as the same
+SAME = 5e-5  # what is less apart than this is called the same
 
 
 @dataclass
@@ -30,30 +31,28 @@ class Stage:
     heading: str
     code: list[str]  # names as docs/method.md cites them, `file.py:name`
     words: str
-    shapes: list[tuple[str, str, str]]  # what, its shape, of which part the parameters are
-    plates: list[str] = field(default_factory=list)  # HTML
+    shape: tuple[str, str, str] | None = None  # what, its shape, which part has the parameters
+    figures: list[str] = field(default_factory=list)  # HTML
+
+    def show(self, drawing: str, see: str, wrong: str) -> None:
+        """Adds a drawing (HTML) with its caption."""
+        caption = f"<b>See:</b> {html.escape(see)} <b>Wrong if:</b> {html.escape(wrong)}"
+        drawn = f'<figure class="plate">{drawing}<figcaption>{caption}</figcaption></figure>'
+        self.figures.append(drawn)
 
 
-def plate(pictures: dict[str, np.ndarray] | str, see: str, wrong: str) -> str:
-    """Pictures by their short names, or a drawing, with the caption of all of them."""
-    if not isinstance(pictures, str):
-        drawn = (figure(name, Image.fromarray(p)) for name, p in pictures.items())
-        pictures = f'<div class="figures">{"".join(drawn)}</div>'
-    caption = f"<b>See:</b> {html.escape(see)} <b>Wrong if:</b> {html.escape(wrong)}"
-    return f'<figure class="plate">{pictures}<figcaption>{caption}</figcaption></figure>'
+def side_by_side(pictures: dict[str, np.ndarray], size: tuple[int, int]) -> str:
+    """Pictures (h, w, 3) by their short names, each as large as the window, `size`."""
+    drawn = [figure(n, Image.fromarray(enlarge(p, size)[1])) for n, p in pictures.items()]
+    return f'<div class="figures">{"".join(drawn)}</div>'
 
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def listed(names: list[str], numbers) -> str:
-    return ", ".join(f"{name} {number}" for name, number in zip(names, numbers))
-
-
 def shape(*arrays: np.ndarray) -> str:
-    many = f"{len(arrays)} of " if len(arrays) > 1 else ""
-    return f"{many}({', '.join(map(str, arrays[0].shape))})"
+    return ", ".join(str(a.shape) for a in arrays)
 
 
 # ----------------------------------------------------------------------------------------- the page
@@ -68,27 +67,23 @@ def write_lesson(
     functions: dict[str, Callable],
     parameters: dict[str, tuple[int, int]],
 ) -> None:
-    """Writes the page. `functions` are what the names in the stages' `code` mean, `equations` are of
-    `reports.method.equations`, `parameters` (all, trained) by part. Raises DataError."""
+    """Writes the page: `equations` as of `reports.method`, `functions` by the names in the stages'
+    `code`, `parameters` (all, trained) by part of the network. Raises DataError."""
     shown: dict[int, str] = {}  # an equation stands where it is computed first
     sections = {"": note(words)}
     for i, stage in enumerate(stages, 1):
         parts = [f"<p>{html.escape(stage.words)}</p>"]
         for name in stage.code:
             new = {n: text for n, text in equations.get(name, {}).items() if n not in shown}
-            shown |= new
-            parts += [
-                f'<p class="equation">{text} <span>({n})</span></p>' for n, text in new.items()
-            ]
+            parts += [f'<p class="equation">{text}<b>({n})</b></p>' for n, text in new.items()]
             parts.append(code_block(name, functions[name]))
-        if stage.shapes:
-            counts = [parameters.get(part, (0, 0)) for _, _, part in stage.shapes]
-            rows = [
-                [what, dims, f"{n:,}", f"{k:,}"]
-                for (what, dims, _), (n, k) in zip(stage.shapes, counts)
-            ]
-            parts.append(table(["at this point", "shape", "parameters", "trained"], rows))
-        sections[f"{i}. {stage.heading}"] = "".join([*parts, *stage.plates])
+            shown |= new
+        if stage.shape:
+            what, dimensions, part = stage.shape
+            counts = [f"{n:,}" for n in parameters[part]] if part else ["", ""]
+            head = ["at this point", "shape", "parameters", "trained"]
+            parts.append(table(head, [[what, dimensions, *counts]]))
+        sections[f"{i}. {stage.heading}"] = "".join(parts + stage.figures)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_page(path, title, sections)
@@ -98,12 +93,12 @@ def write_lesson(
 
 
 def code_block(name: str, function: Callable) -> str:
-    """The lines of a function as they stand; of a user's own, at most MAX_LINES."""
+    """The lines of a function as they stand in its file; of a long one, a user's, the first."""
     try:
-        lines = excerpt(function)
-        first = inspect.getsourcelines(function)[1]
+        lines, line = excerpt(function), inspect.getsourcelines(function)[1]
     except OSError:
-        return note(f"{name}: its source is not at hand.")
+        return note(f"{name}: its file is not at hand.")
     rest = f", and {len(lines) - MAX_LINES} lines more" if len(lines) > MAX_LINES else ""
     code = html.escape("\n".join(lines[:MAX_LINES]))
-    return f'<figure><figcaption>{html.escape(name)}, line {first}{rest}</figcaption><pre class="code">{code}</pre></figure>'
+    caption = f"<figcaption>{html.escape(name)}, line {line}{rest}</figcaption>"
+    return f'<figure>{caption}<pre class="code">{code}</pre></figure>'

@@ -47,6 +47,7 @@ figure { margin: 0 0 1rem; } figcaption { font-size: .9rem; }
   image-rendering: pixelated; }
 .plate { border-left: 3px solid var(--rule); padding-left: .8rem; }
 .equation { overflow-x: auto; font: 1.1rem/1.9 Georgia, serif; }
+.equation > b { margin-left: 2em; font-size: 1rem; }
 .frac { display: inline-block; vertical-align: middle; text-align: center; line-height: 1.3; }
 .frac span { display: block; padding: 0 .2em; }
 .frac span + span { border-top: 1px solid; }
