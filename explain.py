@@ -26,15 +26,15 @@ from data import open_from_settings, tile_of_files
 from engine.checkpoints import load_model, newest_run
 from engine.console import Parser, Ticker, run_script
 from engine.device import autocast, pick_device, store_frozen_weights
-from engine.inside import look_inside
+from engine.inside import Inside, look_inside
 from engine.settings import Settings
-from geodata.layouts import MODALITIES
+from geodata.layouts import MODALITIES, Classes
 from geodata.rasters import DataError
 from geodata.tiles import LoadedTile, Tile
 from mfnet import MIN_SIZE, MFNet
 from reports import decoder_stages as later
 from reports import encoder_stages as first
-from reports.lesson import write_lesson
+from reports.lesson import Stage, write_lesson
 from reports.method import equations
 from sam_vit import WeightsError
 
@@ -108,6 +108,24 @@ def find_function(name: str) -> Callable:
     return attrgetter(path)(importlib.import_module(file.replace("/", ".")))
 
 
+def walk(
+    inside: Inside, cut: LoadedTile, classes: Classes, tuner: str, code_of_tuner: list[str]
+) -> list[Stage]:
+    return [
+        first.window_stage(inside, cut, classes),
+        first.patch_stage(inside, cut),
+        first.attention_stage(inside),
+        first.tuner_stage(inside, tuner, code_of_tuner),
+        first.mixing_stage(inside),
+        first.feature_stage(inside),
+        later.fusion_stage(inside),
+        later.decoder_stage(inside),
+        later.class_stage(inside, cut.labels, classes),
+        later.heat_stage(inside, classes),
+        later.other_stage(inside, cut.labels, classes),
+    ]
+
+
 def main() -> None:
     parser = Parser(prog="explain.py", description="Walks one window through a network, on a page.")
     add = parser.add_argument
@@ -139,22 +157,9 @@ def main() -> None:
     with autocast(s.precision, device):
         inside = look_inside(model.to(device), s.encoder, rasters)
     functions = functions_of_tuner(model)
-    stages = [
-        first.window_stage(inside, cut, tile.classes),
-        first.patch_stage(inside, cut),
-        first.attention_stage(inside),
-        first.tuner_stage(inside, s.tuner, list(functions)),
-        first.mixing_stage(inside),
-        first.feature_stage(inside),
-        later.fusion_stage(inside),
-        later.decoder_stage(inside),
-        later.class_stage(inside, cut.labels, tile.classes),
-        later.heat_stage(inside, tile.classes),
-        later.other_stage(inside, cut.labels, tile.classes),
-    ]
-    functions = {
-        n: find_function(n) for stage in stages for n in stage.code if n not in functions
-    } | functions
+    stages = walk(inside, cut, tile.classes, s.tuner, list(functions))
+    named = {name for stage in stages for name in stage.code} - functions.keys()
+    functions |= {name: find_function(name) for name in named}
     (H, W), (rows, columns) = inside.size, box
     words = (
         f"Tile {tile.name}, {W} x {H} pixels from column {columns.start} and row {rows.start} on. "

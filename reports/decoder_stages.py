@@ -103,7 +103,7 @@ def class_stage(inside: Inside, labels: np.ndarray | None, classes: Classes) -> 
     palette, K = [color for _, color in classes], len(classes)
     probs = np.exp(inside.logits - inside.logits.max(axis=0))
     probs /= probs.sum(axis=0)
-    pred, sure = probs.argmax(axis=0).astype(np.uint8), probs.max(axis=0)
+    pred, sure = inside.logits.argmax(axis=0).astype(np.uint8), probs.max(axis=0)
     pictures = {"predicted classes": labels_to_colors(pred, palette)}
     see = f"the largest probability is {sure.mean():.2f} on average, where {1 / K:.2f} is a guess."
     if labels is not None and (labels != IGNORE).any():

@@ -78,7 +78,9 @@ def excerpt(function: Callable) -> list[str]:
     """The body of a function below its docstring, as it stands in its file. Raises OSError for one
     that stands in none."""
     source = textwrap.dedent(inspect.getsource(function))
-    first, *_ = ast.parse(source).body[0].body
+    (first, *_), lines = ast.parse(source).body[0].body, source.splitlines()
     is_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
     start = first.end_lineno if is_docstring else first.lineno - 1
-    return textwrap.dedent("\n".join(source.splitlines()[start:])).strip("\n").splitlines()
+    while lines[start - 1].lstrip().startswith("#"):  # comments before the first statement
+        start -= 1
+    return textwrap.dedent("\n".join(lines[start:])).strip("\n").splitlines()
