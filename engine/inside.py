@@ -288,7 +288,8 @@ def part_lines(unit: nn.Module) -> list[str]:
         for name, p in own.items():
             if name != "bias":
                 shape = " × ".join(map(str, p.shape))
-                lines.append(f"{path}.{name} {shape}".removeprefix(".").replace(".weight", ""))
+                line = f"{path}.{name} {shape}".removeprefix(".").replace(".weight", "")
+                lines.append("● " * p.requires_grad + line)
         if not own and not list(module.children()):
             lines.append(f"{path} {type(module).__name__}")
     return lines

@@ -12,8 +12,8 @@ Box = tuple[str, str, list[str], bool]  # name, class, a line for each of its pa
 
 
 def draw_boxes(rows: list[list[Box]], title: str) -> str:
-    """Rows of boxes, from top to bottom with an arrow between: orange for what is trained, grey for
-    what is frozen or has no parameters."""
+    """Rows of boxes, from top to bottom with an arrow between: orange where something is trained,
+    grey where all is frozen or there are no parameters."""
     drawn, top = [], 2
     for i, row in enumerate(rows):
         height = 22 + LINE * max(len(lines) for _, _, lines, _ in row)

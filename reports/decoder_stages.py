@@ -40,7 +40,7 @@ def fusion_stage(inside: Inside) -> Stage:
     )
     if rows:
         see = "the module in the order of its calls: pyramids, then levels that join them."
-        wrong = "a pyramid or a level is missing, or is frozen (grey)."
+        wrong = "a pyramid or a level is missing, or nothing in a pyramid is trained (grey)."
         stage.show(draw_boxes(rows, "The Deep Fusion Module"), see, wrong)
     pictures, means = level_pictures(inside.fused, size), []
     for parts in inside.parts:
@@ -157,7 +157,7 @@ def heat_stage(inside: Inside, classes: Classes) -> Stage:
             + ", ".join(f"{name} {percent(share)}" for name, share in shares)
             + "."
         )
-        wrong = "after a training what raises a class lies as often beside the class as on it."
+        wrong = "after a training that share is no larger than the class's part of the window."
         stage.show(side_by_side(pictures, inside.size), see, wrong)
     return stage
 

@@ -95,7 +95,7 @@ def attention_stage(inside: Inside) -> Stage:
         said.append(
             f"In block {a['block']} it gives itself {percent(a['with'][inside.place])} and padding "
             f"{percent(a['padding'])}; an equal part is {percent(equal)}; relative positions move "
-            + (f"{percent(moved)}." if moved > SAME else "nothing: tables of zeros.")
+            + (f"{percent(moved)}." if moved > SAME else "nothing, as tables of zeros do.")
         )
     see = (
         f"where the outlined token of the {inside.names[0]} looks, mean of the heads: green more "
@@ -122,8 +122,13 @@ def tuner_stage(inside: Inside, tuner: str, code: list[str]) -> Stage:
     )
     rows, added = inside.drawings["block"], inside.added
     trained = [name for row in rows for name, _, _, is_trained in row if is_trained]
-    see = f"block 0 in the order of its calls. Trained (orange): {', '.join(trained) or 'nothing'}."
-    wrong = "a part of the tuner is missing, or one of SAM's is orange that it does not declare."
+    see = (
+        "block 0 in the order of its calls. Something in it is trained (orange; a dot marks what): "
+    )
+    see += f"{', '.join(trained) or 'nowhere'}."
+    wrong = (
+        "a part of the tuner is missing, or a dot stands at a part of SAM's that it does not train."
+    )
     stage.show(draw_boxes(rows, "A block of the encoder"), see, wrong)
     block, m = np.unravel_index(added.argmax(), added.shape)
     see = "the tuner adds nothing: a block gives what the frozen one does."
@@ -135,7 +140,7 @@ def tuner_stage(inside: Inside, tuner: str, code: list[str]) -> Stage:
     lines = {name: list(enumerate(added[:, m].tolist())) for m, name in enumerate(inside.names)}
     chart = line_chart("added / frozen", lines, 0, max(float(added.max()), 0.01), "block")
     wrong = (
-        "a trained tuner stays at 0 (it is not in the block), or drowns what SAM knows (above 1)."
+        "a trained tuner stays at 0 (it is not in the block), or far above 1 drowns what SAM knows."
     )
     stage.show(chart, see, wrong)
     return stage
@@ -196,7 +201,9 @@ def feature_stage(inside: Inside) -> Stage:
         was, now = (cosine(*maps[:2]) for maps in (inside.maps_before, inside.maps))
         first, second = inside.names[:2]
         see += f" The maps of {first} and {second} have a cosine of {was:.2f}, then of {now:.2f}."
-    wrong = "a map has one colour, so that it tells no places apart; or training has moved nothing."
+    wrong = (
+        "a map has one colour, so that it tells no places apart; or a trained tuner moved nothing."
+    )
     stage.show(side_by_side(dict(zip(captions, colors)), inside.size), see, wrong)
     return stage
 

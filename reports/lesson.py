@@ -20,7 +20,7 @@ from PIL import Image
 from geodata.rasters import DataError, one_line
 from reports.features import enlarge
 from reports.method import excerpt
-from reports.page import figure, note, table, write_page
+from reports.page import figure, note, write_page
 
 MAX_LINES = 12  # of an excerpt
 SAME = 5e-5  # what is less apart than this is called the same
@@ -80,9 +80,10 @@ def write_lesson(
             shown |= new
         if stage.shape:
             what, dimensions, part = stage.shape
-            counts = [f"{n:,}" for n in parameters[part]] if part else ["", ""]
-            head = ["at this point", "shape", "parameters", "trained"]
-            parts.append(table(head, [[what, dimensions, *counts]]))
+            count = (
+                "; {:,} parameters, {:,} of them trained".format(*parameters[part]) if part else ""
+            )
+            parts.append(note(f"Here: {what}, {dimensions}{count}."))
         sections[f"{i}. {stage.heading}"] = "".join(parts + stage.figures)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

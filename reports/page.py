@@ -51,8 +51,9 @@ figure { margin: 0 0 1rem; } figcaption { font-size: .9rem; }
 .frac { display: inline-block; vertical-align: middle; text-align: center; line-height: 1.3; }
 .frac span { display: block; padding: 0 .2em; }
 .frac span + span { border-top: 1px solid; }
-.code { overflow-x: auto; white-space: pre; color: var(--ink); border: 1px solid var(--rule);
-  padding: .5rem; margin: .2rem 0; font-size: .8rem; }
+.equation sub, .frac { white-space: nowrap; }
+.code { color: var(--ink); border: 1px solid var(--rule); padding: .5rem; margin: .2rem 0;
+  font-size: .8rem; }
 .key { white-space: nowrap; margin-right: 1rem; }
 .key span { display: inline-block; width: 1em; height: 1em; margin-right: .4em;
   vertical-align: -.15em; border: 1px solid var(--soft); }
