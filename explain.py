@@ -112,8 +112,7 @@ def walk(
     inside: Inside, cut: LoadedTile, classes: Classes, tuner: str, code_of_tuner: list[str]
 ) -> list[Stage]:
     return [
-        first.window_stage(inside, cut, classes),
-        first.patch_stage(inside, cut),
+        first.patch_stage(inside, cut, classes),
         first.attention_stage(inside),
         first.tuner_stage(inside, tuner, code_of_tuner),
         first.mixing_stage(inside),

@@ -10,9 +10,9 @@ no array has an axis for the batch.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Callable, Iterator
+from itertools import groupby
+from typing import Callable
 
 import numpy as np
 import torch
@@ -38,26 +38,23 @@ CLASSES = 3  # how many classes have heat maps: those with the most predicted pi
 @dataclass
 class Inside:
     names: list[str]  # of the modalities
-    size: tuple[int, int]  # H, W
+    seen: dict  # of `MFNet.forward`, as arrays
+    maps_before: list[np.ndarray]  # M times (256, h, w)
     tokens: np.ndarray  # (M, h, w, C), before the positions are added
     positions: np.ndarray  # (h, w, C)
     place: tuple[int, int]  # row and column of the token whose attention is shown
     attention: list[dict]  # see `query_attention`
     added: np.ndarray  # (blocks, M): the norm of what the tuner adds over that of the frozen block
-    tunes_sam: bool  # whether the tuner trains weights of SAM's
     mixing: dict[str, list[list[float]]]  # layer that mixes -> for each block M weights
-    maps: list[np.ndarray]  # M times (256, h, w)
-    maps_before: list[np.ndarray]
-    parts: list[list[np.ndarray]]  # of each level, finest first, M times (256, ., .)
-    gates: list[list[np.ndarray]]  # of each level M times (256, 1, 1); [] without them
-    fused: list[np.ndarray]  # of each level (256, ., .)
-    decoder: list[np.ndarray]  # coarsest first, (64, ., .)
     skip_weights: list[float]  # of the decoder's fusions, coarsest first; [] without skips
-    logits: np.ndarray  # (K, H, W)
     heat: dict[int, np.ndarray]  # class -> (2, M, h, w), before tuning and after
     variants: dict[str, np.ndarray]  # what is different -> logits (K, H, W)
     drawings: dict[str, list[list[tuple]]]  # of the first block and of the fusion: `parts_in_order`
     parameters: dict[str, tuple[int, int]]  # part of the network -> (all, trained)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.seen["logits"].shape[1:]
 
 
 @torch.no_grad()
@@ -71,49 +68,44 @@ def look_inside(model: MFNet, encoder: str, rasters: dict[str, Tensor]) -> Insid
     streams = [tokens + positions, *seen["blocks"][:-1]]  # what enters each block
     frozen = [block(x) for block, x in zip(bare.image_encoder.blocks, streams)]
     place = tuple(n * 5 // 8 for n in tokens.shape[1:3])
-    shown = logits[0].argmax(dim=0).flatten().bincount().argsort(descending=True)[:CLASSES].tolist()
+    sam = [i for i, block in enumerate(blocks) if isinstance(block.attn, Attention)]
+    firsts = {bool(blocks[i].attn.window): i for i in reversed(sam)}  # with windows, and without
+    largest = logits[0].argmax(dim=0).flatten().bincount().argsort(descending=True)
+    shown = largest[:CLASSES].tolist()
     heat = [class_heat(model, x["maps"], shown, logits.shape[-2:]) for x in (before, seen)]
     return Inside(
-        names=list(rasters),
-        size=tuple(logits.shape[-2:]),
-        tokens=array(tokens),
-        positions=array(positions[0]),
-        place=place,
-        attention=[
-            query_attention(i, blocks[i], streams[i], place) for i in windowed_and_global(blocks)
-        ],
-        added=np.array([norms(y - x, M) / norms(x, M) for y, x in zip(seen["blocks"], frozen)]),
-        tunes_sam=any(block.sam_trained for block in blocks),
-        mixing=learned_mixing(model),
-        maps=arrays(seen["maps"]),
-        maps_before=arrays(before["maps"]),
-        parts=[arrays(level["parts"]) for level in seen["levels"]],
-        gates=[arrays(level["gates"]) for level in seen["levels"]],
-        fused=arrays(seen["fused"]),
-        decoder=arrays(seen["decoder"]),
-        skip_weights=skip_weights(model.decoder),
-        logits=array(logits[0]),
-        heat=dict(zip(shown, map(np.stack, zip(*heat)))),
-        variants=other_ways(model, rasters),
-        drawings={
+        list(rasters),
+        {name: as_arrays(value) for name, value in seen.items() if name != "blocks"},
+        as_arrays(before["maps"]),
+        tokens.float().cpu().numpy(),
+        as_arrays(positions),
+        place,
+        [query_attention(i, blocks[i], streams[i], place) for _, i in sorted(firsts.items())[::-1]],
+        np.array([norms(y - x, M) / norms(x, M) for y, x in zip(seen["blocks"], frozen)]),
+        learned_mixing(model),
+        skip_weights(model.decoder),
+        dict(zip(shown, map(np.stack, zip(*heat)))),
+        other_ways(model, rasters),
+        {
             "block": parts_in_order(blocks[0], lambda: blocks[0](streams[0])),
             "fusion": parts_in_order(model.fusion, lambda: model.fusion(seen["maps"])),
         },
-        parameters=parameters_by_part(model),
+        parameters_by_part(model),
     )
 
 
-def array(x: Tensor) -> np.ndarray:
-    return x.detach().float().cpu().numpy()
-
-
-def arrays(batches: list[Tensor]) -> list[np.ndarray]:
-    return [array(x[0]) for x in batches]
+def as_arrays(value):
+    """Tensors, in lists and dicts, as float32 arrays of the first of their batch."""
+    if isinstance(value, dict):
+        return {name: as_arrays(v) for name, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_arrays(v) for v in value]
+    return value[0].detach().float().cpu().numpy()
 
 
 def norms(x: Tensor, M: int) -> np.ndarray:
-    """(M, h, w, C) or a batch of them -> (M,)."""
-    return np.linalg.norm(array(x).reshape(M, -1), axis=1)
+    """(M, h, w, C) -> (M,)."""
+    return x.float().reshape(M, -1).norm(dim=1).cpu().numpy()
 
 
 # ------------------------------------------------------------------------------------- the encoder
@@ -137,13 +129,6 @@ def patch_tokens(model: MFNet, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     return tokens, resize_positions(model.image_encoder.pos_embed, tokens.shape[1:3])
 
 
-def windowed_and_global(blocks: nn.ModuleList) -> list[int]:
-    """The first block with windows and the first without, of those whose attention is SAM's."""
-    sam = [i for i, block in enumerate(blocks) if isinstance(block.attn, Attention)]
-    first = {bool(blocks[i].attn.window): i for i in reversed(sam)}
-    return [first[windowed] for windowed in (True, False) if windowed in first]
-
-
 def query_attention(index: int, block: Block, x: Tensor, place: tuple[int, int]) -> dict:
     """The attention weights of one query of the first modality, the mean of all heads, over the
     grid: "with" and "without" relative positions, (h, w) each; "inside", where its window lies;
@@ -164,7 +149,7 @@ def query_attention(index: int, block: Block, x: Tensor, place: tuple[int, int])
         """What is (rows * cols,) in the query's window as (h, w), 0 outside."""
         grid = values.new_zeros(len(windows), rows * cols)
         grid[window] = values
-        return array(window_unpartition(grid.view(-1, rows, cols, 1), h, w)[0, ..., 0])
+        return as_arrays(window_unpartition(grid.view(-1, rows, cols, 1), h, w))[..., 0]
 
     found = {
         "block": index,
@@ -206,34 +191,25 @@ def class_heat(
         logits = model.decoder(model.fusion(maps), padded)[0, :, : size[0], : size[1]]
         sums = logits.float().sum(dim=(1, 2))
         grads = [torch.autograd.grad(sums[k], maps, retain_graph=True) for k in classes]
-    return [np.stack([array((g * x).sum(dim=1)[0]) for g, x in zip(gs, maps)]) for gs in grads]
+    return [np.stack(as_arrays([(g * x).sum(dim=1) for g, x in zip(gs, maps)])) for gs in grads]
 
 
 def other_ways(model: MFNet, rasters: dict[str, Tensor]) -> dict[str, np.ndarray]:
     """Logits (K, H, W) of the same window with each modality but the first at 0, and with other
-    mixing weights."""
+    mixing weights, which are put back."""
     found = {}
     for name in list(rasters)[1:]:
         flat = rasters | {name: torch.zeros_like(rasters[name])}
-        found[f"{name} 0 everywhere"] = array(model(*flat.values())[0])
-    for value in (0.5, 1.0) if learned_mixing(model) else ():
-        with mixing_weights_at(model, value):
-            found[f"mixing weights {value:g}"] = array(model(*rasters.values())[0])
-    return found
-
-
-@contextmanager
-def mixing_weights_at(model: MFNet, value: float) -> Iterator[None]:
-    blocks = model.image_encoder.blocks
-    weights = [w for block in blocks for w in block.mixing_weights().values()]
-    kept = [w.clone() for w in weights]
-    try:
-        for w in weights:
+        found[f"{name} 0 everywhere"] = as_arrays(model(*flat.values()))
+    mixing = [w for b in model.image_encoder.blocks for w in b.mixing_weights().values()]
+    learned = [w.clone() for w in mixing]
+    for value in (0.5, 1.0) if mixing else ():
+        for w in mixing:
             w.fill_(value)
-        yield
-    finally:
-        for w, old in zip(weights, kept):
-            w.copy_(old)
+        found[f"mixing weights {value:g}"] = as_arrays(model(*rasters.values()))
+    for w, old in zip(mixing, learned):
+        w.copy_(old)
+    return found
 
 
 # -------------------------------------------------------------------------------------- its modules
@@ -253,8 +229,8 @@ def parameters_by_part(model: MFNet) -> dict[str, tuple[int, int]]:
 
 def parts_in_order(module: nn.Module, run: Callable[[], object]) -> list[list[tuple]]:
     """The children of a module in the order in which `run` calls them, then its own parameters,
-    each as (name, class, lines, whether something in it is trained). Two members of a list of
-    modules share a row."""
+    each as (name, class, lines, whether something in it is trained). Members of a list of modules
+    share rows, two by two."""
     units: dict[str, nn.Module] = {}
     for name, child in module.named_children():
         members = child.named_children() if isinstance(child, nn.ModuleList) else ()
@@ -267,17 +243,21 @@ def parts_in_order(module: nn.Module, run: Callable[[], object]) -> list[list[tu
     run()
     for hook in hooks:
         hook.remove()
-    rows: list[list[tuple]] = []
-    for name in called:
-        unit, siblings = units[name], "." in name and bool(rows) and len(rows[-1]) < 2
-        siblings = siblings and rows[-1][0][0].split(".")[0] == name.split(".")[0]
-        trained = any(p.requires_grad for p in unit.parameters())
-        part = (name, type(unit).__name__, part_lines(unit), trained)
-        rows[-1:] = [[*rows[-1], part]] if siblings else [*rows[-1:], [part]]
+    rows = []
+    for _, names in groupby(called, lambda name: name.split(".")[0]):
+        parts = [
+            (name, type(units[name]).__name__, part_lines(units[name]), is_trained(units[name]))
+            for name in names
+        ]
+        rows += [parts[i : i + 2] for i in range(0, len(parts), 2)]
     for name, p in module.named_parameters(recurse=False):
         few = ", ".join(f"{v:.3f}" for v in p.flatten()[:4].tolist())
         rows.append([(name, "parameter", [few], p.requires_grad)])
     return rows
+
+
+def is_trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
 
 
 def part_lines(unit: nn.Module) -> list[str]:

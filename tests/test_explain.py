@@ -482,7 +482,7 @@ def test_equation_name_and_code_stand_together_on_every_page(tmp_path, tuner, ki
 
     pictures = pictures_of(text)
     assert all(pixels.shape == (90, 100, 3) for _, pixels in pictures)
-    pred = inside.logits.argmax(axis=0)
+    pred = inside.seen["logits"].argmax(axis=0)
     colors = labels_to_colors(pred.astype(np.uint8), [color for _, color in CLASSES])
     assert np.array_equal(dict(pictures)["predicted classes"], colors)
     assert any("errors" in caption for caption, _ in pictures) == (tile.labels is not None)
@@ -509,7 +509,7 @@ def test_with_mixing_weights_of_1_the_captions_say_so(tmp_path, tuner, fresh):
         for w in block.mixing_weights().values():
             w.data.fill_(1.0)
     inside, _, page = page_of(tmp_path, model, a_tile("image+dsm"))
-    assert np.array_equal(inside.variants["mixing weights 1"], inside.logits)
+    assert np.array_equal(inside.variants["mixing weights 1"], inside.seen["logits"])
     assert "w = 1.000" in page.text and "With height 0 everywhere" in page.text
     assert re.search(r"with mixing weights 1, 0\.0 % of", page.text)
 
@@ -518,7 +518,7 @@ def test_flat_rasters_and_unscored_labels_make_a_page(tmp_path):
     tile = a_tile("image+dsm")
     tile.image[:], tile.dsm[:], tile.labels[:] = 0, 5, 255
     _, text, page = page_of(tmp_path, network(), tile)
-    assert "They do not vary" in page.text and not re.search(r"\bnan\b|\binf\b", page.text)
+    assert "The heights do not vary" in page.text and not re.search(r"\bnan\b|\binf\b", page.text)
     assert "errors" not in dict(pictures_of(text))
 
 
