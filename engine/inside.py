@@ -70,8 +70,8 @@ def look_inside(model: MFNet, encoder: str, rasters: dict[str, Tensor]) -> Insid
     place = tuple(n * 5 // 8 for n in tokens.shape[1:3])
     sam = [i for i, block in enumerate(blocks) if isinstance(block.attn, Attention)]
     firsts = {bool(blocks[i].attn.window): i for i in reversed(sam)}  # with windows, and without
-    largest = logits[0].argmax(dim=0).flatten().bincount().argsort(descending=True)
-    shown = largest[:CLASSES].tolist()
+    counts = logits[0].argmax(dim=0).flatten().bincount()
+    shown = [k for k in counts.argsort(descending=True).tolist() if counts[k]][:CLASSES]
     heat = [class_heat(model, x["maps"], shown, logits.shape[-2:]) for x in (before, seen)]
     return Inside(
         list(rasters),
