@@ -18,6 +18,7 @@ from engine.settings import Settings
 from geodata import synthetic
 from geodata.crops import Crop, CropDataset, CropOrder, draw_crop, sliding_windows, window_places
 from geodata.doctor import check_dataset
+from geodata.labels import colors_to_labels, labels_to_colors
 from geodata.layouts import (
     DATASETS,
     IGNORE,
@@ -29,17 +30,10 @@ from geodata.layouts import (
     Classes,
     Layout,
 )
-from geodata.rasters import DataError, one_line, raster_bands, read_raster
+from geodata.loading import LoadedTile, facts_of, fingerprint, load_tiles, memory_line
+from geodata.rasters import DataError, one_line, open_raster, read_raster
 from geodata.scaling import Scaling, fill_missing_heights, height_range, image_input, scale_heights
-from geodata.tiles import (
-    LoadedTile,
-    Tile,
-    colors_to_labels,
-    fingerprint,
-    labels_to_colors,
-    load_tiles,
-    memory_line,
-)
+from geodata.tiles import Tile
 
 # What users need of the rooms below, importable from here.
 __all__ = [
@@ -68,6 +62,8 @@ __all__ = [
     "LoadedTile",
     "Tile",
     "colors_to_labels",
+    "facts_of",
+    "facts_of_run",
     "fingerprint",
     "labels_to_colors",
     "load_tiles",
@@ -90,12 +86,14 @@ class Dataset:
     labels_note: str
     layout: Layout | None = None  # None: own tiles, found by listing folders
     ignore_index: int = IGNORE
-    bands: str = ""  # "": the layout's first choice, or the first three; a name of the layout; or 4,3,2 counted from 1
+    # "": the layout's first choice, or the first three; a name of the layout; or 4,3,2 from 1 on
+    bands: str = ""
     labels: str = "dataset"  # one of LABELS
     full_labels: bool = False  # score with the full labels where there are eroded ones
     splits: str = "paper"  # or official
     scaling: Scaling = Scaling()
     held_out: tuple[str, ...] = ()  # tiles of `train` that are the split `val`
+    heights_kind: str = ""  # of the layout's kinds of heights; "": that of `chosen_heights`
 
     @property
     def palette(self) -> list[tuple[int, int, int]]:
@@ -113,7 +111,8 @@ class Dataset:
             tree = OWN_TREE if self.layout is None else self.layout.describe()
             source = f"; the data come from {self.layout.source}" if self.layout else ""
             raise DataError(
-                f"{self.name}: {len(missing)} files of the {split} split are missing, first {first}; "
+                f"{self.name}: {len(missing)} files of the {split} split are missing, first "
+                f"{first}; "
                 f"expected below {self.root}: {tree}{source}"
             )
         return tiles
@@ -129,6 +128,29 @@ class Dataset:
             return find(self, split, modalities, split != "train")
         tiles, missing = find(self, "train", modalities, split == "val")
         return [tile for tile in tiles if (tile.name in self.held_out) == (split == "val")], missing
+
+    def chosen_heights(self) -> tuple[str, float]:
+        """The kind of the heights, one for all splits, to be kept with a run, and the metres of one
+        count. Normalised and absolute heights are not mixed: of several kinds it is the first that
+        is there for every tile, or else the first."""
+        if self.layout is None:
+            return "", 1.0
+        kinds = {self.heights_kind: ...} if self.heights_kind else self.layout.dsm
+        for kind in kinds if len(kinds) > 1 else ():
+            patterns = self.layout.dsm[kind][1]
+            splits = self.layout.listed or self.layout.splits[self.splits]
+            found = (_tile_names(self, split) for split in splits)
+            if all(_find(root, patterns, *n)[2] for root, names in found for n in names):
+                return kind, self.layout.dsm[kind][0]
+        kind = next(iter(kinds))
+        return kind, self.layout.dsm[kind][0]
+
+    def check(self, modalities: tuple[str, ...]) -> None:
+        """Looks into the files of all tiles that are not trained on, which are needed only after
+        the training. Raises DataError."""
+        for split in ("val", "test") if self.held_out else ("test",):
+            for tile in self.tiles(split, modalities):
+                tile.check(modalities)
 
     def with_other_labels(self) -> Dataset | None:
         """The same, scored with full labels for eroded ones, or the reverse; None where there is
@@ -159,7 +181,8 @@ class Dataset:
         unknown = sorted(set(names) - set(train))
         if unknown or not 0 < len(set(names)) < len(train):
             raise DataError(
-                f"validation tiles {', '.join(names) or '(none)'}: give some but not all of the training tiles {', '.join(train)}"
+                f"validation tiles {', '.join(names) or '(none)'}: give some but not all of the "
+                f"training tiles {', '.join(train)}"
             )
         return replace(self, held_out=tuple(names))
 
@@ -172,12 +195,13 @@ def open_dataset(
     full_labels: bool = False,
     splits: str = "paper",
     scaling: Scaling = Scaling(),
+    heights_kind: str = "",
 ) -> Dataset:
     """A data set by name: one of `LAYOUTS` (synthetic is made on first use), or tiles (own files).
     Raises DataError.
     """
-    if name not in DATASETS:
-        raise DataError(f"unknown data set {name!r}; there are {', '.join(DATASETS)}")
+    if name not in (names := (*LAYOUTS, "tiles")):  # a plugin may have added to the layouts
+        raise DataError(f"unknown data set {name!r}; there are {', '.join(names)}")
     root = Path(root if root is not None else Path("data") / name)
     if labels not in LABELS:
         raise DataError(f"--labels {labels}: give {' or '.join(LABELS)}")
@@ -186,13 +210,17 @@ def open_dataset(
             synthetic.ensure_city(root)
         except ValueError as error:
             raise DataError(str(error)) from error
+    layout = LAYOUTS.get(name)
+    if heights_kind and (layout is None or heights_kind not in layout.dsm):
+        raise DataError(f"{name} has no heights of the kind {heights_kind!r}")
     choices = dict(
         bands=bands, labels=labels, full_labels=full_labels, splits=splits, scaling=scaling
     )
-    layout = LAYOUTS.get(name)
+    choices["heights_kind"] = heights_kind
     if splits not in (layout.splits if layout else ("paper",)):
         raise DataError(
-            f"--splits {splits}: {name} has {', '.join(layout.splits) if layout else 'the folders of its own'}"
+            f"--splits {splits}: {name} has "
+            f"{', '.join(layout.splits) if layout else 'the folders of its own'}"
         )
     image_bands(layout, bands, 99)
     if layout is None:
@@ -220,8 +248,9 @@ def open_from_settings(s: Settings, root: str | Path | None = None) -> Dataset:
     DataError.
     """
     check_bands(LAYOUTS.get(s.data), s.bands)
-    scaling = scaling_of(s)
-    return open_dataset(s.data, root or s.root, s.bands, s.labels, s.full_labels, s.splits, scaling)
+    scaling, kind = scaling_of(s), s.heights_kind
+    names = s.data, root or s.root, s.bands, s.labels, s.full_labels, s.splits
+    return open_dataset(*names, scaling, kind)
 
 
 def scaling_of(s: Settings) -> Scaling:
@@ -244,12 +273,20 @@ def tile_of_files(
     tile = Tile(name, paths, named, scaling=scaling_of(s))
     layout = LAYOUTS.get(s.data)
     if "image" in paths:
-        tile.bands = image_bands(layout, s.bands, raster_bands(image))
+        tile.bands = image_bands(layout, s.bands, open_raster(image).bands)
     if layout is not None:
         tile.pixel = layout.pixel
-        units = (u for p, u in layout.dsm if dsm and Path(p).suffix == dsm.suffix.lower())
-        tile.height_unit = next(units, 1.0)
+    if layout is not None and "dsm" in paths:
+        tile.use_heights_of(layout, s.heights_kind)
     return tile
+
+
+def facts_of_run(run: Path) -> dict:
+    """What `facts_of` told of a run's training tiles; {} for a run that did not keep it."""
+    try:
+        return dict(json.loads((run / "config.json").read_text(encoding="utf-8"))["facts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def image_bands(layout: Layout | None, bands: str, count: int) -> tuple[int, ...]:
@@ -280,7 +317,8 @@ def check_bands(layout: Layout | None, bands: str) -> None:
     count = len(image_bands(layout, bands, 99))
     if count != 3:
         raise DataError(
-            f"--bands {bands}: a network takes three bands, not {count}; give {_band_choices(layout)}"
+            f"--bands {bands}: a network takes three bands, not {count}; give "
+            f"{_band_choices(layout)}"
         )
 
 
@@ -291,16 +329,9 @@ def _layout_tiles(
     root, names = _tile_names(dataset, split)
     labels = layout.test_labels if scored and not dataset.full_labels else layout.labels
     kinds = {"image": _image_patterns(dataset), "labels": labels}
-    unit = 1.0
-    if "dsm" in modalities:
-        # Normalised and absolute heights are not mixed: of several kinds, the first that is there
-        # for every tile.
-        by_unit = {unit: tuple(p for p, u in layout.dsm if u == unit) for _, unit in layout.dsm}
-        complete = (
-            u for u, patterns in by_unit.items() if all(_find(root, patterns, *n)[2] for n in names)
-        )
-        unit = next(complete, layout.dsm[0][1])
-        kinds["dsm"] = by_unit[unit]
+    heights_kind, unit = dataset.chosen_heights() if "dsm" in modalities else ("", 1.0)
+    if heights_kind:
+        kinds["dsm"] = layout.dsm[heights_kind][1]
     tiles, missing = [], []
     for folder, name in names:
         found = {kind: _find(root, patterns, folder, name) for kind, patterns in kinds.items()}
@@ -366,7 +397,8 @@ def _tile_names(dataset: Dataset, split: str) -> tuple[Path, list[tuple[str, str
             empty = [folder for folder in folders if not any(f == folder for f, _ in listed)]
             if empty:
                 raise DataError(
-                    f"{base / empty[0] / 'lc'}: no labels; the {split} split takes {', '.join(folders)}"
+                    f"{base / empty[0] / 'lc'}: no labels; the {split} split takes "
+                    f"{', '.join(folders)}"
                 )
             return base, sorted(
                 listed, key=lambda item: (folders.index(item[0]), len(item[1]), item[1])
@@ -377,7 +409,8 @@ def _tile_names(dataset: Dataset, split: str) -> tuple[Path, list[tuple[str, str
             return base, [("", name) for name in sorted(chosen, key=lambda name: (len(name), name))]
     where = " or ".join(f"{folder}/lc/lc_NUMBER.tif" for folder in layout.listed[split])
     raise DataError(
-        f"{root}: no tiles of the {split} split; expected {where} with s2, topo beside lc, or images_png, dsm_pngs, "
+        f"{root}: no tiles of the {split} split; expected {where} with s2, topo beside lc, or "
+        f"images_png, dsm_pngs, "
         f"masks_png; the data come from {layout.source}"
     )
 
@@ -388,7 +421,8 @@ def _number(stem: str) -> str:
 
 # ---------------------------------------------------------------------------------------- own tiles
 
-IMAGE_ENDINGS = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
+IMAGE_ENDINGS = (".tif", ".tiff", ".gtiff", ".png", ".jpg", ".jpeg")
+FOREIGN = (".jp2", ".img", ".vrt", ".asc", ".ecw", ".bil")  # found, to be refused with what helps
 
 
 OWN_TREE = "classes.json and {train,val,test}/{images,dsm,labels}/NAME.{tif,png,jpg}"
@@ -399,14 +433,15 @@ def _open_own_tiles(root: Path) -> Dataset:
     if not path.is_file():
         raise DataError(f"{path} is missing; own tiles are expected below --root as {OWN_TREE}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         classes = tuple(
             (str(c["name"]), tuple(int(v) for v in c["color"])) for c in content["classes"]
         )
         ignore = int(content.get("ignore", IGNORE))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f'{path}: not of the form {{"classes": [{{"name": ..., "color": [r, g, b]}}, ...]}} ({one_line(error)})'
+            f'{path}: not of the form {{"classes": [{{"name": ..., "color": [r, g, b]}}, ...]}} '
+            f"({one_line(error)})"
         ) from error
     colors = [color for _, color in classes]
     if not 2 <= len(classes) <= 64 or any(
@@ -417,6 +452,9 @@ def _open_own_tiles(root: Path) -> Dataset:
         )
     if len(set(colors)) < len(colors):
         raise DataError(f"{path}: two classes have the same colour; give each its own")
+    names = [name for name, _ in classes]
+    if len(set(names)) < len(names):
+        raise DataError(f"{path}: two classes have the same name; give each its own")
     return Dataset(
         "tiles", root, classes, tuple(range(len(classes))), "all labels", ignore_index=ignore
     )
@@ -458,9 +496,13 @@ def _own_tiles(
 
 
 def _files_by_stem(folder: Path) -> dict[str, Path]:
-    if not folder.is_dir():
-        return {}
-    return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in IMAGE_ENDINGS}
+    found = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.suffix.lower() in (*IMAGE_ENDINGS, *FOREIGN) and not path.name.startswith("."):
+            other = found.setdefault(path.stem, path)
+            if other != path:
+                raise DataError(f"{path}: is the same tile as {other.name}; delete one of them")
+    return found
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
     python evaluate.py                       the newest run, on its test tiles
     python evaluate.py --run DIR --split train
     python evaluate.py --run DIR --stride 64 --full-labels
-    python evaluate.py --as-published        windows, border windows as the published code counts them
+    python evaluate.py --as-published        windows as the published code counts them
     python evaluate.py --table [DIR ...]     all runs in a table beside the paper's rows
 
 Prints the scores with the convention they follow. The run's `scores.json` is rewritten where it was

@@ -196,8 +196,9 @@ class Decoder(nn.Module):
         self.p2 = WeightedFusion(skip_channels, dim)
         self.b2 = DecoderBlock(dim, num_heads, window)
         self.p1 = FeatureRefinementHead(skip_channels, dim)
+        features = conv_bn_relu(dim, dim)
         classify = nn.Conv2d(dim, num_classes, 1, bias=False)
-        self.segmentation_head = nn.Sequential(conv_bn_relu(dim, dim), nn.Dropout2d(0.1), classify)
+        self.segmentation_head = nn.Sequential(features, nn.Dropout2d(0.1), classify)
 
     def forward(
         self, maps: list[Tensor], size: tuple[int, int], seen: dict | None = None

@@ -2,7 +2,7 @@
 
     python predict.py --run runs/NAME --image ortho.tif --dsm heights.tif --out map.tif
     python predict.py --image ortho.tif --dsm heights.tif --out map.png --stride 64 --blend cosine
-    python predict.py --image ortho.tif --dsm heights.tif --out map.tif --flips --confidence sure.tif
+    python predict.py --image ortho.tif --dsm heights.tif --out map.tif --confidence sure.tif
     python predict.py --image ortho.tif --dsm heights.tif --out map.tif --probabilities classes.tif
 
 The map is a PNG or a GeoTIFF, by the ending of --out: class indices with a colour table, laid where
@@ -24,7 +24,7 @@ from typing import Iterator
 import numpy as np
 import torch.nn as nn
 
-from data import tile_of_files
+from data import facts_of_run, tile_of_files
 from engine.checkpoints import load_model, newest_run
 from engine.console import Parser, Ticker, run_script
 from engine.device import pick_device, store_frozen_weights
@@ -32,7 +32,7 @@ from engine.inference import BLENDS, percent, predict_strips, predict_tile
 from engine.settings import Settings
 from fast import accelerate
 from geodata.layouts import MODALITIES
-from geodata.maps import Output, check_outputs, cut_out, without_data, write_maps
+from geodata.maps import Output, check_outputs, cut_out, write_maps
 from geodata.rasters import DataError, one_line
 from geodata.tiles import LoadedTile, Tile
 from mfnet import MIN_SIZE
@@ -76,8 +76,7 @@ def write_prediction(
         probabilities=len(paths) > 1,
     )
     strips = bands_of(strips, bool(args.confidence), bool(args.probabilities))
-    if loaded.image is not None:
-        strips = cut_out(strips, without_data(args.image, loaded.image.raw))
+    strips = cut_out(strips, tile.without_data())
     names = tuple(name for name, _ in tile.classes)
     bands = {"--out": ("class",), "--confidence": ("confidence",), "--probabilities": names}
     outputs = [
@@ -126,7 +125,7 @@ def main() -> None:
             f"{args.image or args.dsm}: {W} x {H} pixels are too few; give a raster of {MIN_SIZE} "
             "and more"
         )
-    for note in tile.notes:
+    for note in [*tile.notes, *tile.far_from(facts_of_run(run))]:
         print(f"note: {note}")
     stride = s.eval_stride if args.stride is None else args.stride
     write_prediction(args, paths, stride, model, s, tile, loaded)

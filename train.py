@@ -1,9 +1,9 @@
 """Trains MFNet, scores the test tiles, and writes pictures.
 
     python train.py                                              a synthetic city, on any laptop
-    python train.py --data vaihingen --root DIR                  the paper's recipe: ViT-L, MMAdapter
+    python train.py --data vaihingen --root DIR                  the paper's recipe
     python train.py --data vaihingen --root DIR --tuner lora --tuner-option rank=8
-    python train.py --data vaihingen --root DIR --as-published   as the published code trains, scores
+    python train.py --data vaihingen --root DIR --as-published   as the published code does it
     python train.py --data tiles --root DIR                      own tiles
     python train.py --seeds 0 1 2 --out runs/NAME                three runs, and their mean
     python train.py --resume --out runs/NAME                     go on with an interrupted run
@@ -99,6 +99,7 @@ def end_epoch(run: Run, seconds: float, speed: float, noted: list[int]) -> None:
             f"no pixel of epoch {epoch} had a label that counts; look at the labels: "
             f"python data.py --data {s.data} --root {s.root}"
         )
+    run.trainer.check_weights()
     rate = learning_rate(progress.step - 1, s)
     run.say(f"epoch {epoch}/{s.epochs}: loss {loss:.4f}, lr {rate:.3g}, {speed:.3g} images/s")
     progress.loss_sum = progress.scored = 0.0
@@ -133,7 +134,7 @@ def choose(run: Run, noted: list[int]) -> None:
 
 
 def finish(run: Run, noted: list[int]) -> dict:
-    """Writes model.pt, scores.json and pictures/ of the epoch that was chosen; returns the scores."""
+    """Writes model.pt, scores.json and pictures/ of the chosen epoch; returns the scores."""
     s, epoch, chosen = run.s, run.s.epochs, "the last epoch is scored"
     if s.select != "last":
         run.team.barrier()

@@ -25,7 +25,7 @@ def check_budget(s: Settings, num_classes: int, device: torch.device, world: int
     processors = os.cpu_count() or 1
     if s.workers > 4 * max(processors, 4):
         raise Mistake(
-            f"--workers {s.workers}: this machine has {processors} processors; give as many or fewer"
+            f"--workers {s.workers}: this machine has {processors} processors; give no more"
         )
     have = total_memory(device)
     if have is None:
@@ -43,8 +43,8 @@ def check_budget(s: Settings, num_classes: int, device: torch.device, world: int
     if weights + batch > have:
         remedy = "a smaller --batch-size" if batch > weights else "fewer trained parameters"
         raise Mistake(
-            f"{trained:,} trained parameters and --batch-size {s.batch_size} of --crop {s.crop} need "
-            f"more than {weights + batch:,.0f} MB, and there are {have:,.0f}; give {remedy}"
+            f"{trained:,} trained parameters and --batch-size {s.batch_size} of --crop {s.crop} "
+            f"need more than {weights + batch:,.0f} MB, and there are {have:,.0f}; give {remedy}"
         )
 
 

@@ -161,7 +161,7 @@ def load_model(
 
 
 def read_settings(content: dict, path: Path) -> Settings:
-    """The settings that a file of a run holds, with the plugins beside it loaded. Raises Mistake."""
+    """The settings in a file of a run, after the plugins beside it were loaded. Raises Mistake."""
     plugins = content["settings"].get("plugin", {}) if type(content["settings"]) is dict else {}
     if type(plugins) is not dict or not all(type(v) is str for kv in plugins.items() for v in kv):
         raise Mistake(f"{path}: its plugins are no list of names and hashes")
@@ -216,7 +216,8 @@ def base_place(path: Path, s: Settings, weights: str | None) -> str:
     """
     if weights is None and s.weights not in ("auto", "none") and not Path(s.weights).is_file():
         raise WeightsError(
-            f"{path} stands on {s.weights}, where there is no file; say where it is now by --weights"
+            f"{path} stands on {s.weights}, where there is no file; say where it is now by "
+            "--weights"
         )
     return weights or s.weights
 

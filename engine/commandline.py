@@ -18,8 +18,8 @@ from engine.recipes import recipe, with_optimizer
 from engine.settings import GROUPS, Settings, choices_of, flag
 from tuners import parse_option, tuner_options
 
-# What may differ between a run and its continuation: where things lie, and other ways to compute the
-# same. Data and base are checked by what they hold.
+# What may differ between a run and its continuation: where things lie, and other ways to compute
+# the same. Data and base are checked by what they hold.
 FREE_ON_RESUME = ("out", "root", "weights", "workers", "device", "save_every", "memory_gb")
 FREE_ON_RESUME += ("accumulate", "checkpointing")
 
@@ -134,7 +134,8 @@ def resumed_settings(
         agrees = value.items() <= ours.items() if isinstance(value, dict) else value == ours
         if name not in free and not agrees:
             raise Mistake(
-                f"{flag(name)} {value} contradicts the run in {folder}, which has {ours}; leave it out"
+                f"{flag(name)} {value} contradicts the run in {folder}, which has {ours}; leave it "
+                "out"
             )
     settings = replace(stored, **{**free, "out": str(folder)})
     settings.complete()

@@ -81,7 +81,7 @@ def join_team(device: str) -> tuple[Team, str]:
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", world)), torch.cuda.device_count()
         if gpus < here:
             raise Mistake(
-                f"--device {device}: {here} processes need {here} GPUs, and this machine has {gpus}; "
+                f"--device {device}: {here} processes need {here} GPUs, and there are {gpus} here; "
                 f"give torchrun --nproc_per_node={gpus}, or --device cpu"
             )
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -133,7 +133,7 @@ class ShardedDropout2d(nn.Dropout2d):
 
 
 def wrap_distributed(model: nn.Module, team: Team) -> nn.Module:
-    """Prepares a model for its part of the batch, in place, and returns what to call in training."""
+    """Prepares a model for its part of the batch, in place; returns what to call in training."""
     if team.world == 1:
         return model
     for module in list(model.modules()):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 from typing import Callable
 
 
 def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Calls `write` with a temporary path beside `path` and renames it: the file is either the old
-    or the new one.
-    """
+    or the new one. A link stays one, and the file that it leads to is replaced."""
     replace_together([path], write)
 
 
@@ -21,7 +21,9 @@ def replace_together(paths: list[Path], write: Callable[..., None]) -> None:
     What there is of the others is removed before the first takes its place, so that an interruption
     at the worst moment leaves too few of them, and never one beside a file that it does not belong
     to."""
-    temporary = [path.with_name(path.name + ".tmp") for path in paths]
+    paths = [path.resolve() if path.is_symlink() else path for path in paths]
+    mark = secrets.token_hex(4)  # no file of the user's has such a name
+    temporary = [path.with_name(f"{path.name}.{mark}.tmp") for path in paths]
     try:
         write(*temporary)
         for path in paths[1:]:

@@ -53,7 +53,8 @@ class RunFolder:
         except BlockingIOError:
             os.close(self.lock)
             raise Mistake(
-                f"{self.path} is being trained by another process; wait for it, or give another --out"
+                f"{self.path} is being trained by another process; wait for it, or give another "
+                "--out"
             ) from None
         except OSError:  # a file system without locks
             return
@@ -76,8 +77,9 @@ class RunFolder:
                 raise TrainingStopped(f"{self.path} is gone ({reason})") from error
             free = shutil.disk_usage(self.path).free / 1e6
             raise TrainingStopped(
-                f"{self.path} cannot be written ({reason}, {free:,.0f} MB are free); what was saved "
-                f"before is intact: make room, then python train.py --resume --out {self.path}"
+                f"{self.path} cannot be written ({reason}, {free:,.0f} MB are free); what was "
+                "saved before is intact: make room, then python train.py --resume --out "
+                f"{self.path}"
             ) from error
 
     def write_json(self, name: str, content: dict) -> None:
@@ -182,7 +184,7 @@ def read_last(folder: Path) -> dict:
 
 
 def unfinished_run(runs: Path = Path("runs")) -> Path:
-    """The folder below `runs` that was saved last of those that are not finished. Raises Mistake."""
+    """The folder below `runs` that was saved last and is not finished. Raises Mistake."""
     saved = sorted(runs.glob("*/last.pt"), key=lambda p: p.stat().st_mtime)
     open_runs = [path.parent for path in saved if not (path.parent / "scores.json").exists()]
     if not open_runs:

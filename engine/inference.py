@@ -117,7 +117,7 @@ def predict_tile(
     image (H, W, 3), dsm (H, W) metres, both scaled by `scale`, by default the image over its type's
     range and the heights over `heights` (by default their own lowest and highest); a network of one
     modality gets the one that is not None. `repeat_border=True` counts the windows at the right and
-    lower edge as often as the published code visits them (PAPER.md 3.5). `blend="cosine"` trusts
+    lower edge as often as the published code visits them. `blend="cosine"` trusts
     the middle of a window more than its border; `flips` averages each window over its four
     reflections, at four times the work. `progress(done, all)` is called after each row of windows.
     These and the other `options` are those of `predict_strips`."""

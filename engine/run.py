@@ -1,4 +1,4 @@
-"""A run before its first step: data, weights, what it had learned, its folder, and what is said of it."""
+"""A run before its first step: data, weights, what it had learned, its folder, what it says."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from engine.settings import Settings, held_out_tiles
 from engine.training import Trainer
 from fast import accelerate
 from geodata.layouts import MODALITIES
+from geodata.loading import facts_of, fingerprint, load_tiles, memory_line
 from geodata.rasters import DataError
-from geodata.tiles import fingerprint, load_tiles, memory_line
 from mfnet import MFNet, count_parameters, trained_names
 
 
@@ -58,11 +58,13 @@ class Run:
         self.dataset = dataset.hold_out(held_out_tiles(s.val)) if s.val else dataset
         self.classes = [[name, list(color)] for name, color in dataset.classes]
         tiles = self.dataset.tiles("train", modalities)
-        # A test tile that is missing is to be found now, not after the training.
-        self.dataset.tiles("test", modalities)
+        # A test tile that is missing or broken is to be found now, not after the training.
+        self.dataset.check(modalities)
+        if "dsm" in modalities:
+            s.heights_kind, _ = self.dataset.chosen_heights()
         check_budget(s, len(self.classes), self.device, self.team.world)
         self.tiles = load_tiles(tiles, modalities, s.memory_gb)
-        self.fingerprint = fingerprint(self.tiles)
+        self.fingerprint, self.facts = fingerprint(self.tiles), facts_of(tiles)
         self.notes = [note for tile in tiles for note in tile.notes]
         if last is not None and last["data"] != self.fingerprint:
             raise DataError(
@@ -116,6 +118,7 @@ class Run:
             ),
             "processes": self.team.world,
             "parameters": count_parameters(self.trainer.model),
+            "facts": self.facts,
         }
         if self.team.is_main:
             self.folder.write_json("config.json", config)
@@ -133,7 +136,8 @@ class Run:
             progress.lengthened.append([progress.step, epochs])
             self.say(
                 f"lengthened from {epochs} to {s.epochs} epochs after step {progress.step}: the "
-                f"schedule is that of {s.epochs} from here on, so this is no run of {s.epochs} epochs"
+                f"schedule is that of {s.epochs} from here on, so this is no run of {s.epochs} "
+                "epochs"
             )
             if self.team.is_main:
                 self.folder.reopen()

@@ -56,6 +56,9 @@ class Settings:
     heights: str = of_data(
         "minmax", "scaling of heights: minmax, percentiles, ground, or metres LOW:HIGH"
     )
+    heights_kind: str = of_data(
+        "", "kind of heights where a data set has several (potsdam: normalised, absolute)"
+    )
     image_scaling: str = of_data(
         "unit", "scaling of images: unit, sam, reflectance, minmax, or LOW:HIGH"
     )
@@ -175,7 +178,8 @@ class Settings:
         known = {f.name: f for f in fields(cls)}
         if unknown := sorted(str(name) for name in stored if name not in known):
             raise Mistake(
-                f"{where}: unknown settings, of a newer version ({', '.join(unknown)}); use that version"
+                f"{where}: unknown settings, of a newer version ({', '.join(unknown)}); use that "
+                "version"
             )
         hints = get_type_hints(cls)
         for name, value in stored.items():
@@ -207,7 +211,7 @@ class Settings:
 
 
 # What config.json holds besides the settings.
-BESIDE_SETTINGS = ("base", "classes", "version", "processes", "parameters")
+BESIDE_SETTINGS = ("base", "classes", "version", "processes", "parameters", "facts")
 
 
 def flag(name: str) -> str:

@@ -98,7 +98,7 @@ def class_weights(s: Settings, num_classes: int) -> Tensor | None:
 
 
 def learning_rate(step: int, s: Settings) -> float:
-    """The learning rate of a step (0-based, over the whole run): a function of its arguments alone."""
+    """The learning rate of a step (0-based, over the whole run): a function of its arguments."""
     total = s.epochs * s.steps
     warmup = min(s.warmup, total // 2)
     if step < warmup:
@@ -131,8 +131,8 @@ def encode_in_parts(model: MFNet, parts: int) -> None:
     encoder, M = model.image_encoder, model.modalities
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in encoder.modules()):
         raise Mistake(
-            f"--accumulate {parts}: the tuner {encoder.tuner} normalises over the batch, which cannot "
-            "be taken in parts; leave it out"
+            f"--accumulate {parts}: the tuner {encoder.tuner} normalises over the batch, which "
+            "cannot be taken in parts; leave it out"
         )
     whole = encoder.forward
 
@@ -158,8 +158,8 @@ class Trainer:
         if s.compile:
             if self.device.type == "cpu":
                 raise Mistake(
-                    "--compile is for a GPU: on a CPU it compiles for minutes and saves 5 % at best; "
-                    "leave it out"
+                    "--compile is for a GPU: on a CPU it compiles for minutes and saves 5 % at "
+                    "best; leave it out"
                 )
             for block in model.image_encoder.blocks:
                 block.compile()  # in place: state-dict names stay
@@ -209,13 +209,15 @@ class Trainer:
             )
 
     def check_weights(self) -> None:
-        """Raises TrainingStopped for weights that are no numbers: they are not to be saved."""
+        """Raises TrainingStopped for weights that are not finite, or whose squares are not: they
+        are not to be saved.
+        """
         with torch.no_grad():
             norms = torch.stack([p.norm() for p in self.trained()])
         if not norms.isfinite().all():
             raise TrainingStopped(
-                f"the weights are no numbers after step {self.progress.step}; try a smaller --lr, or "
-                "--clip 1"
+                f"the weights are not finite after step {self.progress.step}; try a smaller --lr, "
+                "or --clip 1"
             )
 
     def state_dict(self, base: dict, data: str) -> dict:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from geodata.layouts import IGNORE
-from geodata.rasters import DataError
+from geodata.slices import DataError
 
 if TYPE_CHECKING:
-    from tiles import LoadedTile
+    from geodata.loading import LoadedTile
 
 
 # ------------------------------------------------------------------------------- crops for training
@@ -148,8 +148,8 @@ def sliding_windows(
     """(top, left, weight) of the windows that cover height x width pixels, row by row.
 
     Windows start every `stride` pixels; one that would pass the edge is moved inwards. Each place
-    is listed once, and its weight says how often the published loop visits it (PAPER.md 2: at
-    stride 32 the last row and column 8 times). A side shorter than the window has the one place 0.
+    is listed once, and its weight says how often the published loop visits it (docs/method.md
+    3.5: at stride 32 the last row and column 8 times). A side shorter than the window has the one place 0.
     Raises DataError for a stride that leaves gaps."""
     rows, columns = window_places(height, window, stride), window_places(width, window, stride)
     return [(top, left, m * n) for top, m in rows for left, n in columns]

@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import numpy as np
 
+from geodata.labels import listed
 from geodata.layouts import IGNORE, VAIHINGEN_TEST_PIXELS
-from geodata.rasters import DataError
-from geodata.tiles import Tile
+from geodata.scaling import data_pixels
+from geodata.slices import DataError
+from geodata.tiles import MUCH, Tile
 
 LISTED = 20  # missing files that are named
-
-
-MUCH = 0.05  # the share of pixels without height, or without class, from which a tile looks wrong
+MOST = 0.8  # the share of class 0 from which it looks like a background
+MARKERS = (-9999, -999, -99, 999, 9999)  # heights that often stand for no data
 
 
 def check_dataset(dataset, modalities: tuple[str, ...]) -> bool:
     """Prints the findings of the training and the test split -> whether training can run."""
+    if dataset.ignore_index < len(dataset.classes):
+        ignored = dataset.class_names[dataset.ignore_index] if dataset.ignore_index >= 0 else None
+        if ignored and dataset.layout is None:
+            print(f"SUSPICIOUS: classes.json ignores {dataset.ignore_index}, the class {ignored}")
     return all([check_split(dataset, split, modalities) for split in ("train", "test")])
 
 
@@ -52,6 +57,9 @@ def check_split(dataset, split: str, modalities: tuple[str, ...]) -> bool:
             print(f"    {remark}")
         counts += np.bincount(labels.ravel(), minlength=256)
     print_classes(dataset, split, counts)
+    if good and not counts[: len(dataset.classes)].any():
+        print(f"  UNUSABLE, no pixel of any {split} tile is scored")
+        return False
     return good
 
 
@@ -65,38 +73,84 @@ def check_tile(tile: Tile, modalities: tuple[str, ...]) -> tuple[str, list[str],
             f"tile {tile.name} has no heights; add them, or check with --modalities image"
         )
     if "image" in modalities:
-        image = tile.read_image()
-        low, high = image.min(), image.max()
-        line.append(f"image {image.dtype} {low:g} to {high:g}")
-        if high == low:
-            remarks.append(f"SUSPICIOUS: all pixels of the image are {low:g}")
-        elif (dark := float((image == 0).all(axis=-1).mean())) > MUCH:
-            remarks.append(f"SUSPICIOUS: {100 * dark:.1f} % of the image are black")
-        if image.dtype == np.uint16 and high < 4096 and tile.scaling.images in ("unit", "sam"):
-            remarks.append(
-                f"SUSPICIOUS: 16-bit pixels that end at {high}; --image-scaling 0:{high} would use the whole range"
-            )
-        del image
+        more, looks_wrong = _look_at_image(tile)
+        line.append(more)
+        remarks += looks_wrong
     if "dsm" in modalities:
         dsm = tile.read_dsm()
-        line.append(f"heights {dsm.min():.2f} to {dsm.max():.2f} m")
-        if dsm.min() == dsm.max():
-            remarks.append(f"SUSPICIOUS: all heights are {dsm.min():.2f} m")
+        low, high = tile.height_limits
+        line.append(f"heights {low:.2f} to {high:.2f} m")
+        if low == high:
+            remarks.append(f"SUSPICIOUS: all heights are {low:.2f} m")
         if (share := tile.missing_heights / dsm.size) > MUCH:
             remarks.append(f"SUSPICIOUS: {100 * share:.1f} % of the pixels have no height")
+        for value in {low, high} & set(MARKERS):
+            remarks.append(
+                f"SUSPICIOUS: {int((dsm == value).sum()):,} pixels are {value:g} m high; if that "
+                f"stands for no data, say so: gdal_edit.py -a_nodata {value:g} FILE"
+            )
     labels = tile.read_labels()
     present = np.unique(labels[labels != IGNORE])
     line.append(
         f"{len(present)} classes, {100 * float((labels == IGNORE).mean()):.2f} % not scored"
     )
+    return ", ".join(line), remarks + _look_at_labels(tile, labels, present), labels
+
+
+def _look_at_image(tile: Tile) -> tuple[str, list[str]]:
+    raster, image, remarks = tile.raster("image"), tile.read_image(), []
+    valid = (lambda box: raster.valid(box, raster[box])) if raster.has_holes else None
+    ends = [(p.min(), p.max(), (p == 0).all(axis=1).sum()) for p in data_pixels(image, valid)]
+    low, high = min((e[0] for e in ends), default=0), max((e[1] for e in ends), default=0)
+    dark = sum(e[2] for e in ends) / image[..., 0].size
+    if high == low:
+        remarks.append(f"SUSPICIOUS: all pixels of the image are {low:g}")
+    elif dark > MUCH:
+        remarks.append(f"SUSPICIOUS: {100 * dark:.1f} % of the image are black")
+    if image.dtype == np.uint16 and high < 4096 and tile.scaling.images in ("unit", "sam"):
+        remarks.append(
+            f"SUSPICIOUS: 16-bit pixels that end at {high}; --image-scaling 0:{high} would use the "
+            f"whole range"
+        )
+    return f"image {image.dtype} {low:g} to {high:g}", remarks
+
+
+def _look_at_labels(tile: Tile, labels: np.ndarray, present: np.ndarray) -> list[str]:
+    remarks, raster, K = [], tile.raster("labels"), len(tile.classes)
     if len(present) < 2:
         names = [tile.classes[k][0] for k in present]
+        holds = f"{names[0]} alone" if names else "no scored pixel"
+        remarks.append(f"SUSPICIOUS: the labels hold {holds}")
+    if tile.unknown_labels:
+        unknown = tile.unknown_values()
+        share = tile.unknown_labels / labels.size
+        word = "SUSPICIOUS: " if share > MUCH else ""
         remarks.append(
-            f"SUSPICIOUS: the labels hold {f'{names[0]} alone' if names else 'no scored pixel'}"
+            f"{word}{100 * share:.1f} % of the label pixels fit no class: {listed(unknown)}"
         )
-    if (share := tile.unknown_labels / labels.size) > MUCH:
-        remarks.append(f"SUSPICIOUS: {100 * share:.1f} % of the label pixels fit no class")
-    return ", ".join(line), remarks, labels
+        if set(unknown) == {K} and tile.codes is None:
+            remarks.append(
+                f"SUSPICIOUS: labels up to {K}, and the classes are 0 to {K - 1}; if they are "
+                f"counted "
+                f"from 1, subtract it: gdal_calc.py -A IN --calc A-1 --outfile OUT.tif"
+            )
+    if raster.bands >= 3:
+        raw = raster[:, :][..., :3].reshape(-1, 3)
+        exact = np.zeros(len(raw), bool)
+        for color in tile.legend.palette:
+            exact |= (raw == color).all(axis=1)
+        if (share := exact.mean()) < 0.5:
+            remarks.append(
+                f"SUSPICIOUS: {100 * share:.1f} % of the label pixels have the exact colour of a "
+                f"class; are these labels, or a photo?"
+            )
+    elif tile.codes is None and (share := float((labels == 0).mean())) > MOST:
+        remarks.append(
+            f"SUSPICIOUS: {100 * share:.1f} % of the labels are 0, {tile.classes[0][0]}; if that "
+            f"is "
+            f"the background of gdal_rasterize, burn it with -init {IGNORE}"
+        )
+    return remarks
 
 
 def print_classes(dataset, split: str, counts: np.ndarray) -> None:

@@ -23,7 +23,9 @@ class Layout:
     image: dict[
         str, tuple[tuple[str, tuple[int, ...]], ...]
     ]  # name of the bands -> pattern, bands; the first is default
-    dsm: tuple[tuple[str, float], ...]  # pattern, metres of one count
+    dsm: dict[
+        str, tuple[float, tuple[str, ...]]
+    ]  # kind of heights -> metres of one count, patterns
     labels: tuple[str, ...]  # for training
     test_labels: tuple[str, ...]  # for scoring
     labels_note: str  # how the scored labels are to be called beside a score
@@ -41,9 +43,9 @@ class Layout:
 
     def describe(self) -> str:
         """The files of a tile, by their first patterns."""
-        image = next(iter(self.image.values()))
+        image, (_, heights) = next(iter(self.image.values())), next(iter(self.dsm.values()))
         return ", ".join(
-            (image[0][0], self.dsm[0][0], self.labels[0], *{self.test_labels[0]} - {self.labels[0]})
+            (image[0][0], heights[0], self.labels[0], *{self.test_labels[0]} - {self.labels[0]})
         )
 
 
@@ -87,7 +89,7 @@ VAIHINGEN = Layout(
     },
     validation=("11", "28"),
     image={"irrg": (("top/" + _TOP, RGB),)},
-    dsm=(("dsm/dsm_09cm_matching_area{id}.tif", 1.0),),
+    dsm={"absolute": (1.0, ("dsm/dsm_09cm_matching_area{id}.tif",))},
     labels=(
         "gts_for_participants/" + _TOP,
         "ISPRS_semantic_labeling_Vaihingen_ground_truth_COMPLETE/" + _TOP,
@@ -143,20 +145,15 @@ POTSDAM = Layout(
         "irrg": (("3_Ortho_IRRG/top_potsdam_{id}_IRRG.tif", RGB), (_RGBIR, (3, 0, 1))),
         "rgbir": ((_RGBIR, (0, 1, 2, 3)),),
     },
-    dsm=(
-        (
-            _LASTOOLS % "{padded}" + "jpg",
+    dsm={
+        # Decimetres above the ground; the published code reads the .jpg, and a .tif is the same
+        # rewritten without compression, to be read crop by crop.
+        "normalised": (
             0.1,
-        ),  # decimetres above the ground; the published code reads these
-        (_LASTOOLS % "{id}" + "jpg", 0.1),
-        (
-            _LASTOOLS % "{padded}" + "tif",
-            0.1,
-        ),  # rewritten without compression, to be read crop by crop
-        (_LASTOOLS % "{id}" + "tif", 0.1),
-        ("1_DSM/dsm_potsdam_{padded}.tif", 1.0),
-        ("1_DSM/dsm_potsdam_{id}.tif", 1.0),
-    ),
+            tuple(_LASTOOLS % n + end for end in ("jpg", "tif") for n in ("{padded}", "{id}")),
+        ),
+        "absolute": (1.0, ("1_DSM/dsm_potsdam_{padded}.tif", "1_DSM/dsm_potsdam_{id}.tif")),
+    },
     labels=tuple(
         folder + _POTSDAM_LABEL for folder in ("5_Labels_for_participants/", "5_Labels_all/", "")
     ),
@@ -192,11 +189,15 @@ HUNAN = Layout(
     ),
     scored=(0, 1, 2, 3, 4, 5, 6),
     splits={
-        "paper": {  # of the prepared folders, which keep all tiles together: these are tested, the others train
+        # Of the prepared folders, which keep all tiles together: what is not tested trains.
+        "paper": {
             "test": tuple(
-                "11767 11816 1239 12626 12815 1290 1303 13254 13257 13515 13765 14108 14293 15426 1625 16373 16750 "
-                "16890 17039 17055 17107 17455 17821 17980 18958 1908 1923 20028 2106 21385 21423 22312 2256 2265 2442 "
-                "2603 27264 28965 29287 30275 3280 4017 4166 4886 5215 5233 5410 639 7176 11624".split()
+                "11767 11816 1239 12626 12815 1290 1303 13254 13257 13515 13765 14108 14293 15426 "
+                "1625 16373 16750 "
+                "16890 17039 17055 17107 17455 17821 17980 18958 1908 1923 20028 2106 21385 21423 "
+                "22312 2256 2265 2442 "
+                "2603 27264 28965 29287 30275 3280 4017 4166 4886 5215 5233 5410 639 7176 "
+                "11624".split()
             )
         }
     },
@@ -208,11 +209,12 @@ HUNAN = Layout(
             ("images_png/{id}.png", RGB),
         )
     },
-    dsm=(
-        ("{folder}/topo/topo_{id}.tif", 1.0),
-        ("{folder}/topo/{id}.tif", 1.0),
-        ("dsm_pngs/{id}.png", 1.0),
-    ),
+    dsm={
+        "absolute": (
+            1.0,
+            ("{folder}/topo/topo_{id}.tif", "{folder}/topo/{id}.tif", "dsm_pngs/{id}.png"),
+        )
+    },
     labels=(*_LAND_COVER, _PREPARED),
     test_labels=(*_LAND_COVER, _PREPARED),
     labels_note="all labels",
@@ -221,8 +223,8 @@ HUNAN = Layout(
     nested=("", "Hunan_Dataset", "Hunan_Dataset/Hunan_Dataset"),
     listed={"train": ("train", "val"), "val": ("val",), "test": ("test",)},
     codes={
-        # differs: the published code ignores 4 and 7, and exchanges 8 and 9 (PAPER.md 3.8). 7,
-        # tundra, becomes 6; 11, cloud, would be class 7, which does not exist; a raw 255 reads as
+        # differs: the published code ignores 4 and 7, and exchanges 8 and 9 (docs/method.md
+        # 3.8). 7, tundra, becomes 6; 11, cloud, would be class 7, which does not exist; a raw 255 reads as
         # 12.
         "dataset": (_X, 0, 1, 2, 1, 3, 4, 6, 6, 5, 6, _X, _X),
         "published": (_X, 0, 1, 2, _X, 3, 4, _X, 5, 6, _X, _X, _X),

@@ -1,7 +1,7 @@
-"""Writing maps: strip by strip into TIFFs or PNGs that other programs understand and lay where the
-image lies.
+"""Writing maps: TIFFs or PNGs that other programs understand and lay where the image lies.
 
-A TIFF carries the image's georeferencing in its tags, a PNG has a world file (.pgw) beside it. A
+A TIFF carries the image's georeference in its tags, and a large one smaller copies of itself
+(overviews) in the order of a cloud-optimised GeoTIFF; a PNG has a world file (.pgw) beside it. A
 class map holds class indices with a colour table; everything else is in whole percent, which a GIS
 shows and thresholds without a scale factor, and which takes a quarter of the bytes of floats. 255
 is no data in all of them. TIFFs name their bands for GDAL in a tag; the names of classes, and of
@@ -12,50 +12,29 @@ other."""
 
 from __future__ import annotations
 
-import struct
+import tempfile
 import zlib
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
+from typing import IO, Callable, Iterable, Iterator
 from xml.sax.saxutils import escape
 
 import numpy as np
 import tifffile
+from PIL import Image
 
 from engine.files import replace_together
+from geodata.grids import geo_tags, read_grid
 from geodata.layouts import Classes
-from geodata.rasters import (
-    NODATA,
-    TIFF_ENDINGS,
-    DataError,
-    alpha_band,
-    geo_tags,
-    is_tiff,
-    nodata_value,
-    read_grid,
-)
+from geodata.rasters import GDAL_METADATA, NODATA
+from geodata.slices import DataError
 
+TIFF_ENDINGS = (".tif", ".tiff")
 ENDINGS = (".png", *TIFF_ENDINGS)
-
-
-GDAL_METADATA = 42112
-
-
 NO_DATA = 255  # no class, and no percentage
-
-
 SIDE = 256  # pixels of a TIFF's tile
-
-
-CLASSIC = (
-    2**32 - 2**25
-)  # bytes that a TIFF of 32-bit offsets holds, with room for what is not pixels
-
-
-Write = Callable[
-    [np.ndarray], object
-]  # takes the next rows of a file, (C, SIDE, W) uint8, at the end what is left
+# Bytes that a TIFF of 32-bit offsets holds, with room for what is not pixels
+CLASSIC = 2**32 - 2**25
 
 
 @dataclass(frozen=True)
@@ -83,32 +62,59 @@ def write_maps(
     """Maps of `size` (H, W) that lie where the raster `source` does, from `strips` (C, n, W) uint8,
     top to bottom.
 
-    No file is there before all are whole, and none keeps the sidecar of an earlier one.
-    """
+    No file is there before all are whole, and none keeps what lay beside an earlier one. The strips
+    wait on the disk, because the tiles of overviews come first in a file."""
     beside = {path: text for output in outputs for path, text in sidecars(output, source).items()}
     texts = {path: text for path, text in beside.items() if text is not None}
     tags = geo_tags(source) if source else []
 
     def write(*temporary: Path) -> None:
-        with ExitStack() as stack:
-            writers = []
+        with tempfile.TemporaryFile(dir=temporary[0].parent) as file:
+            bands = Scratch(file, (sum(len(output.bands) for output in outputs), *size))
+            bands.write(strips)
+            first = 0
             for path, output in zip(temporary, outputs):
-                file = (
-                    _tiff(path, output, size, tags)
-                    if is_tiff(output.path)
-                    else _png(path, output, size)
-                )
-                writers.append(stack.enter_context(file))
-            ends = np.cumsum([len(output.bands) for output in outputs])
-            for rows in _regroup(strips, SIDE):
-                for writer, bands in zip(writers, np.split(rows, ends[:-1])):
-                    writer(bands)
+                chosen = range(first, first + len(output.bands))
+                if is_tiff(output.path):
+                    _write_tiff(path, output, bands, chosen, tags)
+                else:
+                    _write_png(path, output, bands, first)
+                first = chosen.stop
         for path, text in zip(temporary[len(outputs) :], texts.values()):
             path.write_text(text, encoding="utf-8")
         for path in beside.keys() - texts.keys():
             path.unlink(missing_ok=True)
 
     replace_together([*(output.path for output in outputs), *texts], write)
+
+
+def is_tiff(path: Path) -> bool:
+    return path.suffix.lower() in TIFF_ENDINGS
+
+
+@dataclass
+class Scratch:
+    """Bands (C, H, W) uint8 in a file. It is mapped anew for each look, so that no page of it stays
+    in memory."""
+
+    file: IO[bytes]
+    shape: tuple[int, int, int]
+
+    def write(self, strips: Iterable[np.ndarray]) -> None:
+        C, H, W = self.shape
+        top = 0
+        for strip in strips:  # (C, n, W)
+            for band, rows in enumerate(strip):
+                self.file.seek((band * H + top) * W)
+                self.file.write(np.ascontiguousarray(rows))
+            top += strip.shape[1]
+        self.file.flush()
+
+    def __getitem__(self, box) -> np.ndarray:
+        return np.array(self.mapped()[box])
+
+    def mapped(self) -> np.ndarray:
+        return np.memmap(self.file, np.uint8, "r", shape=self.shape)
 
 
 def sidecars(output: Output, source: Path | None) -> dict[Path, str | None]:
@@ -118,78 +124,76 @@ def sidecars(output: Output, source: Path | None) -> dict[Path, str | None]:
         metadata = "".join(f"<Category>{escape(name)}</Category>" for name, _ in output.classes)
         metadata = f"<CategoryNames>{metadata}</CategoryNames>"
     elif not is_tiff(path):
-        metadata = (
-            f"<Description>{escape(output.bands[0])}</Description><UnitType>percent</UnitType>"
-        )
-    metadata = (
-        f'<PAMDataset><PAMRasterBand band="1">{metadata}</PAMRasterBand></PAMDataset>\n'
-        if metadata
-        else None
-    )
-    beside = {path.with_name(path.name + ".aux.xml"): metadata}
-    if not is_tiff(path):
-        beside[path.with_suffix(".pgw")] = None if source is None else world_file(source)
+        name = escape(output.bands[0])
+        metadata = f"<Description>{name}</Description><UnitType>percent</UnitType>"
+    whole = f'<PAMDataset><PAMRasterBand band="1">{metadata}</PAMRasterBand></PAMDataset>\n'
+    beside = {path.with_name(path.name + ".aux.xml"): whole if metadata else None}
+    beside |= {path.with_name(path.name + ending): None for ending in (".ovr", ".msk")}
+    if is_tiff(path):
+        if source is None or source.with_suffix("") != path.with_suffix(""):
+            beside[path.with_suffix(".tfw")] = None
+    else:
+        grid = None if source is None else read_grid(source)
+        beside[path.with_suffix(".pgw")] = None if grid is None else grid.world_file()
     return beside
 
 
-def world_file(source: Path) -> str | None:
-    """The six lines of a world file, None for a raster without georeferencing. Raises DataError for
-    a rotated one.
-    """
-    grid = read_grid(source)
-    if grid is None:
-        return None
-    x, y = grid.left + grid.step_x / 2, grid.top - grid.step_y / 2  # the middle of the first pixel
-    return "".join(f"{value!r}\n" for value in (grid.step_x, 0.0, 0.0, -grid.step_y, x, y))
-
-
-@contextmanager
-def _tiff(path: Path, output: Output, size: tuple[int, int], tags: list[tuple]) -> Iterator[Write]:
+def _write_tiff(
+    path: Path, output: Output, pixels: Scratch, bands: range, tags: list[tuple]
+) -> None:
     """A TIFF in deflate tiles, band after band.
 
-    tifffile fetches all pixels of a file by itself, and here several files grow at once. So it
-    writes a file of empty tiles; what they hold is appended row by row, and where they lie is
-    entered at the end."""
-    C, down, across = len(output.bands), -(-size[0] // SIDE), -(-size[1] // SIDE)
+    A cloud-optimised one has the directories of all sizes first, and the tiles of the smallest
+    before those of larger ones. tifffile puts tiles behind each directory, so it writes directories
+    of empty tiles; what they hold is appended, and where it lies is entered at the end."""
+    C, H, W = len(bands), *pixels.shape[1:]
+    factors = [1]
+    while max(H, W) > 2 * SIDE * factors[-1]:
+        factors.append(2 * factors[-1])
+    sizes = [(-(-H // f), -(-W // f)) for f in factors]
+    tiles = [C * -(-h // SIDE) * -(-w // SIDE) for h, w in sizes]
     colours = {"photometric": "minisblack"}
     if output.classes:  # TIFF's colour tables are of 16 bit
         colours = {"photometric": "palette", "colormap": output.palette.T.astype(np.uint16) * 257}
-    tifffile.imwrite(
-        path,
-        iter([b""] * (C * down * across)),
-        shape=(C, *size) if C > 1 else size,
-        dtype=np.uint8,
-        tile=(SIDE, SIDE),
-        planarconfig="separate" if C > 1 else None,
-        compression="zlib",
-        bigtiff=C * down * across * SIDE**2
-        > CLASSIC,  # at the worst, where nothing can be compressed
-        metadata=None,
-        extratags=[
-            *tags,
-            (NODATA, "s", 0, str(NO_DATA), True),
-            (GDAL_METADATA, "s", 0, _gdal_metadata(output), True),
-        ],
-        **colours,
-    )
-    places = [[] for _ in range(C)]  # of each band's tiles: (offset, bytes)
+    nodata = (NODATA, "s", 0, str(NO_DATA), True)
+    about = [*tags, (GDAL_METADATA, "s", 0, _gdal_metadata(output), True)]
+    # At the worst nothing can be compressed.
+    with tifffile.TiffWriter(path, bigtiff=sum(tiles) * SIDE**2 > CLASSIC) as writer:
+        for size, count in zip(sizes, tiles):
+            writer.write(
+                iter([b""] * count),
+                shape=(C, *size) if C > 1 else size,
+                dtype=np.uint8,
+                tile=(SIDE, SIDE),
+                planarconfig="separate" if C > 1 else None,
+                compression="zlib",
+                metadata=None,
+                subfiletype=0 if size == (H, W) else 1,
+                extratags=[nodata, *(about if size == (H, W) else [])],
+                **colours,
+            )
+    places = []
     with open(path, "ab") as file:
-
-        def write(rows: np.ndarray) -> None:
-            padded = np.full((C, SIDE, across * SIDE), NO_DATA, np.uint8)
-            padded[:, : rows.shape[1], : size[1]] = rows
-            for band, i in np.ndindex(C, across):
-                packed = zlib.compress(padded[band, :, i * SIDE : (i + 1) * SIDE].tobytes())
-                places[band].append((file.tell(), len(packed)))
-                file.write(packed)
-
-        yield write
+        for factor in factors[::-1]:
+            packed = (zlib.compress(tile) for tile in _tiles(pixels, bands, factor))
+            places.append([(file.tell(), file.write(data)) for data in packed])
     with tifffile.TiffFile(path, mode="r+") as tiff:
-        found = tiff.pages[0].tags
-        for name, values in zip(
-            ("TileOffsets", "TileByteCounts"), zip(*(place for band in places for place in band))
-        ):
-            found[name].overwrite(values)
+        for page, own in zip(tiff.pages, places[::-1]):
+            for name, values in zip(("TileOffsets", "TileByteCounts"), zip(*own)):
+                page.tags[name].overwrite(values)
+
+
+def _tiles(pixels: Scratch, bands: range, factor: int) -> Iterator[np.ndarray]:
+    """The tiles of every `factor`-th pixel, row by row, of one band after the other."""
+    _, H, W = pixels.shape
+    for band in bands:
+        for top in range(0, H, SIDE * factor):
+            rows = pixels[band, top : top + SIDE * factor : factor, ::factor]
+            height, width = rows.shape
+            edge = [(0, SIDE - height), (0, -width % SIDE)]
+            rows = np.pad(rows, edge, constant_values=NO_DATA)
+            for left in range(0, width, SIDE):
+                yield np.ascontiguousarray(rows[:, left : left + SIDE])
 
 
 def _gdal_metadata(output: Output) -> bytes:
@@ -208,70 +212,15 @@ def _gdal_metadata(output: Output) -> bytes:
     )
 
 
-def _regroup(strips: Iterable[np.ndarray], height: int) -> Iterator[np.ndarray]:
-    """Strips (C, n, W) of any height -> strips of `height` rows, the last one of what is left."""
-    waiting, n = [], 0
-    for strip in strips:
-        waiting.append(strip)
-        n += strip.shape[1]
-        if n >= height:
-            rows = np.concatenate(waiting, axis=1)
-            whole = n - n % height
-            yield from (rows[:, top : top + height] for top in range(0, whole, height))
-            waiting, n = [rows[:, whole:].copy()], n - whole
-    if n:
-        yield np.concatenate(waiting, axis=1)
-
-
-@contextmanager
-def _png(path: Path, output: Output, size: tuple[int, int]) -> Iterator[Write]:
-    """A PNG of one band, by hand, because Pillow wants the whole map in memory."""
-    with open(path, "wb") as file:
-
-        def chunk(kind: bytes, data: bytes) -> None:
-            file.write(
-                struct.pack(">I", len(data))
-                + kind
-                + data
-                + struct.pack(">I", zlib.crc32(kind + data))
-            )
-
-        file.write(b"\x89PNG\r\n\x1a\n")
-        chunk(
-            b"IHDR",
-            struct.pack(">IIBBBBB", size[1], size[0], 8, 3 if output.classes else 0, 0, 0, 0),
-        )  # palette, grey
-        if output.classes:
-            chunk(b"PLTE", output.palette.tobytes())
-            chunk(b"tRNS", bytes(255 if i != NO_DATA else 0 for i in range(256)))
-        else:
-            chunk(b"tRNS", struct.pack(">H", NO_DATA))
-        packer = zlib.compressobj(6)
-        # A row begins with its filter, which is none.
-        yield lambda rows: chunk(
-            b"IDAT", packer.compress(np.pad(rows[0], [(0, 0), (1, 0)]).tobytes())
-        )
-        chunk(b"IDAT", packer.flush())
-        chunk(b"IEND", b"")
-
-
-def without_data(path: Path, raw) -> Callable[[slice], np.ndarray] | None:
-    """For a slice of rows, where the image has no data: (n, W) bool; None for an image without such
-    a thing.
-
-    That is where its alpha band is 0, or where every other band has the file's no-data value. `raw`
-    is the image as it is in the file, behind slices."""
-    alpha, nodata = alpha_band(path), nodata_value(path)
-    if alpha is None and nodata is None:
-        return None
-
-    def missing(rows: slice) -> np.ndarray:
-        pixels = raw[rows, 0 : raw.shape[1]]
-        colors = [band for band in range(pixels.shape[2]) if band != alpha]
-        out = np.zeros(pixels.shape[:2], bool) if alpha is None else pixels[..., alpha] == 0
-        return out if nodata is None else out | (pixels[..., colors] == nodata).all(axis=-1)
-
-    return missing
+def _write_png(path: Path, output: Output, pixels: Scratch, band: int) -> None:
+    _, H, W = pixels.shape
+    mode = "P" if output.classes else "L"
+    picture = Image.frombuffer(mode, (W, H), pixels.mapped()[band], "raw", mode, 0, 1)
+    clear: bytes | int = NO_DATA
+    if output.classes:
+        picture.putpalette(output.palette.tobytes())
+        clear = bytes(255 if i != NO_DATA else 0 for i in range(256))
+    picture.save(path, "PNG", transparency=clear)
 
 
 def cut_out(
@@ -288,8 +237,7 @@ def cut_out(
 
 def check_outputs(paths: dict[str, Path], sources: Iterable[Path]) -> None:
     """Raises DataError, by flag, for a map that could not be written, or would overwrite another or
-    a source of it.
-    """
+    a source of it."""
     taken = {}
     for flag, path in paths.items():
         place = path.resolve()

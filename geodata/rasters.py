@@ -1,415 +1,273 @@
-"""Raster files: reading TIFF, PNG and JPEG, and laying one GeoTIFF on the grid of another. Knows no
-data set.
+"""Opening rasters: what the header of a TIFF, PNG or JPEG says, and what GDAL keeps beside it.
 
-Shapes: `H, W` pixels of a raster, `C` bands, bands last. Every mistake is a DataError of one line
-that names the file."""
+TIFFs are read segment by segment (see codecs.py), PNG and JPEG as a whole at the first slice. What
+cannot be read exactly is refused. Every mistake is a DataError of one line that names the file."""
 
 from __future__ import annotations
 
+import logging
 import re
-import zlib
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, Iterator, TypeVar
+from typing import Iterator
+from xml.etree import ElementTree
 
 import numpy as np
 import tifffile
-from PIL import Image, UnidentifiedImageError
+from tifffile import PHOTOMETRIC
 
-TIFF_ENDINGS = (".tif", ".tiff")
+from geodata.codecs import JPEG, LZW, NONE, PNG, REWRITE, Codec, lzw_size, open_picture, png_depth
+from geodata.slices import DataError, Raster, one_line, unreadable
 
+__all__ = ["DataError", "Raster", "one_line", "open_raster", "read_raster"]
 
-UNCOMPRESSED, DEFLATE = 1, (8, 32946)
-
-
-PIXEL_SCALE, TIE_POINT, TRANSFORMATION, GEO_KEYS, GEO_NUMBERS, GEO_TEXT = (
-    33550,
-    33922,
-    34264,
-    34735,
-    34736,
-    34737,
-)
-
-
-GEO_TAGS = (PIXEL_SCALE, TIE_POINT, TRANSFORMATION, GEO_KEYS, GEO_NUMBERS, GEO_TEXT)
-
-
-NODATA = 42113  # GDAL's
-
-
-MODEL_TYPE, RASTER_TYPE, GEOGRAPHIC, PROJECTED, USER_DEFINED = (
-    1024,
-    1025,
-    2048,
-    3072,
-    32767,
-)  # GeoTIFF keys, a value
+# Scale, tie point, matrix; keys, their values
+GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
+GDAL_METADATA, NODATA = 42112, 42113
+LARGE = 1 << 18  # bytes of a segment of LZW beyond which its size is taken on trust
+MASK = 4  # the bit of NewSubfileType
+JFIF = b"\xff\xd8\xff"
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+CONVERT = "gdal_translate IN OUT.tif"
+COLOURS = {0: "grey", 1: "grey", 2: "rgb", 3: "palette", 4: "grey", 6: "rgb"}  # PHOTOMETRIC
+METRES = {  # of GDAL's names of units; none and an unknown one are taken for metres
+    **dict.fromkeys(("ft", "foot", "feet", "international foot"), 0.3048),
+    **dict.fromkeys(("us survey foot", "us survey feet", "ftus", "us-ft"), 1200 / 3937),
+    **dict.fromkeys(("cm", "centimetre", "centimeter", "centimetres", "centimeters"), 0.01),
+    **dict.fromkeys(("dm", "decimetre", "decimeter", "decimetres", "decimeters"), 0.1),
+    **dict.fromkeys(("mm", "millimetre", "millimeter", "millimetres", "millimeters"), 0.001),
+}
 
 
-STRIP = 512  # rows that are worked on at a time, so that temporary arrays stay small
+# The feet of GeoTIFF, by number and by name.
+FEET = {9002: 0.3048, 9003: 1200 / 3937, "ft": 0.3048, "ftUS": 1200 / 3937}
 
 
-T = TypeVar("T")
-
-
-def row_strips(raster):
-    """An array, or what slices like one, from top to bottom in strips of at most STRIP rows."""
-    for top in range(0, raster.shape[0], STRIP):
-        yield raster[top : top + STRIP, 0 : raster.shape[1]]
-
-
-class DataError(ValueError):
-    """A mistake in the data or in what was asked of them; the message names the file and says what
-    to do.
-    """
-
-
-# ------------------------------------------------------------------------------------------ reading
-
-
-def read_raster(path: Path) -> np.ndarray:
-    """(H, W) or (H, W, C) in the file's own type. tifffile first, Pillow for the rest. Raises
-    DataError by file.
-    """
+def open_raster(path: Path) -> Raster:
+    """A TIFF, PNG or JPEG, whatever its ending, from its header. Raises DataError by file."""
     try:
-        if is_tiff(path):
-            return _read_tiff(path)
-        with open_picture(path) as image:
-            return np.asarray(image)
+        with open(path, "rb") as file:
+            magic = file.read(8)
+        if magic[:4] in TIFF:
+            raster = _open_tiff(path)
+        elif magic == PNG or magic[:3] == JFIF:
+            raster = _open_picture(path)
+        else:
+            raise DataError(f"{path}: no TIFF, PNG or JPEG; convert it: {CONVERT}")
+        _read_sidecar(raster)
+        if raster.mask is None:
+            raster.mask = _mask_beside(raster)
+        return raster
     except DataError:
         raise
-    except Exception as error:  # a damaged file makes decoders raise anything: IndexError, struct.error, zlib.error
+    except Exception as error:  # as above
         raise unreadable(path, error) from error
 
 
-def is_tiff(path: Path) -> bool:
-    return path.suffix.lower() in TIFF_ENDINGS
+def read_raster(path: Path) -> np.ndarray:
+    """(H, W) or (H, W, C) in the file's own type. Raises DataError by file."""
+    return open_raster(path)[:, :]
 
 
-@contextmanager
-def open_picture(path: Path) -> Iterator[Image.Image]:
-    """A file as Pillow reads it, of any size: an orthophoto is larger than what Pillow takes for an
-    attack.
-    """
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        with Image.open(path) as image:
-            yield image
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+def _open_tiff(path: Path) -> Raster:
+    with _strict(), tifffile.TiffFile(path) as tiff:
+        raster = _of_page(path, tiff, tiff.pages[0])
+        for page in tiff.pages[1:]:
+            if page.subfiletype == MASK and page.shape[:2] == raster.shape[:2]:
+                raster.mask = _of_page(path, tiff, page)
+                break
+        return raster
 
 
-def _read_tiff(path: Path) -> np.ndarray:
-    with tifffile.TiffFile(path) as tiff:
-        page = tiff.pages[0]
-        check_bytes(path, tiff, page)
-        try:
-            array = page.asarray()
-        except ValueError as error:  # a compression that tifffile leaves to the package imagecodecs
-            if "imagecodecs" not in str(error):
-                raise
-            return _read_by_pillow(path, page.compression.name)
-        return np.moveaxis(array, 0, -1) if by_planes(page) and array.ndim == 3 else array
+def _of_page(path: Path, tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> Raster:
+    tags, photometric = page.tags, int(page.photometric)
+    if photometric not in COLOURS or photometric == PHOTOMETRIC.YCBCR and page.compression != JPEG:
+        name = getattr(page.photometric, "name", photometric)
+        raise DataError(f"{path}: its colours are {name}; convert them to RGB first")
+    if page.dtype is None or page.dtype.kind not in "biuf" or page.imagedepth > 1:
+        raise DataError(
+            f"{path}: pixels of {page.bitspersample} bits "
+            f"({getattr(page.sampleformat, 'name', '?')})"
+            f" are not read; convert them: gdal_translate -ot Float32 IN OUT.tif"
+        )
+    if page.fillorder != 1:
+        raise DataError(f"{path}: its bits lie backwards (FillOrder); rewrite it: {REWRITE}")
+    separate = page.samplesperpixel > 1 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE
+    dtype = np.dtype("u1") if page.dtype.kind == "b" else np.dtype(page.dtype)
+    subsampling = page.subsampling or (2, 2)
+    codec = Codec(
+        path, int(page.compression), int(page.predictor), page.bitspersample,
+        dtype.newbyteorder(tiff.byteorder), 1 if separate else page.samplesperpixel,
+        photometric, page.jpegtables, tuple(int(n) for n in subsampling), page.is_tiled,
+    )  # fmt: skip
+    if problem := codec.problem():
+        raise DataError(f"{path}: {problem}")
+    height, width = page.chunks[:2]
+    bands = (page.samplesperpixel,) if page.samplesperpixel > 1 else ()
+    raster = Raster(
+        path, (int(page.imagelength), int(page.imagewidth), *bands), dtype,
+        (int(height), int(width)), codec, _places(path, tiff, page), COLOURS[photometric],
+        nodata=_nodata(tags.valueof(NODATA), dtype), alpha=_alpha(page),
+    )  # fmt: skip
+    if photometric == PHOTOMETRIC.PALETTE:
+        raster.palette = (np.array(page.colormap) >> 8).astype(np.uint8).T
+    raster.geo = {code: tags.valueof(code) for code in GEO_TAGS if code in tags}
+    raster.geo |= page.geotiff_tags or {}
+    raster.geo["GDAL"] = _items(tags.valueof(GDAL_METADATA))
+    _check_sizes(raster)
+    return raster
 
 
-def by_planes(page: tifffile.TiffPage) -> bool:
-    """Whether the file holds band after band."""
-    return page.samplesperpixel > 1 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE
-
-
-def check_bytes(path: Path, tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> None:
-    """Raises DataError for a truncated file, and for one that holds more pixels than its header
-    declares.
-    """
-    end = max(o + n for o, n in zip(page.dataoffsets, page.databytecounts))
+def _places(path: Path, tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> np.ndarray:
+    """(segments, 2) int64, offset and bytes. Raises DataError for a truncated file, and where the
+    header contradicts itself."""
+    lists = [page.tags.valueof(324) or page.tags.valueof(273)]
+    lists.append(page.tags.valueof(325) or page.tags.valueof(279) or page.databytecounts)
+    offsets, counts = (np.atleast_1d(np.array(values, np.int64)) for values in lists)
+    wanted = int(np.prod(page.chunked))
+    if min(page.chunks) < 1 or not len(offsets) == len(counts) == wanted:
+        raise DataError(
+            f"{path}: its header contradicts itself ({wanted} segments by the size of the raster, "
+            f"{len(offsets)} listed); fetch the file again"
+        )
+    places = np.stack([offsets, np.where(offsets > 0, counts, 0)], axis=1)
+    end = int(places.sum(axis=1)[places[:, 1] > 0].max(initial=0))
     if end > tiff.filehandle.size:
         raise DataError(
             f"{path}: truncated, {tiff.filehandle.size} bytes of {end}; fetch the file again"
         )
-    if page.is_tiled:  # tiles are padded
+    return places
+
+
+def _check_sizes(raster: Raster) -> None:
+    """Raises DataError where segments are not of the bytes that the header declares: all those that
+    are not compressed, and of LZW, of which that shows nowhere else, the first."""
+    codec, (height, width) = raster.codec, raster.segment
+    row, down = -(-width * codec.samples * codec.bits // 8), -(-raster.shape[0] // height)
+    most = np.full((raster.planes, down, raster.across), row * height)
+    least = most.copy()
+    if not codec.tiled:
+        least[:, -1] = row * (raster.shape[0] - height * (down - 1))
+    sizes = raster.places[:, 1].reshape(least.shape)
+    if codec.compression == LZW:
+        first = int(np.argmax(sizes > 0))
+        packed = b"" if sizes.flat[first] > LARGE else raster.packed(first)
+        sizes = np.zeros_like(least)
+        sizes.flat[first] = lzw_size(packed)
+    elif codec.compression != NONE:
         return
-    bits = page.bitspersample * (1 if by_planes(page) else page.samplesperpixel)
-    row = -(-page.imagewidth * bits // 8)
-    found = wanted = 0
-    if page.compression == UNCOMPRESSED:
-        found = sum(page.databytecounts)
-        wanted = row * page.imagelength * (page.samplesperpixel if by_planes(page) else 1)
-    elif page.compression in DEFLATE:
-        tiff.filehandle.seek(page.dataoffsets[0])
-        found = len(zlib.decompress(tiff.filehandle.read(page.databytecounts[0])))
-        wanted = row * min(page.rowsperstrip, page.imagelength)
-    if found >= 2 * wanted > 0:
-        depth = page.bitspersample
+    if ((sizes > 0) & ((sizes < least) | (sizes > most))).any():
         raise DataError(
-            f"{path}: holds {found} bytes of pixels where its header declares {wanted} ({depth}-bit); "
-            f"the pixels are of more bits than declared, write the file again"
+            f"{raster.path}: segments hold {sizes.max()} bytes of pixels where its header declares "
+            f"{most.flat[0]} ({codec.bits}-bit, {raster.shape[1]} columns); write the file again"
         )
 
 
-def _read_by_pillow(path: Path, compression: str) -> np.ndarray:
+def _alpha(page: tifffile.TiffPage) -> int | None:
+    kinds = [int(kind) for kind in page.extrasamples]
+    alpha = next((i for i, kind in enumerate(kinds) if kind in (1, 2)), None)
+    return None if alpha is None else page.samplesperpixel - len(kinds) + alpha
+
+
+def _nodata(text: object, dtype: np.dtype) -> float | None:
+    """A no-data value as the file's type holds it; None where it cannot."""
     try:
-        with open_picture(path) as image:
-            return np.asarray(image)
-    except (OSError, ValueError, UnidentifiedImageError) as error:
-        raise DataError(
-            f"{path}: compressed by {compression}; pip install imagecodecs reads it"
-        ) from error
-
-
-def raster_size(path: Path) -> tuple[int, int]:
-    """(H, W) from the header alone. Raises DataError by file."""
-    return _header(
-        path,
-        lambda page: (int(page.imagelength), int(page.imagewidth)),
-        lambda image: (image.height, image.width),
-    )
-
-
-def raster_bands(path: Path) -> int:
-    """The number of bands, from the header. Raises DataError by file."""
-    return _header(path, lambda page: page.samplesperpixel, lambda image: len(image.getbands()))
-
-
-def raster_bytes(path: Path) -> int:
-    """Bytes of one value of the file, from the header: 1 for 8 bits. Raises DataError by file."""
-    sizes = {"I;16": 2, "I": 4, "F": 4}
-    return _header(path, lambda page: page.dtype.itemsize, lambda image: sizes.get(image.mode, 1))
-
-
-def alpha_band(path: Path) -> int | None:
-    """Which band says how opaque a pixel is, from the header; None without. Raises DataError by
-    file.
-    """
-
-    def of_tiff(page: tifffile.TiffPage) -> int | None:
-        extra = [int(kind) for kind in page.extrasamples]
-        alpha = next((i for i, kind in enumerate(extra) if kind in (1, 2)), None)
-        return None if alpha is None else page.samplesperpixel - len(extra) + alpha
-
-    return _header(
-        path,
-        of_tiff,
-        lambda image: image.getbands().index("A") if "A" in image.getbands() else None,
-    )
-
-
-def _header(
-    path: Path, of_tiff: Callable[[tifffile.TiffPage], T], of_picture: Callable[[Image.Image], T]
-) -> T:
-    """What the header of a TIFF, or of another picture, tells. Raises DataError by file."""
-    try:
-        if is_tiff(path):
-            with tifffile.TiffFile(path) as tiff:
-                return of_tiff(tiff.pages[0])
-        with open_picture(path) as image:
-            return of_picture(image)
-    except Exception as error:  # as above
-        raise unreadable(path, error) from error
-
-
-def unreadable(path: Path, error: BaseException) -> DataError:
-    return DataError(f"{path}: cannot be read ({one_line(error)}); replace the file")
-
-
-def one_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def nodata_value(path: Path) -> float | None:
-    """GDAL's no-data value (TIFF tag 42113), if the file has one."""
-    text = _tags(path).get(NODATA)
-    try:
-        return float(str(text).strip("\x00 ")) if text is not None else None
+        value = float(str(text).strip("\0 ").replace(",", "."))
     except ValueError:
         return None
+    if dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            return float(dtype.type(value))
+    ends = np.iinfo(dtype)
+    return int(value) if value == value and ends.min <= value <= ends.max else None
 
 
-def geo_tags(path: Path) -> list[tuple]:
-    """The tags that say where a GeoTIFF lies, as tifffile writes them (code, type, count, value,
-    True); [] without.
-    """
-    if not is_tiff(path):
-        return []
+def _open_picture(path: Path) -> Raster:
+    with open_picture(path, "PNG", "JPEG") as image:
+        if image.mode == "CMYK":
+            raise DataError(f"{path}: its colours are CMYK; convert them to RGB first")
+        bands, depth = image.getbands(), png_depth(path)
+        if depth == 16 and len(bands) > 1:  # which Pillow cuts to 8
+            raise DataError(
+                f"{path}: a PNG of 16 bits and {len(bands)} bands; convert it: {CONVERT}"
+            )
+        dtype = np.dtype("u2" if image.mode.startswith("I") else "u1")
+        shape = (image.height, image.width, *([len(bands)] if len(bands) > 1 else []))
+        raster = Raster(path, shape, dtype, (image.height, image.width))
+        raster.colours = {"P": "palette", "RGB": "rgb", "RGBA": "rgb"}.get(image.mode, "grey")
+        raster.alpha = bands.index("A") if "A" in bands else None
+        if image.mode == "P":
+            raster.palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+        elif isinstance(clear := image.info.get("transparency"), int):
+            raster.nodata = clear
+        return raster
+
+
+# ---------------------------------------------------------------------- what stands beside the file
+
+
+def _items(text: object) -> dict[str, str]:
+    """Scale, offset and unit of the first band, out of the XML in GDAL's tag."""
     try:
-        with tifffile.TiffFile(path) as tiff:
-            tags = [tiff.pages[0].tags[code] for code in GEO_TAGS if code in tiff.pages[0].tags]
-            return [(tag.code, tag.dtype, tag.count, tag.value, True) for tag in tags]
-    except Exception as error:  # as above
-        raise unreadable(path, error) from error
-
-
-def _tags(path: Path) -> dict[int, object]:
-    """The values of the tags that tell about places and no-data; empty for what is no TIFF. Raises
-    DataError by file.
-    """
-    if not is_tiff(path):
+        root = ElementTree.fromstring(str(text or "<none/>"))
+    except ElementTree.ParseError:
         return {}
-    try:
-        with tifffile.TiffFile(path) as tiff:
-            tags = tiff.pages[0].tags
-            return {code: tags[code].value for code in (*GEO_TAGS, NODATA) if code in tags}
-    except Exception as error:  # as above
-        raise unreadable(path, error) from error
+    return {e.get("role"): e.text for e in root.iter("Item") if e.get("sample", "0") == "0"}
 
 
-# ------------------------------------------------------------------------------------ GeoTIFF grids
+def _read_sidecar(raster: Raster) -> None:
+    """What GDAL says in a file of its own (.aux.xml), as far as the raster does not say it."""
+    path, told = raster.path.with_name(raster.path.name + ".aux.xml"), {}
+    if path.is_file():
+        root = ElementTree.parse(path).getroot()
+        band = root.find("PAMRasterBand[@band='1']")
+        names = {"scale": "Scale", "offset": "Offset", "unittype": "UnitType"}
+        if band is not None:
+            told = {role: v for role, name in names.items() if (v := band.findtext(name))}
+            if raster.nodata is None and (value := band.findtext("NoDataValue")):
+                raster.nodata = _nodata(value, raster.dtype)
+        if place := root.findtext("GeoTransform"):
+            raster.geo["GeoTransform"] = tuple(float(part) for part in place.split(","))
+    told |= raster.geo.pop("GDAL", {})
+    unit = feet(raster.geo, "VerticalUnitsGeoKey", 1)
+    unit = METRES.get(str(told.get("unittype", "")).strip().lower(), unit)
+    raster.scale = float(told.get("scale", 1)) * unit
+    raster.offset = float(told.get("offset", 0)) * unit
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Where the pixels of a GeoTIFF lie: the outer corner of the first one, and a pixel's size,
-    rows going south.
-    """
-
-    left: float
-    top: float
-    step_x: float
-    step_y: float
-    system: (
-        int | None
-    )  # the EPSG number, None where the file describes its coordinate system by parameters
-    projected: bool | None  # metres or degrees, None where the file does not tell
-
-    def pixel_size(self) -> float | None:
-        """Metres, None where the coordinates are degrees."""
-        return None if self.projected is False else (self.step_x + self.step_y) / 2
-
-    def moved(self, rows: int, columns: int) -> Grid:
-        """The same grid from another pixel on."""
-        return replace(
-            self, left=self.left + columns * self.step_x, top=self.top - rows * self.step_y
-        )
+def feet(geo: dict, key: str, part: int) -> float:
+    """Metres of one unit of a coordinate system, horizontal (part 0 of its name) or vertical (1):
+    by GeoTIFF's key or, where the system is told by its number alone, by its name."""
+    if key in geo:
+        return FEET.get(int(geo[key]), 1.0)
+    parts = str(geo.get("GTCitationGeoKey", "")).split(" + ")
+    named = re.search(r"\((ft|ftUS)\)", parts[part]) if part < len(parts) else None
+    return FEET[named[1]] if named else 1.0
 
 
-def read_grid(path: Path) -> Grid | None:
-    """The grid of a GeoTIFF (tags 33550 and 33922, or 34264), None without tags. Raises DataError
-    for a rotated one.
-    """
-    tags = _tags(path)
-    if PIXEL_SCALE in tags and TIE_POINT in tags:
-        (step_x, step_y), tie = tags[PIXEL_SCALE][:2], tags[TIE_POINT]
-        left, top = tie[3] - tie[0] * step_x, tie[4] + tie[1] * step_y
-    elif TRANSFORMATION in tags:
-        m = tags[TRANSFORMATION]
-        if m[1] or m[4]:
-            raise DataError(
-                f"{path}: its grid is rotated (tag 34264); warp it to a grid that goes north"
-            )
-        step_x, step_y, left, top = m[0], -m[5], m[3], m[7]
-    else:
+def _mask_beside(raster: Raster) -> Raster | None:
+    """The mask that GDAL keeps in a file of its own (.msk)."""
+    path = raster.path.with_name(raster.path.name + ".msk")
+    if not path.is_file():
         return None
-    if not (step_x > 0 and step_y > 0):
+    mask = _open_tiff(path)
+    if mask.shape[:2] != raster.shape[:2]:
         raise DataError(
-            f"{path}: its pixels measure {step_x} x {step_y}; warp it to a grid that goes north"
+            f"{path}: a mask of {mask.shape[:2]} pixels for {raster.shape[:2]}; delete it, or make "
+            f"it anew"
         )
-    keys = _geo_keys(tags)
-    if keys.get(RASTER_TYPE) == 2:  # the tie point is the middle of a pixel
-        left, top = left - step_x / 2, top + step_y / 2
-    projected = {1: True, 2: False}.get(keys.get(MODEL_TYPE))
-    return Grid(left, top, step_x, step_y, _system(tags, keys), projected)
+    return mask
 
 
-def _geo_keys(tags: dict) -> dict[int, int]:
-    """The GeoTIFF keys whose value is a number of the directory itself."""
-    directory = tags.get(GEO_KEYS, ())
-    entries = [directory[i : i + 4] for i in range(4, len(directory) - 3, 4)]
-    return {key: value for key, place, _, value in entries if place == 0}
-
-
-def _system(tags: dict, keys: dict[int, int]) -> int | None:
-    code = keys.get(PROJECTED, keys.get(GEOGRAPHIC))
-    if code not in (None, 0, USER_DEFINED):
-        return code
-    named = re.search(r"EPSG:(\d+)", str(tags.get(GEO_TEXT, "")))
-    return int(named[1]) if named else None
-
-
-def same_grid(one: Grid, other: Grid, size: tuple[int, int]) -> bool:
-    """Whether every pixel of a raster of `size` lies within less than a pixel of the other's pixel
-    of that index.
-    """
-    H, W = size
-    drift_x = abs(one.left - other.left) + W * abs(one.step_x - other.step_x)
-    drift_y = abs(one.top - other.top) + H * abs(one.step_y - other.step_y)
-    return _one_system(one, other) and drift_x < one.step_x and drift_y < one.step_y
-
-
-def _one_system(one: Grid, other: Grid) -> bool:
-    """False where both files name their systems and these differ; what is not named is taken for
-    the same.
-    """
-    known = None not in (one.system, other.system) and one.system != other.system
-    kinds = None not in (one.projected, other.projected) and one.projected != other.projected
-    return not known and not kinds
-
-
-def places_in(source: Grid, target: Grid, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """The fractional rows (H,) and columns (W,) of the source at which the middles of the target's
-    pixels lie.
-    """
-    rows = (
-        source.top - target.top + (np.arange(size[0]) + 0.5) * target.step_y
-    ) / source.step_y - 0.5
-    columns = (
-        target.left - source.left + (np.arange(size[1]) + 0.5) * target.step_x
-    ) / source.step_x - 0.5
-    return rows, columns
-
-
-def check_overlap(
-    source: Grid, target: Grid, shape: tuple[int, ...], size: tuple[int, int]
-) -> None:
-    """Raises DataError when a raster of `shape` shares no coordinate system, or no pixel, with a
-    target of `size`.
-    """
-    if not _one_system(source, target):
-        name = lambda g: (
-            f"EPSG:{g.system}" if g.system else "degrees" if g.projected is False else "metres"
-        )
-        raise DataError(
-            f"lies in another coordinate system ({name(source)}) than the image ({name(target)}); warp it first"
-        )
-    for places, n in zip(places_in(source, target, size), shape):
-        if not ((places >= -0.5) & (places <= n - 0.5)).any():
-            raise DataError(
-                "does not overlap the image; their GeoTIFF tags say that they show different places"
-            )
-
-
-def resample(array: np.ndarray, source: Grid, target: Grid, size: tuple[int, int]) -> np.ndarray:
-    """Heights (h, w) float32, NaN where missing, laid bilinearly on the target's grid -> (H, W)
-    float32.
-
-    A pixel is the weighted mean of its valid neighbours, NaN where there is none, and outside the
-    source. Raises DataError when the coordinate systems differ or the grids do not overlap."""
-    rows, columns = places_in(source, target, size)
-    inside = [
-        (places >= -0.5) & (places <= n - 0.5) for places, n in zip((rows, columns), array.shape)
-    ]
-    check_overlap(source, target, array.shape, size)
-    valid = np.isfinite(array)
-    known, weights = np.where(valid, array, 0).astype(np.float32), valid.astype(np.float32)
-    out = np.full(size, np.nan, np.float32)
-    for top in range(0, size[0], STRIP):
-        strip = slice(top, top + STRIP)
-        weight = bilinear(weights, rows[strip], columns)
-        here = (weight > 1e-6) & inside[0][strip, None] & inside[1]
-        out[strip][here] = bilinear(known, rows[strip], columns)[here] / weight[here]
-    return out
-
-
-def bilinear(array: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """(h, w) at fractional places -> (len(rows), len(columns)) float32; places beyond the edge take
-    its value.
-    """
-    for axis, places in ((0, rows), (1, columns)):
-        last = array.shape[axis] - 1
-        places = np.clip(places, 0, last)
-        low = np.minimum(places.astype(np.intp), max(last - 1, 0))
-        share = (places - low).astype(np.float32)
-        share = share[:, None] if axis == 0 else share
-        high = np.minimum(low + 1, last)
-        array = array.take(low, axis) * (1 - share) + array.take(high, axis) * share
-    return array
+@contextmanager
+def _strict() -> Iterator[None]:
+    """tifffile logs what it stumbles over and reads on: an error of a header is one here."""
+    logger, heard = logging.getLogger("tifffile"), []
+    logger.addFilter(hear := lambda record: heard.append(record) or False)
+    try:
+        yield
+    finally:
+        logger.removeFilter(hear)
+    for record in heard:
+        if record.levelno >= logging.ERROR:
+            raise ValueError(f"its header is damaged: {record.getMessage()}")

@@ -3,14 +3,14 @@
 `Scaling` is the choice, two plain strings that are kept with a run; `measure` turns it into the
 numbers of one tile.
 
-    heights   minmax       the tile's lowest is 0, its highest 1 (PAPER.md 1, Input)
+    heights   minmax       the tile's lowest is 0, its highest 1 (the paper's)
               percentiles  the same between the 1st and 99th percentile, clipped
               LOW:HIGH     a fixed range in metres, clipped
               ground       height above the local ground, 0 to 30 m, clipped
-    images    unit         the whole range of the file's type; floats lie in 0 to 1 (PAPER.md 1, Input)
+    images    unit         the whole range of the file's type; floats lie in 0 to 1
               sam          the same, minus SAM's mean, over its standard deviation
               LOW:HIGH     a fixed range, clipped
-              reflectance  0 to 0.4, clipped; values above 10 are ten-thousandths, 8-bit pixels are `unit`
+              reflectance  0 to 0.4, clipped; above 10 in ten-thousandths; 8 bits are `unit`
               minmax       each image and band from its own lowest to its highest
 """
 
@@ -18,32 +18,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Callable, Iterator
 
 import numpy as np
 
-from geodata.rasters import DataError, bilinear, row_strips
+from geodata.grids import bilinear
+from geodata.slices import DataError, Raster, row_strips, strip_boxes
 
 SAM_MEAN, SAM_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of 255
-
-
 REFLECTANCE = 0.4  # what becomes 1: brighter than land without snow and cloud
-
-
 GROUND_WIDTH = 60.0  # metres: narrower things stand on the ground, wider ones are ground
-
-
 GROUND_SPAN = 30.0  # metres above the ground that become 1
-
-
 CELLS = 32  # of the ground's grid in GROUND_WIDTH
-
-
+ABSURD = 3  # different absurd heights: fewer stand for no data, as -9999 does
 HEIGHTS, IMAGES = ("minmax", "percentiles", "ground"), ("unit", "sam", "reflectance", "minmax")
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """How rasters become inputs; see the top of the file. Raises DataError for an unknown choice."""
+    """How rasters become inputs; see above. Raises DataError for an unknown choice."""
 
     heights: str = "minmax"
     images: str = "unit"
@@ -68,7 +61,7 @@ def fixed_range(text: str) -> tuple[float, float] | None:
 
 @dataclass(frozen=True)
 class TileScale:
-    """The numbers that scale one tile. Heights in metres; an image of None scales as its type says."""
+    """The numbers of one tile. Heights in metres; an image of None scales as its type says."""
 
     heights: tuple[float, float] | None = None  # what becomes 0 and 1
     clip_heights: bool = False
@@ -101,51 +94,47 @@ class TileScale:
 
 def measure(
     scaling: Scaling,
-    image: np.ndarray | None,
-    dsm: np.ndarray | None,
-    unit: float,
-    pixel: float | None,
+    image: np.ndarray | None = None,
+    dsm: np.ndarray | None = None,
+    pixel: float | None = None,
+    valid: Callable | None = None,
+    limits: tuple[float, float] | None = None,
 ) -> TileScale:
-    """The numbers of a tile: image (H, W, C), dsm (H, W) in counts of `unit` metres, pixels of
-    `pixel` metres.
-
-    Both may slice like arrays, and are read from top to bottom. Raises DataError where the numbers
-    cannot be had."""
+    """The numbers of a tile: image (H, W, C), dsm (H, W) metres without holes, pixels of `pixel`
+    metres. Both may slice like arrays, and are read from top to bottom; `valid(box)` is where an
+    image has data, (h, w) bool, or None for all of it; `limits` are the lowest and highest height,
+    where they are known. Raises DataError where the numbers cannot be had."""
     numbers = {}
     if dsm is not None:
-        numbers |= _measure_heights(scaling.heights, dsm, unit, pixel)
+        numbers |= _measure_heights(scaling.heights, dsm, pixel, limits)
     if image is not None:
-        numbers |= _measure_image(scaling.images, image)
+        numbers |= _measure_image(scaling.images, image, valid)
     return TileScale(**numbers)
 
 
-def _measure_heights(choice: str, dsm: np.ndarray, unit: float, pixel: float | None) -> dict:
+def _measure_heights(
+    choice: str, dsm: np.ndarray, pixel: float | None, limits: tuple[float, float] | None
+) -> dict:
     if choice == "minmax":
-        low, high = height_range(dsm)
-        return dict(heights=(low * unit, high * unit))
+        return dict(heights=limits or height_range(dsm))
     if choice == "percentiles":
         (H, W), step = dsm.shape, max(1, dsm.shape[1] // 1000)
-        sparse = np.concatenate(
-            [dsm[row : row + 1, 0:W][:, ::step] for row in range(0, H, max(1, H // 1000))]
-        )
-        low, high = (float(v) * unit for v in np.percentile(sparse, (1, 99)))
+        rows = range(0, H, max(1, H // 1000))
+        sparse = np.concatenate([dsm[row : row + 1, 0:W][:, ::step] for row in rows])
+        low, high = (float(v) for v in np.percentile(sparse, (1, 99)))
         return dict(heights=(low, high), clip_heights=True)
     if choice == "ground":
         if pixel is None:
             raise DataError(
-                "--heights ground needs to know the size of a pixel; give GeoTIFFs, or another choice"
+                "--heights ground needs to know the size of a pixel; give GeoTIFFs, or another "
+                "choice"
             )
         ground, cell = local_ground(dsm, GROUND_WIDTH / pixel)
-        return dict(
-            heights=(0.0, GROUND_SPAN),
-            clip_heights=True,
-            ground=ground * np.float32(unit),
-            cell=cell,
-        )
+        return dict(heights=(0.0, GROUND_SPAN), clip_heights=True, ground=ground, cell=cell)
     return dict(heights=fixed_range(choice), clip_heights=True)
 
 
-def _measure_image(choice: str, image: np.ndarray) -> dict:
+def _measure_image(choice: str, image: np.ndarray, valid: Callable | None) -> dict:
     C, integer = image.shape[2], np.issubdtype(image.dtype, np.integer)
     top = np.iinfo(image.dtype).max if integer else 1
     if choice == "sam":
@@ -153,18 +142,31 @@ def _measure_image(choice: str, image: np.ndarray) -> dict:
             raise DataError("--image-scaling sam is for three bands")
         return dict(image=(np.array(SAM_MEAN) / 255 * top, np.array(SAM_STD) / 255 * top))
     if choice == "minmax":
-        ends = [(strip.min(axis=(0, 1)), strip.max(axis=(0, 1))) for strip in row_strips(image)]
+        ends = [(p.min(axis=0), p.max(axis=0)) for p in data_pixels(image, valid)]
+        if not ends:
+            raise DataError("the image holds no pixel with data; leave the tile out")
         low, high = (np.stack(values).astype(np.float64) for values in zip(*ends))
         low, high = low.min(axis=0), high.max(axis=0)
-        return dict(image=(low, np.where(high > low, high - low, 1)))
+        span = np.where(high > low, high - low, 1)
+        return dict(image=(low, span), clip_image=valid is not None)
     # differs: the published code scales each image and band of MMHunan by itself, which is `minmax`
-    # (PAPER.md 3.10)
+    # (docs/method.md 3.10)
     if choice == "reflectance" and image.dtype != np.uint8:
-        full = REFLECTANCE * (10_000 if any(strip.max() > 10 for strip in row_strips(image)) else 1)
+        counts = any(p.max() > 10 for p in data_pixels(image, valid))
+        full = REFLECTANCE * (10_000 if counts else 1)
         return dict(image=(np.zeros(C), np.full(C, full)), clip_image=True)
     if fixed := fixed_range(choice):
         return dict(image=(np.full(C, fixed[0]), np.full(C, fixed[1] - fixed[0])), clip_image=True)
     return {}
+
+
+def data_pixels(image: np.ndarray, valid: Callable | None = None) -> Iterator[np.ndarray]:
+    """Strip by strip the pixels (n, C) of an image that are data, without strips that have none."""
+    for box in strip_boxes(image.shape):
+        where = valid(box) if valid else None
+        pixels = image[box] if where is None else image[box][where]
+        if pixels.size:
+            yield pixels.reshape(-1, image.shape[2])
 
 
 def image_input(image: np.ndarray) -> np.ndarray:
@@ -180,9 +182,7 @@ def height_range(dsm: np.ndarray) -> tuple[float, float]:
 
 
 def scale_heights(dsm: np.ndarray, low_high: tuple[float, float]) -> np.ndarray:
-    """Metres -> [0, 1] float32 over the range of the tile (PAPER.md 1, Input); 0 where the tile is
-    flat.
-    """
+    """Metres -> [0, 1] float32 over the range of the tile; 0 where it is flat."""
     low, high = low_high
     return ((dsm - low) / (high - low if high > low else 1.0)).astype(np.float32)
 
@@ -190,44 +190,62 @@ def scale_heights(dsm: np.ndarray, low_high: tuple[float, float]) -> np.ndarray:
 # ---------------------------------------------------------------------------------- missing, ground
 
 
-def valid_heights(dsm: np.ndarray, nodata: float | None) -> np.ndarray:
-    """(H, W) bool: not NaN, infinite, absurd (below -1 km, from 10 km on) or the file's no-data
-    value.
-    """
-    valid = (dsm < 10_000) & (dsm > -1_000)  # NaN is neither
-    if nodata is not None:
-        valid &= dsm != np.float32(nodata)
-    return valid
+def valid_heights(dsm: np.ndarray) -> np.ndarray:
+    """(H, W) bool: metres that are not NaN, infinite or absurd (-1 km and below, from 10 km on)."""
+    return (dsm < 10_000) & (dsm > -1_000)  # NaN is neither
 
 
-def fill_missing_heights(dsm: np.ndarray, nodata: float | None) -> tuple[np.ndarray, int]:
-    """Heights as float32, with those that are not valid set to the lowest valid one.
+def metres(raster: Raster, unit: float, box: tuple[slice, slice]) -> np.ndarray:
+    """Heights out of the first band, (h, w) float32 metres of counts of `unit`; NaN where the file
+    has no data."""
+    raw = raster[box]
+    where = raster.valid(box, raw)
+    raw = raw[..., 0] if raw.ndim == 3 else raw
+    if (raster.scale, raster.offset) != (1, 0):
+        raw = raw * raster.scale + raster.offset
+    dsm = raw.astype(np.float32)
+    dsm = dsm if unit == 1 else dsm * np.float32(unit)
+    if where is not None:
+        dsm[~where] = np.nan
+    return dsm
 
-    Returns the heights and the number of pixels that were filled. Raises DataError when none is
-    valid."""
+
+def fill(dsm: np.ndarray, lowest: float) -> np.ndarray:
+    """Metres with `lowest` where there is no valid height. In place."""
+    dsm[~valid_heights(dsm)] = lowest
+    return dsm
+
+
+def fill_missing_heights(dsm: np.ndarray, nodata: float | None = None) -> tuple[np.ndarray, int]:
+    """Heights as float32, with those that are missing set to the lowest, and how many they are.
+    Raises DataError when none is valid."""
     dsm = dsm.astype(np.float32)
-    valid = valid_heights(dsm, nodata)
-    missing = valid.size - int(valid.sum())
-    if missing == valid.size:
-        raise DataError("holds no valid height")
-    if missing:
-        dsm[~valid] = dsm.min(where=valid, initial=np.inf)
-    return dsm, missing
+    if nodata is not None:
+        dsm[dsm == np.float32(nodata)] = np.nan
+    lowest, _, missing = height_limits(dsm)
+    return fill(dsm, lowest), missing
 
 
-def lowest_height(dsm, nodata: float | None) -> tuple[float, int]:
-    """The lowest valid height of what slices like (H, W), and the number of pixels without. Raises
-    DataError for none.
-    """
-    lowest, missing = np.inf, 0
+def height_limits(dsm) -> tuple[float, float, int]:
+    """The lowest and highest of what slices like (H, W) metres, and the number of pixels without.
+    Raises DataError for none, and for absurd values that are too many to stand for no data."""
+    lowest, highest, missing, absurd = np.inf, -np.inf, 0, set()
     for strip in row_strips(dsm):
-        strip = (strip[..., 0] if strip.ndim == 3 else strip).astype(np.float32)
-        valid = valid_heights(strip, nodata)
+        valid = valid_heights(strip)
         missing += valid.size - int(valid.sum())
         lowest = min(lowest, float(strip.min(where=valid, initial=np.inf)))
+        highest = max(highest, float(strip.max(where=valid, initial=-np.inf)))
+        if not valid.all() and len(absurd) < ABSURD:
+            others = strip[~valid]
+            absurd |= set(np.unique(others[np.abs(others) < 1e6])[:ABSURD].tolist())
+    if len(absurd) >= ABSURD:
+        raise DataError(
+            f"heights such as {min(absurd):g} and {max(absurd):g} m; if the file is not in metres, "
+            f"say so in it: gdal_translate -a_scale 0.01 IN OUT.tif for centimetres"
+        )
     if lowest == np.inf:
-        raise DataError("holds no valid height")
-    return lowest, missing
+        raise DataError("holds no valid height; leave the tile out or replace the file")
+    return lowest, highest, missing
 
 
 def local_ground(dsm: np.ndarray, width: float) -> tuple[np.ndarray, int]:
@@ -249,16 +267,9 @@ def local_ground(dsm: np.ndarray, width: float) -> tuple[np.ndarray, int]:
 
 def sliding_min(array: np.ndarray, span: int) -> np.ndarray:
     """The lowest value of (h, w) in the square of `span` (odd) about each place, as far as it lies
-    inside.
-    """
+    inside."""
     for axis in (0, 1):
-        array = np.moveaxis(array, axis, 0)
-        n, half = len(array), span // 2
-        array = np.pad(array, [(half, half), (0, 0)], constant_values=np.inf)
-        reach = 1  # places that each value is the lowest of, doubled until they are `span`
-        while reach < span:
-            step = min(reach, span - reach)
-            array = np.minimum(array[:-step], array[step:])
-            reach += step
-        array = np.moveaxis(array[:n], 0, axis)
+        ends = [(span // 2,) * 2 if i == axis else (0, 0) for i in (0, 1)]
+        padded = np.pad(array, ends, constant_values=np.inf)
+        array = np.lib.stride_tricks.sliding_window_view(padded, span, axis).min(axis=-1)
     return array

@@ -52,7 +52,7 @@ def erode_labels(labels: np.ndarray, radius: int = 3) -> np.ndarray:
 
 def tile_paths(root: Path, area: int) -> dict[str, Path]:
     """The four files of a tile in Vaihingen's layout."""
-    patterns = {"image": VAIHINGEN.image["irrg"][0][0], "dsm": VAIHINGEN.dsm[0][0]}
+    patterns = {"image": VAIHINGEN.image["irrg"][0][0], "dsm": VAIHINGEN.dsm["absolute"][1][0]}
     patterns |= {"labels": VAIHINGEN.labels[0], "eroded": VAIHINGEN.test_labels[0]}
     return {kind: Path(root) / pattern.format(id=area) for kind, pattern in patterns.items()}
 
@@ -76,9 +76,9 @@ def write_potsdam(root: Path, tile: str, scene: Scene) -> None:
     above = np.clip(10 * (scene.dsm - scene.dsm.min()), 0, 255).astype(np.uint8)
     path = root / POTSDAM.image["rgbir"][0][0].format(id=tile)
     write_tiff(path, image, extrasamples=["unspecified"])
-    metres = next(pattern for pattern, unit in POTSDAM.dsm if unit == 1)
+    metres = POTSDAM.dsm["absolute"][1][0]
     write_tiff(root / metres.format(padded=padded), scene.dsm)
-    jpeg = root / POTSDAM.dsm[0][0].format(padded=padded)
+    jpeg = root / POTSDAM.dsm["normalised"][1][0].format(padded=padded)
     jpeg.parent.mkdir(exist_ok=True)
     save = partial(Image.fromarray(above).save, format="JPEG", quality=95)
     replace_atomically(jpeg, save)
@@ -99,7 +99,7 @@ def write_hunan(root: Path, tile: str, scene: Scene) -> None:
     for pattern, array in (
         (HUNAN.image["rgb"][0][0], bands),
         ("{folder}/s1/s1_{id}.tif", radar),
-        (HUNAN.dsm[0][0], topography),
+        (HUNAN.dsm["absolute"][1][0], topography),
         (HUNAN.labels[0], codes[scene.labels]),
     ):
         path = root / pattern.format(folder=folder, id=number)

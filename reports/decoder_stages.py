@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from geodata.labels import labels_to_colors
 from geodata.layouts import IGNORE, Classes
-from geodata.tiles import labels_to_colors
 from reports import features as draw
 from reports.boxes import draw_boxes
 from reports.lesson import Stage, percent, shape, side_by_side

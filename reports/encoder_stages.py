@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from geodata.labels import labels_to_colors
 from geodata.layouts import Classes
-from geodata.tiles import LoadedTile, labels_to_colors
+from geodata.tiles import LoadedTile
 from reports import features as draw
 from reports.boxes import draw_boxes
 from reports.lesson import SAME, Stage, percent, shape, side_by_side

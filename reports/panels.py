@@ -9,8 +9,9 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.Image import Resampling
 
 from engine.files import replace_atomically
+from geodata.labels import labels_to_colors
 from geodata.layouts import IGNORE, Classes
-from geodata.tiles import LoadedTile, labels_to_colors
+from geodata.tiles import LoadedTile
 
 MAX_SIDE = 640  # pixels: larger tiles are shown smaller
 INK, PAPER = (40, 40, 40), (255, 255, 255)

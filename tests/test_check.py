@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from test_rasters import geo_tags
 
+from data import open_dataset
 from geodata import synthetic
 from geodata.layouts import VAIHINGEN_TEST_PIXELS
+from geodata.loading import load_tiles
+from geodata.rasters import DataError
+from geodata.tiles import Tile
 
 HOME = Path(__file__).parents[1]
 SHARED = HOME.parent / "shared" / "data"
@@ -89,14 +94,21 @@ strange[3:] = (90, 90, 90)
 strange[9:] = (200, 0, 0)
 SUSPICIONS = {
     "one class": (dict(labels=np.ones((20, 20), np.uint8)), "the labels hold house alone"),
-    "no class": (dict(labels=np.full((20, 20), 255, np.uint8)), "the labels hold no scored pixel"),
     "flat": (dict(dsm=np.full((20, 20), 7, np.float32)), "all heights are 7.00 m"),
     "black": (dict(images=np.zeros((20, 20, 3), np.uint8)), "all pixels of the image are 0"),
-    "half black": (dict(images=np.repeat(np.arange(20, dtype=np.uint8)[:, None, None] // 10, 20, 1).repeat(3, 2)), "50.0 % of the image are black"),
+    "half black": (
+        dict(
+            images=np.repeat(np.arange(20, dtype=np.uint8)[:, None, None] // 10, 20, 1).repeat(3, 2)
+        ),
+        "50.0 % of the image are black",
+    ),
     "no-data": (dict(dsm=holes()), "20.0 % of the pixels have no height"),
     "colours": (dict(labels=strange), "15.0 % of the label pixels fit no class"),
-    "dark 16 bit": (dict(images=np.random.default_rng(0).integers(0, 255, (20, 20, 3)).astype(np.uint16)), "16-bit pixels that end at"),
-}  # fmt: skip
+    "dark 16 bit": (
+        dict(images=np.random.default_rng(0).integers(0, 255, (20, 20, 3)).astype(np.uint16)),
+        "16-bit pixels that end at",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", SUSPICIONS)
@@ -110,6 +122,10 @@ UNUSABLE = {
     "another size": (dict(labels=np.ones((17, 20), np.uint8)), "more than two pixels"),
     "one band": (dict(images=np.zeros((20, 20), np.uint8)), "three or more bands"),
     "all no-data": (dict(dsm=np.full((20, 20), -9999, np.float32)), "no valid height"),
+    "no class": (
+        dict(labels=np.full((20, 20), 255, np.uint8)),
+        "no pixel of any train tile is scored",
+    ),
     "no class fits": (dict(labels=np.full((20, 20), 77, np.uint8)), "no pixel has the colour"),
     "float image": (dict(images=np.full((20, 20, 3), 700, np.float32)), "--image-scaling"),
 }
@@ -119,7 +135,7 @@ UNUSABLE = {
 def test_a_tile_that_cannot_be_used_is_named_and_the_status_is_2(check, tmp_path, case):
     changes, message = UNUSABLE[case]
     status, out, err = check("--data", "tiles", "--root", write_tiles(tmp_path, **changes))
-    assert status == 2 and "a: UNUSABLE" in out and message in out
+    assert status == 2 and "UNUSABLE" in out and message in out
     assert err.count("\n") == 1 and "training cannot run" in err
 
 
@@ -195,3 +211,176 @@ def test_bands_that_no_network_takes_are_refused_before_anything_is_looked_at(ch
 def test_the_real_folders_are_sound(check, name, folder):
     status, out, _ = check("--data", name, "--root", SHARED / folder)
     assert status == 0 and "SUSPICIOUS" not in out and "UNUSABLE" not in out
+
+
+# -------------------------------------------------------------------------- what it finds in labels
+
+
+def of_labels(labels):
+    return dict(labels=np.asarray(labels, np.uint8))
+
+
+rng = np.random.default_rng(0)
+FINDINGS = {
+    "labels counted from 1": (
+        of_labels(rng.integers(1, 3, (20, 20))),
+        "labels up to 2, and the classes are 0 to 1",
+    ),
+    "unknown values": (
+        of_labels(np.where(np.tri(20, k=-14), 7, rng.integers(0, 2, (20, 20)))),
+        "fit no class: 7 (21 pixels)",
+    ),
+    "a photo": (of_labels(rng.integers(0, 255, (20, 20, 3))), "are these labels, or a photo?"),
+    "a background": (
+        of_labels(np.diag([1] * 20)),
+        "95.0 % of the labels are 0, ground; if that is the background of gdal_rasterize",
+    ),
+    "-999": (
+        dict(dsm=np.where(np.eye(20), -999, 200 + rng.uniform(0, 9, (20, 20))).astype(np.float32)),
+        "20 pixels are -999 m high",
+    ),
+    "9999": (
+        dict(dsm=np.where(np.eye(20), 9999, 200 + rng.uniform(0, 9, (20, 20))).astype(np.float32)),
+        "20 pixels are 9999 m high",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FINDINGS)
+def test_what_looks_wrong_in_labels_and_heights_is_named_with_its_numbers(check, tmp_path, case):
+    changes, remark = FINDINGS[case]
+    status, out, _ = check("--data", "tiles", "--root", write_tiles(tmp_path, **changes))
+    assert status == 0 and remark in out and "SUSPICIOUS" in out
+
+
+def test_heights_of_three_bands_are_unusable(check, tmp_path):
+    changes = dict(dsm=rng.integers(0, 255, (20, 20, 3)).astype(np.uint8))
+    status, out, _ = check("--data", "tiles", "--root", write_tiles(tmp_path, **changes))
+    assert status == 2 and "UNUSABLE" in out and "heights are one band" in out
+
+
+def test_labels_elsewhere_are_unusable(check, tmp_path):
+    root = write_tiles(tmp_path)
+    for kind, left in (("images", 0), ("labels", 2000)):
+        array = tifffile.imread(root / "train" / kind / "a.tif")
+        rgb = {"photometric": "rgb" if array.ndim == 3 else "minisblack"}
+        tifffile.imwrite(
+            root / "train" / kind / "a.tif", array, extratags=geo_tags(left, 100), **rgb
+        )
+    status, out, _ = check("--data", "tiles", "--root", root)
+    assert status == 2 and "labels/a.tif: does not overlap the image" in out
+
+
+def test_a_broken_test_tile_is_named_by_the_doctor_and_before_any_training(check, tmp_path):
+    root = write_tiles(tmp_path)
+    path = root / "test/dsm/a.tif"
+    path.write_bytes(path.read_bytes()[:900])
+    status, out, _ = check("--data", "tiles", "--root", root)
+    assert status == 2 and f"UNUSABLE, {path}: truncated" in out
+    with pytest.raises(DataError, match="test/dsm/a.tif: truncated"):
+        open_dataset("tiles", root).check(("image", "dsm"))
+    open_dataset("tiles", root).check(("image",))
+
+
+BROKEN = {
+    "labels": np.full((20, 20), 77, np.uint8),
+    "dsm": np.full((20, 20), np.nan, np.float32),
+    "images": np.zeros((20, 20), np.uint8),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_what_is_wrong_in_a_test_tile_is_found_before_training(tmp_path, kind):
+    write_tiles(tmp_path)
+    open_dataset("tiles", tmp_path).check(("image", "dsm"))
+    tifffile.imwrite(tmp_path / "test" / kind / "a.tif", BROKEN[kind], photometric="minisblack")
+    with pytest.raises(DataError, match=f"test/{kind}/a.tif"):
+        open_dataset("tiles", tmp_path).check(("image", "dsm"))
+
+
+def test_a_turned_tile_that_the_doctor_passes_is_one_that_training_takes(check, tmp_path):
+    root = write_tiles(tmp_path)
+    matrix = (0.5, 0.1, 0.0, 10.0, 0.1, -0.5, 0.0, 20.0, *[0.0] * 7, 1.0)
+    for path in root.glob("*/images/a.tif"):
+        tags = [(34264, "d", 16, matrix, True)]
+        tifffile.imwrite(path, tifffile.imread(path), photometric="rgb", extratags=tags)
+    assert check("--data", "tiles", "--root", root, "--modalities", "image")[0] == 0
+    tiles = open_dataset("tiles", root).tiles("train", ("image",))
+    assert load_tiles(tiles, ("image",), 1)[0].size == (20, 20)
+
+
+def test_training_on_labels_that_are_all_ignored_is_refused(tmp_path):
+    write_tiles(tmp_path, labels=np.full((20, 20), 255, np.uint8))
+    tiles = open_dataset("tiles", tmp_path).tiles("train")
+    with pytest.raises(DataError, match="no pixel of any training tile is scored"):
+        load_tiles(tiles, ("image", "dsm"), 1)
+
+
+# ---------------------------------------------------------------------------------------- own tiles
+
+
+def test_files_that_are_no_tiles_are_passed_over_and_two_of_one_name_are_refused(tmp_path):
+    root = write_tiles(tmp_path)
+    (root / "train/images/._a.tif").write_bytes(b"of macOS")
+    (root / "train/images/.hidden.png").write_bytes(b"")
+    assert [tile.name for tile in open_dataset("tiles", root).tiles("train")] == ["a"]
+    Image.new("RGB", (20, 20)).save(root / "train/images/a.png")
+    with pytest.raises(DataError, match="a.tif: is the same tile as a.png; delete one"):
+        open_dataset("tiles", root).tiles("train")
+
+
+@pytest.mark.parametrize("ending", ["jp2", "img", "vrt", "asc"])
+def test_another_format_is_refused_with_the_command_that_converts_it(tmp_path, ending):
+    root = write_tiles(tmp_path)
+    (root / "train/images/a.tif").rename(root / f"train/images/a.{ending}")
+    (root / f"train/images/a.{ending}").write_bytes(b"ncols 20\nnrows 20\n")
+    with pytest.raises(
+        DataError, match=f"a.{ending}: no TIFF, PNG or JPEG; convert it: gdal_translate"
+    ):
+        open_dataset("tiles", root).tiles("train")[0].load()
+
+
+def test_a_byte_order_mark_before_the_classes_does_no_harm(tmp_path):
+    root = write_tiles(tmp_path)
+    text = (root / "classes.json").read_text()
+    (root / "classes.json").write_text("\ufeff" + text, encoding="utf-8")
+    assert open_dataset("tiles", root).class_names == ["ground", "house"]
+
+
+def test_two_classes_of_one_name_are_refused(tmp_path):
+    root = write_tiles(tmp_path)
+    (root / "classes.json").write_text(
+        (root / "classes.json").read_text().replace("house", "ground")
+    )
+    with pytest.raises(DataError, match="classes.json: two classes have the same name"):
+        open_dataset("tiles", root)
+
+
+def test_ignoring_a_class_is_remarked_on(check, tmp_path):
+    root = write_tiles(tmp_path)
+    listed = json.loads((root / "classes.json").read_text())
+    (root / "classes.json").write_text(json.dumps({**listed, "ignore": 1}))
+    out = check("--data", "tiles", "--root", root)[1]
+    assert "SUSPICIOUS: classes.json ignores 1, the class house" in out
+
+
+# ------------------------------------------------------------------------------------ colour tables
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_labels_with_a_colour_table_of_the_classes_are_read_by_colour(tmp_path, ending):
+    classes = (("ground", (90, 90, 90)), ("house", (200, 0, 0)), ("tree", (0, 200, 0)))
+    wanted = rng.integers(0, 3, (20, 20)).astype(np.uint8)
+    order = np.array([2, 0, 1], np.uint8)  # index in the file -> class
+    raw = np.argsort(order).astype(np.uint8)[wanted]
+    table = np.zeros((256, 3), np.uint8)
+    table[:3] = [classes[k][1] for k in order]
+    path = tmp_path / f"l.{ending}"
+    if ending == "png":
+        picture = Image.fromarray(raw)
+        picture.putpalette(table.tobytes())
+        picture.save(path)
+    else:
+        colormap = table.T.astype(np.uint16) * 257
+        tifffile.imwrite(path, raw, photometric="palette", colormap=colormap)
+    assert np.array_equal(Tile("a", {"labels": path}, classes).read_labels(), wanted)

@@ -15,10 +15,11 @@ from PIL import Image
 
 from data import open_dataset
 from geodata.crops import CropDataset, CropOrder, draw_crop, sliding_windows
+from geodata.labels import colors_to_labels, labels_to_colors
 from geodata.layouts import ISPRS_CLASSES
 from geodata.rasters import DataError, read_raster
 from geodata.scaling import fill_missing_heights, height_range, image_input, scale_heights
-from geodata.tiles import LoadedTile, Tile, colors_to_labels, labels_to_colors
+from geodata.tiles import LoadedTile, Tile
 
 GOLDENS = Path(__file__).parent / "goldens"
 PALETTE = [color for _, color in ISPRS_CLASSES]
@@ -475,7 +476,8 @@ def test_own_tiles_that_lack_a_folder_are_an_error_that_names_it(tmp_path, kind)
 
 GOOD = {"name": "ground", "color": [1, 2, 3]}
 BAD_CLASSES = [
-    None, "{", "[]", '"classes"', "{}", '{"classes": []}', '{"classes": "ab"}', '{"classes": [1, 2]}', b"\xff\xfe{",
+    None, "{", "[]", '"classes"', "{}", '{"classes": []}', '{"classes": "ab"}', '{"classes": [1, 2]}',
+    b"\xff\xfe{",
     *(
         json.dumps({"classes": [GOOD, second]})
         for second in (GOOD, {"name": "x"}, {"color": [4, 5, 6]}, {"name": "x", "color": None},

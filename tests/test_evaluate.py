@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,15 +18,16 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from data import open_dataset
-from engine.scoring import ConfusionMatrix, format_scores, score_split
+from engine.recipes import published_protocol
+from engine.scoring import ConfusionMatrix, format_scores, score_split, scores_name
 from engine.settings import Settings
-from evaluate import as_published
 from geodata import synthetic
 from geodata.crops import sliding_windows
+from geodata.labels import colors_to_labels
 from geodata.layouts import ISPRS_CLASSES
 from geodata.rasters import read_raster
 from geodata.scaling import Scaling
-from geodata.tiles import LoadedTile, colors_to_labels
+from geodata.tiles import LoadedTile
 from reports.panels import (
     RIGHT,
     SURE,
@@ -258,9 +259,7 @@ def isprs(tmp_path_factory):
 
 
 def quick(data="vaihingen", **own):
-    return asdict(
-        Settings(data=data, **{"crop": 64, "eval_stride": 64, "precision": "fp32", **own})
-    )
+    return Settings(data=data, **{"crop": 64, "eval_stride": 64, "precision": "fp32", **own})
 
 
 def labels_of(root, area, kind):
@@ -390,10 +389,8 @@ def test_as_published_is_the_sum_over_the_published_loop_s_windows_with_fewer_fo
 ):
     truth = np.random.default_rng(0).integers(0, 5, (H, W))
     dataset, model, maps = write_small_tiles(tmp_path, {"a": truth}), Counting(5), []
-    settings = as_published(quick("tiles", eval_stride=stride))
-    assert (
-        settings["repeat_border"] and settings["eval_stride"] == stride
-    )  # own tiles were not published
+    settings = published_protocol(quick("tiles", eval_stride=stride))
+    assert settings.repeat_border and settings.eval_stride == stride  # own tiles were not published
     found = score_split(
         model, dataset, "test", settings, stride, lambda tile, pred, *_: maps.append(pred)
     )
@@ -426,12 +423,12 @@ def test_as_published_is_the_sum_over_the_published_loop_s_windows_with_fewer_fo
 
 
 @pytest.mark.parametrize(
-    "data, stride",
-    [("vaihingen", 32), ("potsdam", 32), ("hunan", 128), ("mmhunan", 128), ("tiles", 50)],
+    "data, stride", [("vaihingen", 32), ("potsdam", 32), ("hunan", 128), ("tiles", 50)]
 )
 def test_as_published_takes_the_final_strides_of_the_published_data(data, stride):
     settings = quick(data, eval_stride=50)
-    assert as_published(settings) == {**settings, "eval_stride": stride, "repeat_border": True}
+    expected = replace(settings, eval_stride=stride, repeat_border=True)
+    assert published_protocol(settings) == expected
 
 
 def test_tiles_without_a_scored_pixel_or_of_one_class_add_to_the_whole_and_warn_of_nothing(
@@ -459,22 +456,70 @@ def test_who_wants_to_see_the_tiles_gets_map_and_confidence_and_the_scores_stay_
         rng.integers(0, 3, (100, 70), dtype=np.uint8),
     )
     tile = SimpleNamespace(
-        name="a", load=lambda modalities: LoadedTile("a", image, None, labels, None)
+        name="a",
+        size=labels.shape,
+        load=lambda modalities: LoadedTile("a", image, None, labels, None),
     )
     names = ["red", "green", "blue"]
     dataset = SimpleNamespace(
         tiles=lambda *_: [tile], classes=names, class_names=names, scored=(0, 1, 2), labels_note=""
     )
     dataset.with_other_labels = lambda: None
-    settings = dict(
-        modalities="image", crop=64, batch_size=2, repeat_border=False, precision="fp32"
-    )
+    settings = quick("tiles", modalities="image", batch_size=2)
     arguments = (torch.nn.Identity(), dataset, "test", settings, 32)  # the logits are the image
     assert score_split(*arguments) == score_split(*arguments, lambda *shown: kept.append(shown))
     ((shown, pred, confidence),) = kept
     wanted = torch.from_numpy(image / 255).softmax(-1).amax(-1).numpy()
     assert shown.name == "a" and np.array_equal(pred, image.argmax(-1))
     assert confidence.dtype == np.uint8 and np.abs(confidence - 100 * wanted).max() <= 0.5001
+
+
+@pytest.mark.parametrize(
+    "changes, split, stride, final, name",
+    [
+        ({}, "test", 64, True, "scores.json"),
+        ({}, "train", 64, True, "scores_train.json"),
+        ({}, "test", 32, True, "scores_stride32.json"),
+        ({}, "test", 64, False, "scores_unfinished.json"),
+        (dict(repeat_border=True), "test", 64, True, "scores_border.json"),
+        (dict(full_labels=True), "val", 64, True, "scores_val_full-labels.json"),
+    ],
+)
+def test_a_score_by_another_protocol_has_a_file_of_its_own(changes, split, stride, final, name):
+    ran = quick()
+    assert scores_name(ran, replace(ran, **changes), split, stride, final) == name
+    assert scores_name(replace(ran, **changes), replace(ran, **changes), "test", 64, True) == (
+        "scores.json"
+    )
+
+
+def test_scoring_pauses_after_each_row_of_windows_where_it_can_be_stopped(isprs):
+    class Enough(Exception):
+        pass
+
+    calls = []
+
+    def pause():
+        calls.append(1)
+        if len(calls) == 3:
+            raise Enough
+
+    dataset = open_dataset("vaihingen", isprs)
+    with pytest.raises(Enough):
+        score_split(Counting(6), dataset, "test", quick(), 64, pause=pause)
+
+
+def test_windows_are_computed_in_batches_of_the_run_s_size(isprs):
+    class Noting(Counting):
+        def forward(self, image, dsm):
+            self.batches.append(len(image))
+            return super().forward(image, dsm)
+
+    model = Noting(6)
+    model.batches = []
+    dataset = open_dataset("vaihingen", isprs)
+    found = score_split(model, dataset, "test", quick(batch_size=3), 64)
+    assert max(model.batches) <= 3 and sum(model.batches) == found["windows"]
 
 
 # ----------------------------------------------------------------------------------------- pictures

@@ -29,9 +29,10 @@ from engine.plugins import load_plugins
 from engine.settings import Settings
 from explain import corner, find_function, functions_of_tuner, place_window
 from geodata import synthetic
+from geodata.labels import labels_to_colors
 from geodata.rasters import DataError
 from geodata.scaling import TileScale
-from geodata.tiles import LoadedTile, labels_to_colors
+from geodata.tiles import LoadedTile
 from mfnet import build_mfnet
 from reports.features import cells, contributions, enlarge, principal_colors, shared_colors, tint
 from reports.lesson import write_lesson

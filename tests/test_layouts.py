@@ -12,13 +12,15 @@ import torch
 from PIL import Image
 
 from data import image_bands, open_dataset, open_from_settings
+from engine.settings import Settings
 from geodata import synthetic
 from geodata.crops import CropDataset, CropOrder, draw_crop
 from geodata.layouts import HUNAN, ISPRS_CLASSES, POTSDAM, VAIHINGEN
-from geodata.rasters import DataError, read_raster
+from geodata.loading import fingerprint, load_tiles, memory_line
+from geodata.rasters import read_raster
 from geodata.scaling import Scaling
-from geodata.slices import Held, InFile
-from geodata.tiles import fingerprint, load_tiles, memory_line
+from geodata.slices import DataError, View
+from geodata.tiles import Tile
 
 PALETTE = np.array([color for _, color in ISPRS_CLASSES], np.uint8)
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -169,6 +171,42 @@ def test_absolute_heights_serve_where_normalised_ones_are_not_complete(city):
     assert {tile.paths["dsm"].parent.name for tile in tiles.values()} == {"1_DSM"}
     number = synthetic.POTSDAM_TILES.index("7_8")
     assert np.array_equal(tiles["7_8"].read_dsm(), scene(number).dsm)
+
+
+def test_one_kind_of_heights_serves_all_splits_and_is_kept_by_name(city):
+    root = city("potsdam")
+    normalised = open_dataset("potsdam", root)
+    assert normalised.chosen_heights() == ("normalised", 0.1)
+    (root / LASTOOLS.format("07_08")).unlink()  # a training tile's
+    dataset = open_dataset("potsdam", root)
+    assert dataset.chosen_heights() == ("absolute", 1.0)
+    for split in ("train", "test"):
+        tiles = dataset.tiles(split)
+        assert {tile.paths["dsm"].parent.name for tile in tiles} == {"1_DSM"}
+    kept = open_from_settings(Settings("potsdam", str(root), heights_kind="normalised"))
+    assert {tile.height_unit for tile in kept.tiles("test")} == {0.1}
+    with pytest.raises(DataError, match="1 files of the train split are missing.*07_08"):
+        kept.tiles("train")
+    with pytest.raises(DataError, match="no heights of the kind 'mine'"):
+        open_dataset("potsdam", root, heights_kind="mine")
+
+
+@pytest.mark.parametrize("dtype, metres", [(np.uint8, 4.2), (np.float32, 42.0), (np.uint16, 42.0)])
+@pytest.mark.parametrize("kind", ["normalised", "absolute"])
+def test_heights_to_predict_from_are_in_the_unit_of_their_own_kind(tmp_path, dtype, metres, kind):
+    tifffile.imwrite(tmp_path / "d.tif", np.full((8, 8), 42, dtype))
+    tile = Tile("a", {"dsm": tmp_path / "d.tif"}, ISPRS_CLASSES)
+    tile.use_heights_of(POTSDAM, kind)
+    assert np.allclose(tile.read_dsm(), metres if kind == "normalised" else 42)
+
+
+def test_the_pixel_of_a_layout_gives_way_to_that_of_a_geotiff(tmp_path):
+    tags = [(33550, "d", 3, (0.2, 0.2, 0.0), True), (33922, "d", 6, (0, 0, 0, 0, 9.0, 0), True)]
+    tifffile.imwrite(tmp_path / "d.tif", np.ones((8, 8), np.float32), extratags=tags)
+    tile = Tile("a", {"dsm": tmp_path / "d.tif"}, ISPRS_CLASSES, pixel=POTSDAM.pixel)
+    assert tile.pixel_size() == 0.2
+    tile.one_grid = True  # the benchmark's own
+    assert tile.pixel_size() == POTSDAM.pixel
 
 
 def test_bands_are_chosen_by_name_or_number_whatever_file_is_there(city):
@@ -468,9 +506,9 @@ def test_crops_are_the_same_from_memory_from_files_and_from_plain_arrays(city, n
     plain = [tile.load(BOTH) for tile in tiles]
     roomy, tight = load_tiles(tiles, BOTH, 1), load_tiles(tiles, BOTH, 18 * 64 * 64 * 1.5e-9)
     assert all(isinstance(t.image, np.ndarray) and isinstance(t.labels, np.ndarray) for t in roomy)
-    assert all(isinstance(t.dsm, Held if normalised else np.ndarray) for t in roomy)
-    assert all(isinstance(t.image, InFile) for t in tight)
-    assert any(isinstance(t.labels if normalised else t.dsm, InFile) for t in tight)
+    assert all(isinstance(t.dsm, View if normalised else np.ndarray) for t in roomy)
+    assert all(isinstance(t.image, View) for t in tight)
+    assert any(isinstance(t.labels if normalised else t.dsm, View) for t in tight)
     assert sum(
         t.nbytes() for t in tight
     ) <= 18 * 64 * 64 * 1.5 and "read crop by crop" in memory_line(tight)
@@ -506,7 +544,7 @@ def test_every_pixel_of_a_tile_can_be_drawn():
 def test_a_budget_below_the_compressed_files_is_one_line_that_names_one(city):
     tiles = open_dataset("potsdam", city("potsdam")).tiles("train")
     with pytest.raises(
-        DataError, match="lastools.jpg: only uncompressed.*18 files.*--memory-gb"
+        DataError, match="lastools.jpg: only TIFFs.*18 files.*--memory-gb"
     ) as caught:
         load_tiles(tiles, BOTH, 1e-6)
     assert "\n" not in str(caught.value)
@@ -519,7 +557,7 @@ def test_training_on_the_image_alone_keeps_no_heights_in_memory(city):
 
 def test_a_run_is_read_again_as_it_was_trained(city):
     root = city("potsdam")
-    settings = dict(
+    settings = Settings(
         data="potsdam",
         root=str(root),
         bands="irrg",
@@ -533,9 +571,6 @@ def test_a_run_is_read_again_as_it_was_trained(city):
         and dataset.labels == "published"
         and dataset.scaling == Scaling("0:20", "sam")
     )
-    assert (
-        open_from_settings(dict(data="potsdam", root=str(root))).scaling == Scaling()
-    )  # runs from before the choice
 
 
 # --------------------------------------------------------------------------------------- real files

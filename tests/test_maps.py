@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from geodata import maps
+from geodata.grids import read_grid
+from geodata.labels import labels_to_colors
 from geodata.maps import NO_DATA, Output, cut_out, write_maps
-from geodata.maps import without_data as find_missing
-from geodata.rasters import DataError, alpha_band, nodata_value, read_grid, read_raster
-from geodata.slices import open_raster
-from geodata.tiles import labels_to_colors
+from geodata.rasters import DataError, open_raster, read_raster
+from geodata.tiles import Tile
 
 CLASSES = tuple(
     (f"class <{k}>", color)
@@ -115,7 +115,7 @@ def test_a_tiff_lies_where_the_image_lies_and_names_its_no_data(tmp_path, image)
             and page.photometric == 3
             and page.dtype == np.uint8
         )
-    assert read_grid(path) == read_grid(image) and nodata_value(path) == NO_DATA
+    assert read_grid(path) == read_grid(image) and open_raster(path).nodata == NO_DATA
 
 
 def test_a_png_has_a_world_file_of_the_middle_of_its_first_pixel(tmp_path, image):
@@ -164,17 +164,80 @@ def test_a_map_that_breaks_off_leaves_the_earlier_one_and_nothing_else(
     assert state_of(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["map.png", "map.tif"])
-def test_strips_are_written_as_they_come_and_not_gathered(tmp_path, name):
-    waiting = []
+def test_strips_are_written_as_they_come_and_not_gathered(tmp_path, monkeypatch):
+    opened, waiting = [], []
+    monkeypatch.setattr(
+        maps.tempfile,
+        "TemporaryFile",
+        lambda make=maps.tempfile.TemporaryFile, **where: opened.append(make(**where)) or opened[0],
+    )
 
     def strips():
         for top in range(0, 5000, 100):
-            waiting.append((tmp_path / f"{name}.tmp").stat().st_size)
+            waiting.append(os.fstat(opened[0].fileno()).st_size)
             yield random_map(100, 300, top)
 
-    write_map(tmp_path / name, strips(), (5000, 300), CLASSES)
-    assert waiting[25] > 100_000 and waiting[-1] > 1.8 * waiting[25]
+    write_map(tmp_path / "map.tif", strips(), (5000, 300), CLASSES)
+    assert waiting[25] > 600_000 and waiting[-1] > 1.8 * waiting[25]
+
+
+@pytest.mark.parametrize("H, W", [(256, 512), (513, 300), (1500, 2100)])
+def test_a_large_map_holds_smaller_copies_in_the_order_of_a_cloud_optimised_geotiff(
+    tmp_path, image, H, W
+):
+    outputs, bands = all_three(tmp_path), random_bands(6, H, W)
+    write_maps(outputs, [bands], (H, W), image)
+    for output, wanted in zip(outputs, (bands[:1], bands[1:2], bands[2:])):
+        with tifffile.TiffFile(output.path) as tiff:
+            pages = list(tiff.pages)
+            assert [page.subfiletype for page in pages] == [0] + [1] * (len(pages) - 1)
+            assert max(pages[-1].shape[-2:]) <= 512 and pages[0].offset <= 16
+            assert max(page.offset for page in pages) < min(min(p.dataoffsets) for p in pages)
+            starts = [min(page.dataoffsets) for page in pages]
+            assert starts == sorted(starts, reverse=True)
+            for level, page in enumerate(pages):
+                found = page.asarray().reshape(len(wanted), *page.shape[-2:])
+                assert np.array_equal(found, wanted[:, :: 2**level, :: 2**level])
+                assert page.tags[42113].value == "255" and page.photometric == pages[0].photometric
+
+
+@pytest.mark.parametrize("stale", ["map.tif.ovr", "map.tfw", "map.tif.msk"])
+def test_what_lay_beside_an_earlier_map_does_not_speak_for_the_new_one(tmp_path, image, stale):
+    for _ in range(2):
+        (tmp_path / stale).write_bytes(b"stale")
+        write_map(tmp_path / "map.tif", [random_map(5, 6)], (5, 6), CLASSES, image)
+        assert files_in(tmp_path) == ["image.tif", "map.tif", "map.tif.aux.xml"]
+
+
+def test_the_world_file_of_the_image_itself_is_not_taken_for_the_map_s(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tiff", np.zeros((5, 6, 3), np.uint8), photometric="rgb")
+    (tmp_path / "a.tfw").write_text("1\n0\n0\n-1\n10.5\n19.5\n")
+    write_map(tmp_path / "a.tif", [random_map(5, 6)], (5, 6), CLASSES, tmp_path / "a.tiff")
+    assert (tmp_path / "a.tfw").is_file() and read_grid(tmp_path / "a.tif").left == 10
+
+
+def test_files_of_the_user_s_are_left_alone(tmp_path, image):
+    for name in ("map.tif.tmp", "map.tif.aux.xml.tmp", "map.png.tmp"):
+        (tmp_path / name).write_bytes(b"mine")
+    for name in ("map.tif", "map.png"):
+        write_map(tmp_path / name, [random_map(5, 6)], (5, 6), CLASSES, image)
+    assert (
+        (tmp_path / "map.tif.tmp").read_bytes()
+        == b"mine"
+        == (tmp_path / "map.png.tmp").read_bytes()
+    )
+    assert (tmp_path / "map.tif.aux.xml.tmp").read_bytes() == b"mine"
+
+
+def test_a_link_is_followed(tmp_path, image):
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "map.tif"
+    link.symlink_to(tmp_path / "disk" / "far.tif")
+    for seed in (0, 1):
+        write_map(link, [random_map(5, 6, seed)], (5, 6), CLASSES, image)
+        assert link.is_symlink() and not (tmp_path / "disk" / "far.tif").is_symlink()
+        assert np.array_equal(read_raster(tmp_path / "disk" / "far.tif"), random_map(5, 6, seed))
+    assert files_in(tmp_path / "disk") == ["far.tif"]
 
 
 # ---------------------------------------------------------------------------- several from one pass
@@ -214,7 +277,9 @@ def test_every_file_lies_where_the_image_lies_and_names_its_bands_and_its_no_dat
             {} if output.classes else {("unittype", str(i)): "percent" for i in range(len(wanted))}
         )
         assert found == units | {("description", str(i)): name for i, name in enumerate(wanted)}
-        assert nodata_value(output.path) == NO_DATA and read_grid(output.path) == read_grid(image)
+        assert open_raster(output.path).nodata == NO_DATA and read_grid(output.path) == read_grid(
+            image
+        )
     assert files_in(tmp_path) == ["all.tif", "image.tif", "map.tif", "map.tif.aux.xml", "sure.tif"]
 
 
@@ -231,7 +296,7 @@ def test_a_confidence_png_is_grey_clear_without_data_and_has_both_sidecars(tmp_p
 
 def test_only_a_file_that_could_outgrow_32_bit_offsets_has_64_bit_ones(tmp_path, monkeypatch):
     outputs, bands = all_three(tmp_path), random_bands(6, 300, 513)  # 2 x 3 tiles
-    monkeypatch.setattr(maps, "CLASSIC", 23 * 256**2)
+    monkeypatch.setattr(maps, "CLASSIC", 30 * 256**2)
     write_maps(outputs, [bands], (300, 513))
     for output, big in zip(outputs, (False, False, True)):
         with tifffile.TiffFile(output.path) as tiff:
@@ -323,9 +388,9 @@ def write_image(path, array, nodata=None, alpha=False):
 
 
 def map_of(path, classes):
-    raw = open_raster(path)
+    missing = Tile("a", {"image": path}, CLASSES).without_data()
     strips = [np.stack([strip, strip]) for strip in cut(classes, [3, 4, 1])]
-    one, other = np.concatenate(list(cut_out(strips, find_missing(path, raw))), axis=1)
+    one, other = np.concatenate(list(cut_out(strips, missing)), axis=1)
     assert np.array_equal(one, other)  # in every band
     return one
 
@@ -361,7 +426,8 @@ def test_a_fourth_band_that_is_near_infrared_is_no_alpha(tmp_path):
         extrasamples=["unspecified"],
     )
     Image.new("RGBA", (4, 4)).save(tmp_path / "a.png")
-    assert alpha_band(tmp_path / "a.tif") is None and alpha_band(tmp_path / "a.png") == 3
+    assert open_raster(tmp_path / "a.tif").alpha is None
+    assert open_raster(tmp_path / "a.png").alpha == 3
 
 
 @pytest.mark.parametrize(

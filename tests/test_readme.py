@@ -1,41 +1,181 @@
-"""The README is true: its tuner works, its commands are understood, its two commands are those that
-are run.
+"""What README.md and docs/ show works: their Python runs, their commands are understood, and every
+flag and file that they name is there.
 """
 
+import argparse
+import importlib
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import tuners
-from engine.settings import AS_PUBLISHED, parse_settings
+from engine.console import Parser
+from geodata import synthetic
 from mfnet import build_mfnet, trained_names
 
 ROOT = Path(tuners.__file__).resolve().parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHELL = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
-TRAIN = [line.split("#")[0] for line in re.findall(r"train\.py(.*)", SHELL)]
+PAGES = {"README.md": README} | {
+    f"docs/{path.name}": path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")
+}
+LESSON, TUNER = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SCRIPTS = (
+    *("train", "evaluate", "predict", "explain", "benchmark", "data"),
+    *("geodata.synthetic", "engine.checkpoints"),
+)
+TINY = "--encoder vit_t --weights none --batch-size 2 --crop 64 --eval-stride 64 --device cpu"
 
 
-def test_the_tuner_of_the_readme_trains_its_own_parameters_and_no_others(monkeypatch):
-    monkeypatch.setattr(tuners, "TUNERS", dict(tuners.TUNERS))
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(code, {})
-    model = build_mfnet("vit_t", "scaleshift")
+class ParserReached(Exception):
+    """Raised in place of what a script does with its command line."""
+
+
+def commands(text):
+    """(script, its words) of every command in the shell blocks and in the code of a line."""
+    lines = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    plain = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    inline = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", plain)]
+    for line in [*lines.splitlines(), *inline]:
+        found = re.match(r"\s*(?:python|torchrun .*?)(?: -m)? ([\w.]+?)(?:\.py)?( .*)?$", line)
+        if found and found[1] in SCRIPTS and (found[2] or line not in inline):  # not a mere mention
+            words = (found[2] or "").split(" #")[0].replace("$seed", "0")
+            yield found[1], tuple(shlex.split(words))
+
+
+COMMANDS = sorted({command for text in PAGES.values() for command in commands(text)})
+
+
+@pytest.fixture(autouse=True)
+def a_folder_with_the_readme_s_tuner(tmp_path, monkeypatch):
+    (tmp_path / "scaleshift.py").write_text(TUNER, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    known, modules = dict(tuners.TUNERS), set(sys.modules)
+    yield
+    tuners.TUNERS.clear()
+    tuners.TUNERS.update(known)
+    for name in sys.modules.keys() - modules:
+        if name.startswith("plugin"):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def parser_of(monkeypatch):
+    """The parser of a script, as it stands before it reads the command line."""
+
+    def find(name):
+        def stop(self, *args):
+            raise ParserReached(self)
+
+        monkeypatch.setattr(sys, "argv", [name])
+        with monkeypatch.context() as patch, pytest.raises(ParserReached) as reached:
+            for kind in (Parser, argparse.ArgumentParser):
+                patch.setattr(kind, "parse_args", stop)
+            importlib.import_module(name).main()
+        return reached.value.args[0]
+
+    return find
+
+
+def run_as_shown(folder, *words):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *words]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder_of_a_run(tmp_path_factory):
+    """A folder in which a small city lies where the README has it, and a run that is finished."""
+    folder = tmp_path_factory.mktemp("readme")
+    synthetic.write_city(folder / "data" / "synthetic", seed=3, size=(128, 128))
+    data = "--data vaihingen --root data/synthetic --epochs 1 --steps 1 --out runs/first"
+    run_as_shown(folder, str(ROOT / "train.py"), *data.split(), *TINY.split())
+    return folder
+
+
+def test_the_python_of_the_readme_runs_and_its_shapes_hold(folder_of_a_run, monkeypatch):
+    monkeypatch.chdir(folder_of_a_run)
+    names = {}
+    exec(LESSON, names)
+    assert not names["model"].training and len(names["classes"]) == 6
+
+
+def test_the_page_about_a_window_is_written_as_the_readme_says(folder_of_a_run):
+    (words,) = [words for name, words in commands(README) if name == "explain"]
+    run_as_shown(folder_of_a_run, str(ROOT / "explain.py"), *words)
+    assert (folder_of_a_run / "inside" / "explain.html").is_file()
+
+
+@pytest.mark.parametrize(
+    "options, trained", [({}, {"scale", "shift"}), ({"shift": False}, {"scale"})]
+)
+def test_the_tuner_of_the_readme_trains_its_own_parameters_and_no_others(options, trained):
+    exec(TUNER, {})
+    model = build_mfnet("vit_t", "scaleshift", **options)
     model(torch.rand(1, 3, 64, 64), torch.rand(1, 64, 64)).sum().backward()
-    trained = {n for n, p in model.named_parameters() if p.grad is not None}
-    assert trained == set(trained_names(model))
-    assert {n.split(".")[-1] for n in trained if n.startswith("image_encoder")} == {
-        "scale",
-        "shift",
+    found = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert found == set(trained_names(model))
+    assert {n.split(".")[-1] for n in found if n.startswith("image_encoder")} == trained
+
+
+@pytest.mark.parametrize(
+    "name, words", COMMANDS, ids=lambda part: part if type(part) is str else ""
+)
+def test_every_command_that_is_shown_is_understood(name, words, parser_of):
+    if name == "train":
+        importlib.import_module("train").parse_settings(list(words))
+    else:
+        parser_of(name).parse_args(words)
+
+
+def test_the_commands_of_every_script_are_shown():
+    assert {name for name, _ in COMMANDS} == set(SCRIPTS)
+
+
+def test_every_flag_that_is_named_is_one_of_the_scripts(parser_of):
+    known = {flag for name in SCRIPTS for flag in parser_of(name)._option_string_actions}
+    for page, text in PAGES.items():
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+        assert named - known - {"--include", "--nproc"} == set(), page
+
+
+def test_every_file_that_is_named_is_there():
+    there = {
+        path.name
+        for folder in (".", "engine", "geodata", "reports")
+        for path in (ROOT / folder).glob("*.py")
     }
+    for page, text in PAGES.items():
+        home = (ROOT / page).parent
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (home / link).is_file(), f"{page}: {link}"
+        for name in re.findall(r"`((?:\w+/)*\w+\.(?:py|md))`", text):
+            assert (ROOT / name).is_file() or name in there, f"{page}: {name}"
+        for name in re.findall(r"pytest -q (tests/\w+\.py)", text):
+            assert (ROOT / name).is_file(), f"{page}: {name}"
 
 
-@pytest.mark.parametrize("words", TRAIN)
-def test_every_training_command_of_the_readme_is_understood(words):
-    parse_settings(shlex.split(words.replace("$seed", "0").replace("2>&1", "")))
+def test_the_readme_lists_every_module_on_a_front_page():
+    for folder in (".", "engine", "geodata", "reports"):
+        for path in (ROOT / folder).glob("[!_]*.py"):
+            assert f"`{path.name}`" in README, path
+    assert len(README.splitlines()) <= 160
+
+
+@pytest.mark.parametrize("data", ["vaihingen", "potsdam", "hunan"])
+def test_every_departure_of_the_published_code_is_listed_with_its_flag(data):
+    parse = importlib.import_module("train").parse_settings
+    ours, published = (vars(parse(["--data", data, *w])[0]) for w in ([], ["--as-published"]))
+    different = [name for name in ours if ours[name] != published[name]]
+    assert len(different) >= 7
+    for name in different:
+        assert f"| `--{name.replace('_', '-')}" in PAGES["docs/training.md"], name
 
 
 def test_the_test_command_of_the_readme_is_what_is_run_on_every_change():
@@ -46,11 +186,12 @@ def test_the_test_command_of_the_readme_is_what_is_run_on_every_change():
     )
 
 
-def test_the_readme_lists_every_module_and_every_departure_of_the_published_code():
-    assert all(f"`{path.name}`" in README for path in ROOT.glob("*.py"))
-    for name, value in AS_PUBLISHED.items():
-        assert f"`--{name.replace('_', '-')}" in README, name
-
-
-def test_every_file_that_the_readme_shows_is_there():
-    assert all((ROOT / name).is_file() for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README))
+def test_every_experiment_of_the_log_has_a_date_a_question_a_command_a_figure_and_a_conclusion():
+    entries = re.split(r"^## ", PAGES["docs/log.md"], flags=re.MULTILINE)[1:]
+    assert len(entries) >= 15
+    for i, entry in enumerate(entries, 1):
+        title = entry.splitlines()[0]
+        assert re.match(rf"{i}\. .*\(20\d\d-\d\d-\d\d\b.*\)$", title), title
+        assert re.findall(r"^- (\w+): ", entry, re.MULTILINE) == [
+            *("Question", "Command", "Figure", "Conclusion")
+        ], title

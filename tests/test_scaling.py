@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from data import open_dataset
 from geodata.crops import CropDataset
+from geodata.loading import load_tiles
 from geodata.rasters import DataError
 from geodata.scaling import (
     GROUND_SPAN,
@@ -24,7 +25,7 @@ from geodata.scaling import (
     measure,
     sliding_min,
 )
-from geodata.tiles import Tile, load_tiles
+from geodata.tiles import Tile
 
 TWO_CLASSES = (("ground", (10, 20, 30)), ("house", (200, 100, 0)))
 WHOLE = np.s_[0:1000, 0:1000]
@@ -45,9 +46,8 @@ def tile_of(folder, scaling=Scaling(), **arrays):
 
 
 def heights_by(choice, dsm, unit=1.0, pixel=0.5):
-    return measure(Scaling(choice), None, dsm, unit, pixel).height_input(
-        dsm * np.float32(unit), WHOLE
-    )
+    dsm = dsm * np.float32(unit)
+    return measure(Scaling(choice), dsm=dsm, pixel=pixel).height_input(dsm, WHOLE)
 
 
 def test_each_choice_of_heights_is_what_its_name_says():
@@ -86,8 +86,14 @@ def test_height_above_ground_knows_no_hill_and_keeps_houses():
 
 
 @settings(max_examples=10)
-@given(hnp.arrays(np.float32, st.tuples(st.integers(1, 12), st.integers(1, 12)), elements=st.floats(-9, 9, width=32)),
-       st.sampled_from([1, 3, 5, 7, 15]))  # fmt: skip
+@given(
+    hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 12), st.integers(1, 12)),
+        elements=st.floats(-9, 9, width=32),
+    ),
+    st.sampled_from([1, 3, 5, 7, 15]),
+)
 def test_the_sliding_minimum_is_the_lowest_of_each_square(array, span):
     half = span // 2
     for i, j in np.ndindex(array.shape):
@@ -95,8 +101,14 @@ def test_the_sliding_minimum_is_the_lowest_of_each_square(array, span):
         assert sliding_min(array, span)[i, j] == square.min()
 
 
-@given(hnp.arrays(np.float32, st.tuples(st.integers(1, 40), st.integers(1, 40)), elements=st.floats(0, 30, width=32)),
-       st.floats(1, 90))  # fmt: skip
+@given(
+    hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 40), st.integers(1, 40)),
+        elements=st.floats(0, 30, width=32),
+    ),
+    st.floats(1, 90),
+)
 def test_the_ground_is_an_opening_it_lies_below_every_cell_s_lowest(dsm, width):
     ground, cell = local_ground(dsm, width)
     for i, j in np.ndindex(ground.shape):
@@ -127,9 +139,7 @@ def test_height_above_ground_without_the_size_of_a_pixel_is_one_line_that_names_
 
 
 def image_by(choice, image):
-    return np.moveaxis(
-        measure(Scaling(images=choice), image, None, 1, None).image_input(image), 0, -1
-    )
+    return np.moveaxis(measure(Scaling(images=choice), image).image_input(image), 0, -1)
 
 
 def test_each_choice_of_images_is_what_its_name_says():
@@ -173,8 +183,10 @@ def test_16_bit_and_float_images_with_a_fixed_range_reach_the_network(tmp_path):
         (loaded,) = load_tiles([tile], ("image",), 1)
         (found,), _ = CropDataset([loaded], 16, 0, ("image",))[0, 0]
         wanted = (image[..., [4, 1, 0]] / 2000).clip(0, 1).transpose(2, 0, 1)
-        assert any(np.allclose(found, flipped, atol=1e-6) for flipped in
-                   (wanted, wanted[:, ::-1], wanted[:, :, ::-1], wanted[:, ::-1, ::-1]))  # fmt: skip
+        assert any(
+            np.allclose(found, flipped, atol=1e-6)
+            for flipped in (wanted, wanted[:, ::-1], wanted[:, :, ::-1], wanted[:, ::-1, ::-1])
+        )
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.float32])
@@ -194,8 +206,18 @@ def test_a_band_that_is_not_there_is_one_line_that_names_the_file(tmp_path):
 # --------------------------------------------------------------------------------------- the choice
 
 
-@pytest.mark.parametrize("heights, images", [("metres", "unit"), ("9:3", "unit"), ("nan:3", "unit"), ("1:2:3", "unit"),
-                                             ("minmax", "8bit"), ("minmax", "percentiles"), ("", "unit")])  # fmt: skip
+@pytest.mark.parametrize(
+    "heights, images",
+    [
+        ("metres", "unit"),
+        ("9:3", "unit"),
+        ("nan:3", "unit"),
+        ("1:2:3", "unit"),
+        ("minmax", "8bit"),
+        ("minmax", "percentiles"),
+        ("", "unit"),
+    ],
+)
 def test_an_unknown_choice_is_one_line_that_lists_the_known_ones(heights, images):
     with pytest.raises(DataError, match="give .*minmax.* or a range LOW:HIGH"):
         Scaling(heights, images)

@@ -359,12 +359,13 @@ def test_a_gradient_that_is_no_number_stops_before_any_weight_moves(clip):
     assert all(torch.equal(a, b) for a, b in zip(before, t.trained()))
 
 
-def test_weights_that_are_no_numbers_are_not_to_be_saved():
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e30])
+def test_weights_that_are_no_numbers_or_absurd_are_not_to_be_saved(value):
     t = trainer()
     t.check_weights()
     with torch.no_grad():
-        t.trained()[-1].view(-1)[0] = float("inf")
-    with pytest.raises(TrainingStopped, match="weights are no numbers"):
+        t.trained()[-1].view(-1)[0] = value
+    with pytest.raises(TrainingStopped, match="weights are not finite"):
         t.check_weights()
 
 

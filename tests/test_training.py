@@ -33,7 +33,8 @@ from mfnet import build_mfnet
 from sam_vit import WeightsError
 
 ROOT = Path(train.__file__).resolve().parent
-SHORT = "--data vaihingen --encoder vit_t --weights none --epochs 2 --steps 8 --batch-size 2 --crop 64 --eval-stride 64"
+SHORT = "--data vaihingen --encoder vit_t --weights none --epochs 2 --steps 8 --batch-size 2"
+SHORT += " --crop 64 --eval-stride 64"
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +248,8 @@ team, _ = join_team("cpu")
 
 def network():
     torch.manual_seed(0)
-    return build_mfnet(dict(embed_dim=32, depth=2, num_heads=2, global_attn_indexes=(1,)), "lora").double().train()
+    encoder = dict(embed_dim=32, depth=2, num_heads=2, global_attn_indexes=(1,))
+    return build_mfnet(encoder, "lora").double().train()
 
 g = torch.Generator().manual_seed(1)
 x, y = torch.rand(4, 3, 64, 64, generator=g).double(), torch.rand(4, 64, 64, generator=g).double()
@@ -346,7 +348,7 @@ def test_a_run_in_bf16_is_scored_again_with_the_same_digits(city, tmp_path):
     assert (folder / "scores.json").read_bytes() == before
 
 
-# ------------------------------------------------------------------------------ the epoch that is kept
+# --------------------------------------------------------------------------- the epoch that is kept
 
 
 @pytest.mark.parametrize("select, val", [("val", "7,32"), ("test", "")])
@@ -386,7 +388,7 @@ def test_tiles_are_held_out_by_number_but_never_all_of_them(city, tmp_path):
         short_run(city, tmp_path / "three", val="99")
 
 
-# ----------------------------------------------------------------------------- stopped at any moment
+# ---------------------------------------------------------------------------- stopped at any moment
 
 
 def test_a_run_can_go_on_before_its_first_step(city, whole_run, tmp_path):
@@ -477,7 +479,7 @@ def test_a_second_run_on_the_same_folder_is_refused(city, tmp_path):
     assert "is being trained by another process" in err and len(err.splitlines()) == 1
 
 
-# -------------------------------------------------------------------------------------- many seeds
+# --------------------------------------------------------------------------------------- many seeds
 
 
 def test_seeds_are_trained_in_turn_and_shown_as_one_row_with_what_was_there(city, tmp_path):

@@ -1,0 +1,275 @@
+"""Where rasters lie: grids out of GeoTIFF tags, world files and GDAL's sidecars; one raster laid on
+the grid of another.
+
+Shapes: `h, w` pixels of a source, `H, W` pixels of the target."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import tifffile
+
+from geodata.rasters import GEO_TAGS, TIFF, feet, open_raster
+from geodata.slices import STRIP, DataError, Raster, View, ranges
+
+SAME = 0.01  # of a pixel: files that are written on one grid differ by rounding alone
+USER_DEFINED = 32767
+WORLD_FILES = {".png": ".pgw", ".jpg": ".jgw", ".jpeg": ".jgw"}  # of a TIFF .tfw; of any .wld
+# GeoTIFF's keys that make a projection: method, centre, scale, shift, ellipsoid.
+PROJECTION = re.compile(
+    "Projection|ProjCoordTrans|Proj.*(Long|Lat|Parallel|Easting|Northing|Scale|Azimuth)"
+    "|GeogSemi|GeogInv"
+)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where pixels lie: the outer corner of the first one, and a pixel's size, rows going south.
+
+    Columns that do not go east and rows that do not go south have a `turn`, or a negative step."""
+
+    left: float
+    top: float
+    step_x: float
+    step_y: float
+    system: int | None = None  # the EPSG number; None where the file has parameters, or nothing
+    projected: bool | None = None  # metres or degrees, None where the file does not tell
+    turn: tuple[float, float] = (0.0, 0.0)  # x of a row further down, y of a column further right
+    unit: float = 1.0  # metres of one unit of the coordinates
+    parameters: tuple[tuple[str, float], ...] = field(default=(), compare=False)
+
+    @property
+    def north_up(self) -> bool:
+        return self.step_x > 0 and self.step_y > 0 and self.turn == (0, 0)
+
+    def pixel_size(self) -> float | None:
+        """Metres, None where the coordinates are degrees."""
+        if self.projected is False:
+            return None
+        sides = np.hypot((self.step_x, self.step_y), self.turn[::-1])
+        return float(sides.mean()) * self.unit
+
+    def moved(self, rows: int, columns: int) -> Grid:
+        """The same grid from another pixel on."""
+        left, top = self.corner(rows, columns)
+        return replace(self, left=left, top=top)
+
+    def corner(self, row: float, column: float) -> tuple[float, float]:
+        """(x, y) of the upper left corner of a pixel."""
+        x = self.left + column * self.step_x + row * self.turn[0]
+        return x, self.top - row * self.step_y + column * self.turn[1]
+
+    def world_file(self) -> str:
+        """The six lines of a world file, which tells of the middle of the first pixel."""
+        x, y = self.corner(0.5, 0.5)
+        values = (self.step_x, self.turn[1], self.turn[0], -self.step_y, x, y)
+        return "".join(f"{float(value)!r}\n" for value in values)
+
+
+def read_grid(source: Path | Raster) -> Grid | None:
+    """The grid of a raster, None without one. GDAL's sidecar counts first, then the tags, then a
+    world file. Raises DataError by file."""
+    raster = source if isinstance(source, Raster) else open_raster(source)
+    geo = raster.geo
+    scale, tie, matrix = (geo.get(code) for code in GEO_TAGS[:3])
+    if "GeoTransform" in geo:
+        left, step_x, turn_x, top, turn_y, down = geo["GeoTransform"]
+    elif scale and tie and len(tie) == 6:
+        step_x, down, turn_x, turn_y = scale[0], -scale[1], 0.0, 0.0
+        left, top = tie[3] - tie[0] * step_x, tie[4] - tie[1] * down
+    elif matrix and len(matrix) == 16:
+        step_x, turn_x, _, left, turn_y, down, _, top = matrix[:8]
+    elif lines := _world_lines(raster.path):
+        step_x, turn_y, turn_x, down, x, y = lines
+        left, top = x - (step_x + turn_x) / 2, y - (down + turn_y) / 2
+    else:
+        return None
+    if not np.isfinite((left, step_x, turn_x, top, turn_y, down)).all() or not (
+        step_x * down - turn_x * turn_y
+    ):
+        raise DataError(
+            f"{raster.path}: its pixels measure {step_x} x {-down}; georeference it again: "
+            f"gdal_edit.py -a_ullr ULX ULY LRX LRY FILE"
+        )
+    if geo.get("GTRasterTypeGeoKey") == 2 and "GeoTransform" not in geo:
+        left, top = left - (step_x + turn_x) / 2, top - (down + turn_y) / 2  # of the pixel's middle
+    projected = {1: True, 2: False}.get(geo.get("GTModelTypeGeoKey"))
+    unit = feet(geo, "ProjLinearUnitsGeoKey", 0)
+    parameters = tuple(
+        (key, float(value))
+        for key, value in geo.items()
+        if isinstance(key, str) and PROJECTION.match(key) and isinstance(value, (int, float))
+    )
+    turn = (float(turn_x), float(turn_y))
+    return Grid(left, top, step_x, -down, _system(geo), projected, turn, unit, parameters)
+
+
+def _world_lines(path: Path) -> tuple[float, ...] | None:
+    ending = WORLD_FILES.get(path.suffix.lower(), ".tfw")
+    for suffix in (ending, ending.upper(), path.suffix + "w", ".wld"):
+        beside = path.with_suffix(suffix)
+        if beside != path and beside.is_file():
+            try:
+                a, b, c, d, e, f = map(float, beside.read_text().replace(",", ".").split())
+            except ValueError as error:
+                raise DataError(f"{beside}: not the six numbers of a world file") from error
+            return a, b, c, d, e, f
+    return None
+
+
+def _system(geo: dict) -> int | None:
+    code = geo.get("ProjectedCSTypeGeoKey", geo.get("GeographicTypeGeoKey"))
+    if code is not None and int(code) not in (0, USER_DEFINED):
+        return int(code)
+    named = re.search(r"EPSG:(\d+)", str(geo.get(34737, "")))
+    return int(named[1]) if named else None
+
+
+def geo_tags(path: Path) -> list[tuple]:
+    """The tags that say where a raster lies, as tifffile writes them (code, type, count, value,
+    True); [] without."""
+    raster = open_raster(path)
+    with open(path, "rb") as file:
+        is_tiff = file.read(4) in TIFF
+    if is_tiff and any(code in raster.geo for code in GEO_TAGS[1:3]):
+        with tifffile.TiffFile(path) as tiff:
+            tags = [tiff.pages[0].tags[code] for code in GEO_TAGS if code in raster.geo]
+            return [(tag.code, tag.dtype, tag.count, tag.value, True) for tag in tags]
+    grid = read_grid(raster)
+    if grid is None:
+        return []
+    if grid.north_up:
+        tie = (0.0, 0.0, 0.0, grid.left, grid.top, 0.0)
+        return [(33550, "d", 3, (grid.step_x, grid.step_y, 0.0), True), (33922, "d", 6, tie, True)]
+    rows = (grid.step_x, grid.turn[0], 0.0, grid.left), (grid.turn[1], -grid.step_y, 0.0, grid.top)
+    return [(34264, "d", 16, (*rows[0], *rows[1], *[0.0] * 7, 1.0), True)]
+
+
+# ------------------------------------------------------------------------------------- two of them
+
+
+def same_grid(one: Grid, other: Grid, size: tuple[int, int]) -> bool:
+    """Whether every pixel of a raster of `size` lies where the other's pixel of that index does."""
+    pixel = min(abs(one.step_x) + abs(one.turn[0]), abs(one.step_y) + abs(one.turn[1]))
+    corners = [(0, 0), (size[0], 0), (0, size[1]), size]
+    drift = [np.subtract(one.corner(*c), other.corner(*c)) for c in corners]
+    return _one_system(one, other) and float(np.abs(drift).max()) <= SAME * pixel
+
+
+def _one_system(one: Grid, other: Grid) -> bool:
+    """False where both files name their systems and these differ, by number or in a parameter;
+    what is not named is taken for the same."""
+    known = None not in (one.system, other.system)
+    kinds = None not in (one.projected, other.projected) and one.projected != other.projected
+    if known or kinds:
+        return one.system == other.system and not kinds
+    theirs = dict(other.parameters)
+    shared = [(value, theirs[key]) for key, value in one.parameters if key in theirs]
+    return all(abs(a - b) <= 1e-9 * max(1, abs(a)) for a, b in shared) and one.unit == other.unit
+
+
+def places_in(source: Grid, target: Grid, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """The fractional rows (H,) and columns (W,) of the source at which the middles of the target's
+    pixels lie. Both grids go north."""
+    y, x = ((np.arange(n) + 0.5) * step for n, step in zip(size, (target.step_y, target.step_x)))
+    rows = (source.top - target.top + y) / source.step_y - 0.5
+    return rows, (target.left - source.left + x) / source.step_x - 0.5
+
+
+def check_overlap(
+    source: Grid, target: Grid, shape: tuple[int, ...], size: tuple[int, int]
+) -> None:
+    """Raises DataError when a raster of `shape` cannot be laid on a target of `size`."""
+    if not _one_system(source, target):
+        names = [
+            f"EPSG:{g.system}" if g.system else "degrees" if g.projected is False else "parameters"
+            for g in (source, target)
+        ]
+        raise DataError(
+            "lies in another coordinate system ({}) than the image ({}); warp it: "
+            "gdalwarp -t_srs SYSTEM IN OUT.tif".format(*names)
+        )
+    if not (source.north_up and target.north_up):
+        raise DataError(
+            "lies on another grid than the image, and one of them is rotated or goes south; warp "
+            "it: gdalwarp IN OUT.tif"
+        )
+    for places, n in zip(places_in(source, target, size), shape):
+        if not _inside(places, n).any():
+            raise DataError(
+                "does not overlap the image: by their georeferences they show different places; "
+                "check them with gdalinfo"
+            )
+
+
+def _inside(places: np.ndarray, n: int) -> np.ndarray:
+    return (places >= -0.5) & (places <= n - 0.5)
+
+
+def on_grid(source, source_grid: Grid, target: Grid, size: tuple[int, int], lay) -> View:
+    """A raster (h, w, ...) on the target's grid of `size`, slice by slice, by `lay`: `resample` or
+    `nearest`. Raises DataError as `check_overlap`."""
+    check_overlap(source_grid, target, source.shape, size)
+    places = places_in(source_grid, target, size)
+
+    def read(box):
+        parts, needed = ranges(box, size), []
+        for part, along, n in zip(parts, places, source.shape):
+            inside = along[part.start : part.stop]
+            inside = inside[_inside(inside, n)]
+            low, high = (int(inside[0]) - 1, int(inside[-1]) + 3) if len(inside) else (0, 1)
+            needed.append(slice(max(low, 0), min(high, n)))
+        moved = source_grid.moved(*(part.start for part in needed))
+        part_of = target.moved(*(part.start for part in parts))
+        return lay(source[tuple(needed)], moved, part_of, tuple(len(part) for part in parts))
+
+    return View((*size, *source.shape[2:]), source.dtype, read)
+
+
+def nearest(
+    array: np.ndarray, source: Grid, target: Grid, size: tuple[int, int], outside: int = 255
+) -> np.ndarray:
+    """Labels (h, w) on the target's grid -> (H, W); `outside` where the source does not reach."""
+    places = places_in(source, target, size)
+    rows, columns = (
+        np.clip(np.floor(along + 0.5), 0, n - 1).astype(np.intp)
+        for along, n in zip(places, array.shape)
+    )
+    inside = [_inside(along, n) for along, n in zip(places, array.shape)]
+    out = array[rows[:, None], columns]
+    out[~(inside[0][:, None] & inside[1])] = outside
+    return out
+
+
+def resample(array: np.ndarray, source: Grid, target: Grid, size: tuple[int, int]) -> np.ndarray:
+    """Heights (h, w) float32, NaN where missing, laid bilinearly on the target's grid -> (H, W)
+    float32. A pixel is the weighted mean of its valid neighbours, NaN where there is none, and
+    outside the source."""
+    rows, columns = places_in(source, target, size)
+    inside = [_inside(along, n) for along, n in zip((rows, columns), array.shape)]
+    valid = np.isfinite(array)
+    known, weights = np.where(valid, array, 0).astype(np.float32), valid.astype(np.float32)
+    out = np.full(size, np.nan, np.float32)
+    for top in range(0, size[0], STRIP):
+        strip = slice(top, top + STRIP)
+        weight = bilinear(weights, rows[strip], columns)
+        here = (weight > 1e-6) & inside[0][strip, None] & inside[1]
+        out[strip][here] = bilinear(known, rows[strip], columns)[here] / weight[here]
+    return out
+
+
+def bilinear(array: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """(h, w) at fractional places -> (len(rows), len(columns)) float32; places beyond the edge take
+    its value."""
+    for axis, places in ((0, rows), (1, columns)):
+        last = array.shape[axis] - 1
+        places = np.clip(places, 0, last)
+        low = np.minimum(places.astype(np.intp), max(last - 1, 0))
+        share = (places - low).astype(np.float32)
+        share = share[:, None] if axis == 0 else share
+        high = np.minimum(low + 1, last)
+        array = array.take(low, axis) * (1 - share) + array.take(high, axis) * share
+    return array

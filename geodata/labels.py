@@ -1,0 +1,131 @@
+"""What stands in a label file -> class indices: colours, colour tables, numbers, raw codes.
+
+Shapes: `H, W` pixels, `K` classes. Labels are uint8 class indices, 255 = not scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from geodata.layouts import IGNORE, Classes
+from geodata.slices import Raster, row_strips
+
+LISTED = 8  # unknown values that are named
+
+
+def colors_to_labels(
+    rgb: np.ndarray,
+    palette: list[tuple[int, int, int]],
+    tolerance: int | None = None,
+    unknown: int = IGNORE,
+) -> np.ndarray:
+    """(H, W, 3) uint8 colours -> (H, W) uint8 indices into `palette` (at most 64 colours).
+
+    A pixel belongs to a colour when no channel differs by more than `tolerance`; without one, by
+    the most that keeps the palette unambiguous: 127 for ISPRS's colours, which is thresholding each
+    channel, and repairs the lossy labels of Potsdam (docs/method.md 3.2). `tolerance=0` is exact
+    matching. Pixels that fit no colour become `unknown`."""
+    colors = np.asarray(palette, dtype=np.int16)
+    K = len(colors)
+    distances = np.abs(colors[:, None] - colors[None]).max(axis=-1) + 256 * np.eye(K, dtype=int)
+    widest = (int(distances.min()) - 1) // 2 if K > 1 else 255
+    if tolerance is None:
+        tolerance = widest
+    if tolerance > widest or widest < 0:
+        raise ValueError(f"tolerance {tolerance} makes the palette ambiguous; at most {widest}")
+    # Bit k of tables[c][v]: value v in channel c may belong to colour k. Three look-ups and two
+    # ands find the colour.
+    values = np.arange(256, dtype=np.int16)
+    fits = np.abs(values[None, :, None] - colors.T[:, None, :]) <= tolerance  # (3, 256, K)
+    tables = (fits * (np.uint64(1) << np.arange(K, dtype=np.uint64))).sum(axis=-1, dtype=np.uint64)
+    tables = tables.astype(np.uint8 if K <= 8 else np.uint64)
+    bits = tables[0][rgb[..., 0]] & tables[1][rgb[..., 1]] & tables[2][rgb[..., 2]]
+    labels = np.full(rgb.shape[:2], unknown, dtype=np.uint8)
+    for k in range(K):
+        labels[bits == tables.dtype.type(1 << k)] = k
+    return labels
+
+
+def labels_to_colors(labels: np.ndarray, palette: list[tuple[int, int, int]]) -> np.ndarray:
+    """(H, W) indices -> (H, W, 3) uint8 colours; what is no index of the palette becomes black."""
+    table = np.zeros((256, 3), dtype=np.uint8)
+    table[: len(palette)] = palette
+    return table[labels]
+
+
+@dataclass(frozen=True)
+class Legend:
+    """What the values of label files mean."""
+
+    classes: Classes
+    unscored_color: tuple[int, int, int] | None = None
+    ignore_index: int = IGNORE  # the value of single-band labels that is not scored
+    codes: tuple[int, ...] | None = None  # the class of raw code 0, 1, ... of single-band labels
+    exact: bool = False  # as published: colours must match exactly, and any other one is class 0
+
+    @property
+    def palette(self) -> list[tuple[int, int, int]]:
+        colors = [color for _, color in self.classes]
+        return colors if self.unscored_color is None else [*colors, self.unscored_color]
+
+    def decode(self, raw: np.ndarray, table: np.ndarray | None = None) -> np.ndarray:
+        """Colours (H, W, 3 and more) or numbers (H, W) -> (H, W) int16: classes, IGNORE for what is
+        not scored, -1 for what fits no class. `table` (N,) are the classes of a colour table."""
+        K = len(self.classes)
+        if raw.ndim == 3 and raw.shape[2] >= 3:
+            # differs: the published code matches colours exactly, and makes all others class 0
+            # (docs/method.md 3.2)
+            found = colors_to_labels(raw[..., :3], self.palette, 0 if self.exact else None, 254)
+            out = found.astype(np.int16)
+            out[found == K] = IGNORE
+            out[found == 254] = -1
+            return out
+        raw = raw[..., 0] if raw.ndim == 3 else raw
+        ignored = IGNORE if self.codes is not None else self.ignore_index
+        if ignored == -1 and raw.dtype == np.uint8:  # int8's -1 written as 255
+            raw = raw.view(np.int8)
+        classes = np.arange(K) if self.codes is None else np.array(self.codes)
+        classes = classes if table is None else table
+        known = (raw >= 0) & (raw < len(classes)) & (raw == np.trunc(raw))
+        out = np.where(known, classes[np.where(known, raw, 0).astype(np.intp)], -1)
+        out[raw == ignored] = IGNORE
+        return out.astype(np.int16)
+
+    def table_of(self, raster: Raster) -> np.ndarray | None:
+        """The classes (N,) of a raster's colour table, where it speaks of the classes: where most
+        pixels have the exact colour of one; None where the raster holds numbers."""
+        if raster.palette is None or self.codes is not None or raster.dtype != np.uint8:
+            return None
+        table = colors_to_labels(raster.palette[None], self.palette, 0, 254)[0].astype(np.int16)
+        table[table == len(self.classes)] = IGNORE
+        table[table == 254] = -1
+        if (table[: len(self.classes)] == np.arange(len(self.classes))[: len(table)]).all():
+            return None
+        counts = np.zeros(256, np.int64)
+        for strip in row_strips(raster):
+            counts += np.bincount(strip.ravel(), minlength=256)
+        counts[max(self.ignore_index, 0)] = 0
+        return table if 2 * counts[: len(table)][table >= 0].sum() > counts.sum() else None
+
+    def unknown(self, raw: np.ndarray, decoded: np.ndarray) -> dict:
+        """Value or colour -> pixels, of those that fit no class."""
+        values = raw[decoded == -1]
+        if raw.ndim == 3 and raw.shape[2] >= 3:
+            values = values[:, :3].astype(np.int32) @ (65536, 256, 1)
+            found, counts = np.unique(values, return_counts=True)
+            found = zip(found >> 16, found >> 8 & 255, found & 255)
+            return {tuple(map(int, color)): int(n) for color, n in zip(found, counts)}
+        found, counts = np.unique(values.ravel(), return_counts=True)
+        return dict(zip(found.tolist(), counts.tolist()))
+
+    def finish(self, decoded: np.ndarray) -> np.ndarray:
+        """What `decode` gave -> (H, W) uint8 labels."""
+        return np.where(decoded < 0, 0 if self.exact else IGNORE, decoded).astype(np.uint8)
+
+
+def listed(unknown: dict) -> str:
+    """The most frequent unknown values, with their pixels."""
+    most = sorted(unknown.items(), key=lambda item: -item[1])
+    text = ", ".join(f"{value} ({count:,} pixels)" for value, count in most[:LISTED])
+    return text + (f" and {len(most) - LISTED} more values" if len(most) > LISTED else "")
