@@ -38,7 +38,7 @@ from reports.lesson import Stage, write_lesson
 from reports.method import equations
 from sam_vit import WeightsError
 
-METHOD = Path(__file__).resolve().parent / "docs" / "method.md"
+METHOD = Path(__file__).resolve().parent / "docs/method.md"
 
 
 def corner(text: str) -> tuple[int, int]:
