@@ -19,7 +19,7 @@ from geodata.layouts import IGNORE
 from geodata.slices import DataError
 
 if TYPE_CHECKING:
-    from geodata.loading import LoadedTile
+    from geodata.tiles import LoadedTile
 
 
 # ------------------------------------------------------------------------------- crops for training
@@ -153,8 +153,8 @@ def sliding_windows(
 
     Windows start every `stride` pixels; one that would pass the edge is moved inwards. Each place
     is listed once, and its weight says how often the published loop visits it (docs/method.md
-    3.5: at stride 32 the last row and column 8 times). A side shorter than the window has the one place 0.
-    Raises DataError for a stride that leaves gaps."""
+    3.5: at stride 32 the last row and column 8 times). A side shorter than the window has the one
+    place 0. Raises DataError for a stride that leaves gaps."""
     rows, columns = window_places(height, window, stride), window_places(width, window, stride)
     return [(top, left, m * n) for top, m in rows for left, n in columns]
 
