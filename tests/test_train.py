@@ -194,9 +194,12 @@ def moved(*steps, **changes):
     return torch.cat([p.detach().flatten() for p in t.trained()])
 
 
-def test_a_step_is_that_of_torch_s_own_optimiser_at_the_rate_of_the_schedule():
+@pytest.mark.parametrize("weights, smoothing", [("", 0.0), ("1,2,3,4,5,6", 0.1)])
+def test_a_step_is_that_of_torch_s_own_optimiser_at_the_rate_of_the_schedule(weights, smoothing):
     rasters, labels = batch()
-    t = trainer(lr=0.1, warmup=3, weight_decay=0.01)
+    changes = dict(class_weights=weights, label_smoothing=smoothing)
+    t = trainer(lr=0.1, warmup=3, weight_decay=0.01, **changes)
+    weight = torch.arange(1.0, 7) if weights else None
     reference = trainer().model
     optimizer = torch.optim.SGD(
         [p for p in reference.parameters() if p.requires_grad],
@@ -210,7 +213,8 @@ def test_a_step_is_that_of_torch_s_own_optimiser_at_the_rate_of_the_schedule():
         reference.train()
         torch.manual_seed(step)
         optimizer.zero_grad()
-        F.cross_entropy(reference(*rasters), labels).backward()
+        loss = F.cross_entropy(reference(*rasters), labels, weight, label_smoothing=smoothing)
+        loss.backward()
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
     for a, b in zip(t.model.parameters(), reference.parameters()):
