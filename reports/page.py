@@ -45,6 +45,15 @@ figure { margin: 0 0 1rem; } figcaption { font-size: .9rem; }
   grid-template-columns: repeat(auto-fill, minmax(max(150px, 22%), 1fr)); }
 .figures img { width: 100%; border: 1px solid var(--rule); box-sizing: border-box;
   image-rendering: pixelated; }
+.plate { border-left: 3px solid var(--rule); padding-left: .8rem; }
+.equation { overflow-x: auto; font: 1.1rem/1.9 Georgia, serif; }
+.equation > b { margin-left: 2em; font-size: 1rem; }
+.frac { display: inline-block; vertical-align: middle; text-align: center; line-height: 1.3; }
+.frac span { display: block; padding: 0 .2em; }
+.frac span + span { border-top: 1px solid; }
+.equation sub, .frac { white-space: nowrap; }
+.code { color: var(--ink); border: 1px solid var(--rule); padding: .5rem; margin: .2rem 0;
+  font-size: .8rem; }
 .key { white-space: nowrap; margin-right: 1rem; }
 .key span { display: inline-block; width: 1em; height: 1em; margin-right: .4em;
   vertical-align: -.15em; border: 1px solid var(--soft); }
