@@ -246,7 +246,9 @@ def all_seeds(s: Settings, seeds: list[int], team: Team, device: torch.device) -
     for seed in dict.fromkeys(seeds):
         own = replace(s, seed=seed, out=str(Path(s.out) / f"seed-{seed}"))
         begun = (Path(own.out) / "last.pt").exists()
-        one_run(own, asdict(own) if begun else None, team, device, lengthen=False)
+        # A run fills in which kind of heights there is; see `Run.open_data`.
+        given = {k: v for k, v in asdict(own).items() if (k, v) != ("heights_kind", "")}
+        one_run(own, given if begun else None, team, device, lengthen=False)
     if team.is_main:
         print(markdown(read_runs([Path(s.out)])[0]))
 

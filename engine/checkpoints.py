@@ -196,7 +196,12 @@ def restore_model(
             "--weights, or a whole file (python -m engine.checkpoints --whole FILE, where the "
             "base is)"
         )
-    load_trained_state(model, content["state"], str(path))
+    try:
+        load_trained_state(model, content["state"], str(path))
+    except WeightsError as error:
+        raise WeightsError(
+            f"{error}; if another version wrote the file, use that one (config.json names it)"
+        ) from error
     return model.eval()
 
 

@@ -50,7 +50,7 @@ AS_PUBLISHED: dict[str, object] = {
 
 AS_PUBLISHED_WITH: dict[str, dict[str, object]] = {
     "potsdam": dict(select_stride=128),
-    "hunan": dict(select_stride=256, image_scaling="minmax"),
+    "hunan": dict(select_stride=256, image_scaling="minmax8", heights="minmax8"),
 }
 
 

@@ -644,3 +644,21 @@ def test_a_damaged_state_is_named_and_changes_nothing(whole, damage, tmp_path):
     with pytest.raises(WeightsError, match=f"{damage}: {name}"):
         checkpoints.load_trained_state(target, state, "model.pt")
     assert same_state(target, before)
+
+
+def test_the_folder_of_many_seeds_suggests_one_of_them(tmp_path):
+    (tmp_path / "seed-1").mkdir()
+    (tmp_path / "seed-1" / "model.pt").write_text("")
+    with pytest.raises(WeightsError, match=f"give one of its seeds, as {tmp_path / 'seed-1'}"):
+        load_model(tmp_path / "model.pt")
+
+
+def test_a_network_of_another_version_is_refused_with_what_to_do(tmp_path):
+    """As an image-only run of 8c97401, whose fusion had a squeeze-and-excitation."""
+    run = make_run(tmp_path, modalities="image")
+    content = read(run.path)
+    content["state"]["fusion.levels.0.se.0.fc.0.weight"] = torch.zeros(16, 256, 1, 1)
+    torch.save(content, run.path)
+    with pytest.raises(WeightsError, match="unexpected.*another version.*config.json") as raised:
+        load_model(run.path)
+    assert "\n" not in str(raised.value)

@@ -39,6 +39,7 @@ TABLE = {
     "splits": (dict(splits="official"), "inputs"),
     "full_labels": (dict(full_labels=True), "scores"),
     "heights": (dict(heights="percentiles"), "inputs"),
+    "heights_kind": (dict(data="two kinds", heights="0:600", heights_kind="b"), "inputs"),
     "image_scaling": (dict(image_scaling="sam"), "inputs"),
     "memory_gb": (dict(memory_gb=0.0), NEUTRAL),
     "encoder": (dict(encoder="wider", weights="none"), "trained"),
@@ -73,7 +74,7 @@ TABLE = {
     "repeat_border": (dict(repeat_border=True), "scores"),
     "out": (dict(out="elsewhere"), NEUTRAL),
     "precision": (dict(precision="bf16"), "weights"),
-    "accumulate": (dict(accumulate=2), NEUTRAL),
+    "accumulate": (dict(accumulate=2, lr=1e-4), NEUTRAL),
     "checkpointing": (dict(checkpointing=True), NEUTRAL),
     "compile": (dict(compile=True), "refused"),  # on a CPU
     "deterministic": (dict(deterministic=True), NEUTRAL),
@@ -86,7 +87,11 @@ BASE = dict(
     batch_size=2, epochs=2, steps=13, lr=0.01, eval_stride=32, precision="fp32", device="cpu",
     memory_gb=4.5, select="last", out="run", label_smoothing=0.0,
 )  # fmt: skip
-OTHER_BASE = {"select_stride": dict(select="test")}  # a setting that matters beside another alone
+OTHER_BASE = {
+    "select_stride": dict(select="test"),
+    "accumulate": dict(lr=1e-4),  # a rate at which training does not multiply rounding
+    "heights_kind": dict(data="two kinds", heights="0:600"),
+}  # a setting that matters beside another alone
 
 
 # ---------------------------------------------------------------------------------- the tiny world
@@ -122,6 +127,9 @@ def inside(world, monkeypatch, tmp_path):
     monkeypatch.setitem(SIZES, "tiny", TINY)
     monkeypatch.setitem(SIZES, "wider", {**TINY, "embed_dim": 48})
     image = {"irrg": tuple((path, (2, 0, 1)) for path, _ in VAIHINGEN.image["irrg"])}
+    ((_, paths),) = VAIHINGEN.dsm.values()
+    kinds = {"a": (1.0, paths), "b": (2.0, paths)}
+    monkeypatch.setitem(LAYOUTS, "two kinds", dataclasses.replace(VAIHINGEN, dsm=kinds))
     monkeypatch.setitem(LAYOUTS, "other", dataclasses.replace(VAIHINGEN, image=image))
 
 

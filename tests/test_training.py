@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
 
 import evaluate
 import train
@@ -31,7 +32,7 @@ from geodata import synthetic
 from geodata.crops import CropDataset
 from geodata.rasters import DataError
 from mfnet import build_mfnet
-from sam_vit import WeightsError
+from sam_vit import SIZES, WeightsError
 
 ROOT = Path(train.__file__).resolve().parent
 SHORT = "--data vaihingen --encoder vit_t --weights none --epochs 2 --steps 8 --batch-size 2"
@@ -381,6 +382,32 @@ def test_while_training_epochs_are_scored_at_their_own_stride(city, tmp_path, ca
     train.train(run, [])
     assert "test tiles at stride 48" in capsys.readouterr().out
     assert train.finish(run, [])["stride"] == 32
+
+
+def test_one_command_trains_chooses_and_scores_potsdam_as_published(tmp_path, monkeypatch):
+    """Windows in training and for the score are those of the published loop, each computed once."""
+    side, window = 140, 128
+    synthetic.write_city(tmp_path / "potsdam", size=side, layout="potsdam")
+    found, score = [], train.score_split
+
+    def noted(*args, **options):
+        found.append(score(*args, **options))
+        return found[-1]
+
+    monkeypatch.setattr(train, "score_split", noted)
+    monkeypatch.setitem(SIZES, "tiny", TINY)
+    words = f"--data potsdam --root {tmp_path / 'potsdam'} --as-published --encoder tiny --epochs 1"
+    words += f" --steps 1 --batch-size 2 --weights none --crop {window} --out {tmp_path / 'run'}"
+    out, _ = call_script("train.py", train.main, *words.split())
+    for scores, stride in zip(found, (128, 32), strict=True):
+        # The published loop: a window past the edge is moved inwards, and so visited again.
+        visits = [min(start, side - window) for start in range(0, side, stride)]
+        assert scores["stride"] == stride and scores["repeat_border"] is True
+        assert scores["windows"] == 6 * len({*visits}) ** 2 <= 6 * len(visits) ** 2
+    assert "TEST tiles, as published" in out and "test tiles at stride 128" in out
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert json.loads((tmp_path / "run" / "scores.json").read_text())["stride"] == 32
+    assert config["relative_positions"] == "zero" and config["labels"] == "published"
 
 
 class Recorder(Team):
