@@ -30,10 +30,10 @@ from geodata.layouts import (
     Classes,
     Layout,
 )
-from geodata.loading import LoadedTile, facts_of, fingerprint, load_tiles, memory_line
+from geodata.loading import facts_of, fingerprint, load_tiles, memory_line
 from geodata.rasters import DataError, one_line, open_raster, read_raster
 from geodata.scaling import Scaling, fill_missing_heights, height_range, image_input, scale_heights
-from geodata.tiles import Tile
+from geodata.tiles import LoadedTile, Tile
 
 # What users need of the rooms below, importable from here.
 __all__ = [

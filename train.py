@@ -79,7 +79,14 @@ def loader(run: Run) -> torch.utils.data.DataLoader:
     """The batches (rasters, labels) of this process, from where the run stands to its end."""
     s, on_gpu = run.s, run.device.type == "cuda"
     modalities, first = MODALITIES[s.modalities], run.trainer.progress.step
-    crops = CropDataset(run.tiles, s.crop, s.seed, modalities, s.crop_range == "full")
+    crops = CropDataset(
+        run.tiles,
+        s.crop,
+        s.seed,
+        modalities,
+        last_pixel=s.crop_range == "full",
+        rotations=s.augment == "flips+rotations",
+    )
     order = CropOrder(s.epochs, s.steps, s.batch_size, first, 1, run.team.rank, run.team.world)
     return torch.utils.data.DataLoader(
         crops,

@@ -109,6 +109,8 @@ class Run:
     def begin(self, last: dict | None) -> None:
         """Writes what there is before the first step: a run that dies in it can go on."""
         s = self.s
+        if last is not None:
+            self.lengthen(last["settings"]["epochs"])
         config = {
             **asdict(s),
             "base": self.base,
@@ -118,6 +120,7 @@ class Run:
             ),
             "processes": self.team.world,
             "parameters": count_parameters(self.trainer.model),
+            "lengthened": self.trainer.progress.lengthened,
             "facts": self.facts,
         }
         if self.team.is_main:
@@ -126,8 +129,6 @@ class Run:
                 keep_plugins(s.plugin, self.folder.path)
         if last is None:
             self.save_last()
-        else:
-            self.lengthen(last["settings"]["epochs"])
 
     def lengthen(self, epochs: int) -> None:
         """Notes that a run which was to have `epochs` goes on for more."""

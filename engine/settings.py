@@ -211,7 +211,7 @@ class Settings:
 
 
 # What config.json holds besides the settings.
-BESIDE_SETTINGS = ("base", "classes", "version", "processes", "parameters", "facts")
+BESIDE_SETTINGS = ("base", "classes", "version", "processes", "parameters", "facts", "lengthened")
 
 
 def flag(name: str) -> str:

@@ -19,7 +19,7 @@ from geodata.layouts import IGNORE
 from geodata.slices import DataError
 
 if TYPE_CHECKING:
-    from geodata.loading import LoadedTile
+    from geodata.tiles import LoadedTile
 
 
 # ------------------------------------------------------------------------------- crops for training
@@ -32,6 +32,7 @@ class Crop:
     left: int
     flip_rows: bool
     flip_columns: bool
+    turned: bool = False  # rows for columns, which with flips makes the quarter turns
 
 
 def draw_crop(
@@ -41,16 +42,22 @@ def draw_crop(
     sizes: list[tuple[int, int]],
     crop: int,
     last_pixel: bool = True,
+    rotations: bool = False,
 ) -> Crop:
     """A uniformly drawn tile, a uniformly drawn position, two coin flips: a function of its
-    arguments alone.
+    arguments alone. `rotations` add quarter turns: each of the square's eight symmetries is drawn
+    as often.
+
+    differs: the paper says rotations and flips; the published code flips only, and so do we unless
+    asked.
 
     differs: the published code never draws a tile's last row and column; here every position that
     fits is drawn, unless `last_pixel` is False."""
     rng = np.random.default_rng((seed, epoch, index))
     tile = int(rng.integers(len(sizes)))
     top, left = (int(rng.integers(max(n - crop + last_pixel, 1))) for n in sizes[tile])
-    return Crop(tile, top, left, bool(rng.integers(2)), bool(rng.integers(2)))
+    flips = bool(rng.integers(2)), bool(rng.integers(2))
+    return Crop(tile, top, left, *flips, rotations and bool(rng.integers(2)))
 
 
 class CropDataset(torch.utils.data.Dataset):
@@ -63,14 +70,10 @@ class CropDataset(torch.utils.data.Dataset):
         seed: int,
         modalities: tuple[str, ...],
         last_pixel: bool = True,
+        rotations: bool = False,
     ):
-        self.tiles, self.crop, self.seed, self.modalities, self.last_pixel = (
-            tiles,
-            crop,
-            seed,
-            modalities,
-            last_pixel,
-        )
+        self.tiles, self.crop, self.seed, self.modalities = tiles, crop, seed, modalities
+        self.last_pixel, self.rotations = last_pixel, rotations
         self.sizes = [tile.size for tile in tiles]
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], Tensor]:
@@ -78,7 +81,7 @@ class CropDataset(torch.utils.data.Dataset):
 
         A tile smaller than the crop is continued by reflection; what was added is never scored.
         """
-        c = draw_crop(self.seed, *key, self.sizes, self.crop, self.last_pixel)
+        c = draw_crop(self.seed, *key, self.sizes, self.crop, self.last_pixel, self.rotations)
         tile = self.tiles[c.tile]
         cut = np.s_[c.top : c.top + self.crop, c.left : c.left + self.crop]
         rasters = []
@@ -104,7 +107,8 @@ def _fit(array: np.ndarray, size: int, mode: str, **options) -> np.ndarray:
 
 def _tensor(array: np.ndarray, crop: Crop) -> Tensor:
     rows, columns = (-1 if crop.flip_rows else 1), (-1 if crop.flip_columns else 1)
-    return torch.from_numpy(array[..., ::rows, ::columns].copy())
+    array = array[..., ::rows, ::columns]
+    return torch.from_numpy((array.swapaxes(-1, -2) if crop.turned else array).copy())
 
 
 class CropOrder(torch.utils.data.Sampler):
@@ -149,8 +153,8 @@ def sliding_windows(
 
     Windows start every `stride` pixels; one that would pass the edge is moved inwards. Each place
     is listed once, and its weight says how often the published loop visits it (docs/method.md
-    3.5: at stride 32 the last row and column 8 times). A side shorter than the window has the one place 0.
-    Raises DataError for a stride that leaves gaps."""
+    3.5: at stride 32 the last row and column 8 times). A side shorter than the window has the one
+    place 0. Raises DataError for a stride that leaves gaps."""
     rows, columns = window_places(height, window, stride), window_places(width, window, stride)
     return [(top, left, m * n) for top, m in rows for left, n in columns]
 

@@ -224,8 +224,8 @@ HUNAN = Layout(
     listed={"train": ("train", "val"), "val": ("val",), "test": ("test",)},
     codes={
         # differs: the published code ignores 4 and 7, and exchanges 8 and 9 (docs/method.md
-        # 3.8). 7, tundra, becomes 6; 11, cloud, would be class 7, which does not exist; a raw 255 reads as
-        # 12.
+        # 3.8). 7, tundra, becomes 6; 11, cloud, would be class 7, which does not exist; a raw 255
+        # reads as 12.
         "dataset": (_X, 0, 1, 2, 1, 3, 4, 6, 6, 5, 6, _X, _X),
         "published": (_X, 0, 1, 2, _X, 3, 4, _X, 5, 6, _X, _X, _X),
     },

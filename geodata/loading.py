@@ -5,41 +5,12 @@ Shapes: `H, W` pixels of a tile."""
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from geodata.layouts import IGNORE
-from geodata.scaling import TileScale
 from geodata.slices import DataError, View, row_strips
-
-if TYPE_CHECKING:
-    from geodata.tiles import Tile
-
-
-@dataclass
-class LoadedTile:
-    """A tile for a network. Rasters are arrays, or slice like arrays where they are held packed or
-    in their files."""
-
-    name: str
-    image: np.ndarray | View | None  # (H, W, 3) in the type of its file
-    dsm: np.ndarray | View | None  # (H, W) float32 metres
-    labels: np.ndarray | View | None  # (H, W) uint8
-    heights: tuple[float, float] | None  # metres that become 0 and 1
-    scale: TileScale | None = None  # None: the type's range, and `heights`
-
-    def __post_init__(self):
-        if self.scale is None:
-            self.scale = TileScale(self.heights)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return next(a for a in (self.image, self.dsm) if a is not None).shape[:2]
-
-    def nbytes(self) -> int:
-        return sum(a.nbytes for a in (self.image, self.dsm, self.labels) if a is not None)
+from geodata.tiles import LoadedTile, Tile
 
 
 def load_tiles(

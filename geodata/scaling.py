@@ -12,6 +12,7 @@ numbers of one tile.
               LOW:HIGH     a fixed range, clipped
               reflectance  0 to 0.4, clipped; above 10 in ten-thousandths; 8 bits are `unit`
               minmax       each image and band from its own lowest to its highest
+    both      minmax8      minmax, truncated to 8 bits, as the published MMHunan was prepared
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ GROUND_WIDTH = 60.0  # metres: narrower things stand on the ground, wider ones a
 GROUND_SPAN = 30.0  # metres above the ground that become 1
 CELLS = 32  # of the ground's grid in GROUND_WIDTH
 ABSURD = 3  # different absurd heights: fewer stand for no data, as -9999 does
-HEIGHTS, IMAGES = ("minmax", "percentiles", "ground"), ("unit", "sam", "reflectance", "minmax")
+HEIGHTS = ("minmax", "minmax8", "percentiles", "ground")
+IMAGES = ("unit", "sam", "reflectance", "minmax", "minmax8")
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class TileScale:
         None  # per band: what becomes 0, and the span that becomes 1
     )
     clip_image: bool = False
+    eight_bits: tuple[str, ...] = ()  # "heights", "image": truncated to 255ths
 
     def image_input(self, image: np.ndarray) -> np.ndarray:
         """(h, w, C) -> (C, h, w) float32."""
@@ -78,6 +81,7 @@ class TileScale:
             return image_input(image)
         low, span = (np.asarray(values, np.float32)[:, None, None] for values in self.image)
         out = (np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32) - low) / span
+        out = truncate(out) if "image" in self.eight_bits else out
         return np.clip(out, 0, 1, out=out) if self.clip_image else out
 
     def height_input(self, dsm: np.ndarray, box: tuple[slice, slice]) -> np.ndarray:
@@ -89,6 +93,7 @@ class TileScale:
             )
             dsm = dsm - bilinear(self.ground, rows, columns)
         out = scale_heights(dsm, self.heights)
+        out = truncate(out) if "heights" in self.eight_bits else out
         return np.clip(out, 0, 1, out=out) if self.clip_heights else out
 
 
@@ -105,11 +110,22 @@ def measure(
     image has data, (h, w) bool, or None for all of it; `limits` are the lowest and highest height,
     where they are known. Raises DataError where the numbers cannot be had."""
     numbers = {}
+    chosen = {"heights": scaling.heights, "image": scaling.images}
+    eight_bits = tuple(kind for kind, choice in chosen.items() if choice == "minmax8")
     if dsm is not None:
-        numbers |= _measure_heights(scaling.heights, dsm, pixel, limits)
+        numbers |= _measure_heights(plain(scaling.heights), dsm, pixel, limits)
     if image is not None:
-        numbers |= _measure_image(scaling.images, image, valid)
-    return TileScale(**numbers)
+        numbers |= _measure_image(plain(scaling.images), image, valid)
+    return TileScale(**numbers, eight_bits=eight_bits)
+
+
+def plain(choice: str) -> str:
+    return "minmax" if choice == "minmax8" else choice
+
+
+def truncate(values: np.ndarray) -> np.ndarray:
+    """0 to 1 -> the 255th below, as a conversion to 8 bits does."""
+    return np.floor(np.float32(255) * values) / np.float32(255)
 
 
 def _measure_heights(

@@ -18,7 +18,6 @@ import numpy as np
 from geodata.grids import Grid, nearest, on_grid, read_grid, resample, same_grid
 from geodata.labels import Legend, listed
 from geodata.layouts import IGNORE, Classes, Layout
-from geodata.loading import LoadedTile
 from geodata.rasters import open_raster
 from geodata.scaling import Scaling, TileScale, fill, height_limits, measure, metres, valid_heights
 from geodata.slices import DataError, Held, Raster, View, row_strips, strip_boxes
@@ -59,6 +58,11 @@ class Tile:
             self.rasters[kind] = open_raster(self.paths[kind])
         return self.rasters[kind]
 
+    def _note(self, text: str) -> None:
+        line = f"tile {self.name}: {text}"
+        if line not in self.notes:
+            self.notes.append(line)
+
     @property
     def legend(self) -> Legend:
         chosen = self.unscored_color, self.ignore_index, self.codes, self.exact
@@ -73,7 +77,8 @@ class Tile:
     def grids(self) -> dict[str, tuple[Grid, Grid]]:
         """Of heights and labels that lie on another grid than the image: theirs and the image's."""
         found, base = {}, self.raster(self.base)
-        for kind in () if self.one_grid else {"dsm", "labels"} & self.paths.keys() - {self.base}:
+        kinds = [kind for kind in ("dsm", "labels") if kind in self.paths and kind != self.base]
+        for kind in () if self.one_grid else kinds:
             raster = self.raster(kind)
             theirs, own = read_grid(raster), read_grid(base)
             if theirs is None or own is None:
@@ -93,22 +98,18 @@ class Tile:
             if h - H > 2 or w - W > 2:
                 listing = ", ".join(f"{self.paths[k]} {a} x {b}" for k, (a, b) in sizes.items())
                 raise DataError(
-                    f"tile {self.name}: the files differ in size by more than two pixels: "
-                    f"{listing}; files on "
-                    f"another grid than the image need a georeference, as the image does (GeoTIFF "
-                    f"tags)"
+                    f"tile {self.name}: the files differ in size by more than two pixels: {listing}; "
+                    "files on another grid than the image need GeoTIFF tags, as the image does"
                 )
             if (h, w) != (H, W):
-                self.notes.append(
-                    f"tile {self.name}: {kind} of {h} x {w} cut to the common {H} x {W}"
-                )
+                self._note(f"{kind} of {h} x {w} cut to the common {H} x {W}")
         return H, W
 
     def _on_tile(self, kind: str, view: View, lay: Callable) -> View:
         """A view of a whole file, as far as it belongs to the tile."""
         if kind in self.grids:
             what = {"dsm": "heights"}.get(kind, kind)
-            self.notes.append(f"tile {self.name}: {what} resampled to the image's grid")
+            self._note(f"{what} resampled to the image's grid")
             try:
                 return on_grid(view, *self.grids[kind], self.size, lay)
             except DataError as error:
@@ -207,7 +208,7 @@ class Tile:
     def _open_heights(self, keep: str) -> tuple[np.ndarray | View, TileScale]:
         """Metres (H, W) without holes, and their scale. `keep` them as an "array"; in "memory",
         uint8 as they are in the file; or in the "file", behind slices."""
-        raster, notes = self.raster("dsm"), list(self.notes)
+        raster = self.raster("dsm")
         if keep == "memory" and raster.dtype == np.uint8 and "dsm" not in self.grids:
             raster, keep = raster.in_memory(), "file"
         try:
@@ -228,10 +229,7 @@ class Tile:
         if missing:
             share = missing / (self.size[0] * self.size[1])
             percent = f", {100 * share:.1f} % of the tile" if share > MUCH else ""
-            self.notes.append(
-                f"tile {self.name}: {missing} pixels without height{percent}, set to the lowest"
-            )
-        self.notes = [*notes, *(note for note in self.notes[len(notes) :] if note not in notes)]
+            self._note(f"{missing} pixels without height{percent}, set to the lowest")
         return dsm, scale
 
     def pixel_size(self) -> float | None:
@@ -259,7 +257,7 @@ class Tile:
             )
         if unknown:
             fate = "read as class 0, as published" if self.exact else "not scored"
-            self.notes.append(f"tile {self.name}: {unknown} label pixels fit no class, {fate}")
+            self._note(f"{unknown} label pixels fit no class, {fate}")
         return labels
 
     def _labels(self) -> View:
@@ -410,3 +408,27 @@ def _decoded(raster: Raster, legend: Legend, table: np.ndarray | None, box: Box)
 
 def _finished(view: View, legend: Legend, box: Box) -> np.ndarray:
     return legend.finish(view[box])
+
+
+@dataclass
+class LoadedTile:
+    """A tile for a network. Rasters are arrays, or slice like arrays where they are held packed or
+    in their files."""
+
+    name: str
+    image: np.ndarray | View | None  # (H, W, 3) in the type of its file
+    dsm: np.ndarray | View | None  # (H, W) float32 metres
+    labels: np.ndarray | View | None  # (H, W) uint8
+    heights: tuple[float, float] | None  # metres that become 0 and 1
+    scale: TileScale | None = None  # None: the type's range, and `heights`
+
+    def __post_init__(self):
+        if self.scale is None:
+            self.scale = TileScale(self.heights)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return next(a for a in (self.image, self.dsm) if a is not None).shape[:2]
+
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in (self.image, self.dsm, self.labels) if a is not None)

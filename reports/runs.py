@@ -84,6 +84,7 @@ def result_of(folder: Path, config: dict, scores: dict, log: list[dict]) -> Resu
     random = config["base"]["weights"] == "random"
     traits["base"] = "random" if random else config["base"]["sha256"]
     traits["version"], traits["classes"] = config["version"], config["classes"]
+    traits["lengthened"] = config.get("lengthened", [])
     traits["pixels"] = [int(row["pixels"]) for row in scores["per_class"]]
     traits["scored"] = {name: scores[name] for name in ("labels", "window", "stride")}
     traits["scored"]["repeat_border"] = scores["repeat_border"]

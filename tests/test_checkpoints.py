@@ -241,7 +241,7 @@ def test_two_downloads_at_once_leave_no_damaged_file(server, target, have):
     [t.start() for t in threads]
     [t.join() for t in threads]
     assert len(server.asked) == len(ends) == 2
-    assert "arrived" in ends and target.read_bytes() == CONTENT
+    assert ends == ["arrived", "arrived"] and target.read_bytes() == CONTENT
 
 
 def test_auto_fetches_the_official_file_into_torch_hubs_folder_once(server, tmp_path, monkeypatch):

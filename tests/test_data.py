@@ -476,7 +476,8 @@ def test_own_tiles_that_lack_a_folder_are_an_error_that_names_it(tmp_path, kind)
 
 GOOD = {"name": "ground", "color": [1, 2, 3]}
 BAD_CLASSES = [
-    None, "{", "[]", '"classes"', "{}", '{"classes": []}', '{"classes": "ab"}', '{"classes": [1, 2]}',
+    None, "{", "[]", '"classes"', "{}", '{"classes": []}', '{"classes": "ab"}',
+    '{"classes": [1, 2]}',
     b"\xff\xfe{",
     *(
         json.dumps({"classes": [GOOD, second]})

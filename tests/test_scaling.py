@@ -244,3 +244,25 @@ def test_own_tiles_take_bands_counted_from_one_and_a_scaling(tmp_path):
     for wrong in ("rgb", "0,1,2", "1,2"):
         with pytest.raises(DataError, match="--bands"):
             open_dataset("tiles", tmp_path, bands=wrong)
+
+
+@given(st.integers(0, 99), st.floats(0.1, 500))
+def test_as_published_both_rasters_are_truncated_to_8_bits(seed, unit):
+    rng = np.random.default_rng(seed)
+    image = rng.normal(size=(7, 9, 3)).astype(np.float32) * np.float32(unit)
+    dsm = rng.normal(size=(7, 9)).astype(np.float32) * np.float32(unit)
+    scale = measure(Scaling("minmax8", "minmax8"), image, dsm)
+
+    def published(raster):
+        low, high = raster.min(), raster.max()
+        eight = (255 * ((raster - low) / (high - low)).astype(np.float64)).astype(np.uint8)
+        return eight / 255
+
+    box = np.s_[0:7, 0:9]
+    found = scale.image_input(image), scale.height_input(dsm, box)
+    wanted = np.stack([published(image[..., k]) for k in range(3)]), published(dsm)
+    for a, b in zip(found, wanted):
+        assert np.abs(a - b).max() < 1.01 / 255 and np.mean(np.abs(a - b) < 1e-6) > 0.95
+        assert np.allclose(255 * a, np.round(255 * a), atol=1e-3) and a.max() == 1 and a.min() == 0
+    plain = measure(Scaling("minmax", "minmax"), image, dsm)
+    assert 0 <= (plain.image_input(image) - found[0]).max() <= 1.01 / 255

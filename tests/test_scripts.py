@@ -4,7 +4,6 @@ What a run leaves behind is tried through the shell. Mistakes run inside this pr
 script starts at once."""
 
 import csv
-import io
 import json
 import re
 import runpy
@@ -21,7 +20,6 @@ import torch
 from PIL import Image
 
 from engine import checkpoints
-from engine.console import Ticker, clock
 from geodata import synthetic
 from geodata.grids import read_grid
 from geodata.rasters import read_raster
@@ -271,6 +269,10 @@ def test_a_run_of_one_file_is_scored_and_one_that_cannot_be_written_too(
     checkpoints.main(["--run", "run", "--whole", "alone/model.pt"])
     status, out, err = script("evaluate.py", "--run", "alone")
     assert (status, err) == (0, "") and "mIoU" in out and "alone/scores.json" in out
+
+    Path("run/log.jsonl").write_text("")
+    status, out, err = script("evaluate.py", "--run", "run")
+    assert (status, err) == (0, "") and "mIoU" in out
 
     def read_only(path, write):
         raise PermissionError(13, "Permission denied")
@@ -836,7 +838,7 @@ def test_a_run_of_other_classes_than_the_data_s_is_one_line_and_leaves_the_score
         ({"--out": "short.tif"}, ["short.tif", "another folder"]),
         ({"--out": "/proc/inside"}, ["/proc/inside", "another folder"]),
         ({"--tile": "5"}, ["--tile", "--image"]),
-        ({"--image": "tiny.tif", "--dsm": "low.tif"}, ["132 x 60", "64"]),
+        ({"--image": "tiny.tif", "--dsm": "tiny_dsm.tif"}, ["132 x 60", "64"]),
         ({"--dsm": "short.tif"}, ["short.tif", "128 x 132"]),
     ],
     ids=str,
@@ -846,17 +848,15 @@ def test_a_mistake_in_looking_inside_is_one_line_and_writes_no_page(
 ):
     _, run, _ = trained
     tifffile.imwrite("short.tif", np.zeros((125, 132), np.float32))
-    tifffile.imwrite("low.tif", np.zeros((60, 132), np.float32))
+    tifffile.imwrite("tiny_dsm.tif", np.zeros((60, 132), np.float32))
     tifffile.imwrite(
         "tiny.tif", np.arange(60 * 132 * 3, dtype=np.uint16).reshape(60, 132, 3), photometric="rgb"
     )
     words = {"--run": run, "--image": tile[0], "--dsm": tile[1], "--out": "inside"} | flags
     given = [word for pair in words.items() if pair[1] is not None for word in pair]
     assert_refused(script("explain.py", *given), *parts)
-    assert (
-        files_below(tmp_path) == ["low.tif", "short.tif", "tiny.tif"]
-        and not Path("inside").exists()
-    )
+    assert files_below(tmp_path) == ["short.tif", "tiny.tif", "tiny_dsm.tif"]
+    assert not Path("inside").exists()
 
 
 # ---------------------------------------------------------------------------------------- benchmark
@@ -906,49 +906,3 @@ def test_a_plan_tells_hours_windows_and_memory_of_the_recipe_for_each_crop(tmp_p
 def test_a_mistake_in_the_benchmark_is_one_line(script, tmp_path, words, part):
     assert_refused(script("benchmark.py", *words.split(), "--device", "cpu"), part)
     assert files_below(tmp_path) == []
-
-
-# ----------------------------------------------------------------------------------------- progress
-
-
-@pytest.mark.parametrize(
-    "seconds, text", [(0, "0:00"), (62, "1:02"), (3599.6, "1:00:00"), (3723, "1:02:03")]
-)
-def test_a_clock_shows_hours_only_where_there_are_any(seconds, text):
-    assert clock(seconds) == text
-
-
-def test_progress_in_a_file_is_a_line_now_and_then_and_always_the_last(monkeypatch):
-    now, out = [0.0], io.StringIO()
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
-    ticker = Ticker("step", out, every=10)
-    for done in range(1, 31):
-        now[0] += 1
-        ticker(done, 30, ", loss 1")
-    lines = out.getvalue().splitlines()
-    assert lines == [
-        "step 10/30, loss 1, 0:20 left",
-        "step 20/30, loss 1, 0:10 left",
-        "step 30/30, loss 1",
-    ]
-
-
-def test_progress_on_a_terminal_is_one_line_that_is_written_over(monkeypatch):
-    out = io.StringIO()
-    monkeypatch.setattr(out, "isatty", lambda: True)
-    ticker = Ticker("bytes", out)
-    ticker.last -= 1
-    ticker(5, 0)
-    ticker(7, 7)
-    assert out.getvalue() == "\rbytes 5/?\r" + "bytes 7/7".ljust(len("bytes 5/?")) + "\n"
-
-
-def test_a_progress_line_that_did_not_come_to_its_end_is_ended_once(monkeypatch):
-    out = io.StringIO()
-    monkeypatch.setattr(out, "isatty", lambda: True)
-    ticker = Ticker("rows", out)
-    ticker.last -= 1
-    ticker(5, 9)
-    ticker.close()
-    ticker.close()
-    assert out.getvalue() == "\rrows 5/9\n"

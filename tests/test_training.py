@@ -20,7 +20,7 @@ import evaluate
 import train
 from data import open_dataset
 from engine.commandline import parse_settings
-from engine.console import run_script
+from engine.console import Mistake, run_script
 from engine.device import autocast, store_frozen_weights
 from engine.distributed import Team
 from engine.folder import RunFolder
@@ -28,6 +28,7 @@ from engine.run import Run
 from engine.signals import noted_signals
 from engine.training import TrainingStopped
 from geodata import synthetic
+from geodata.crops import CropDataset
 from geodata.rasters import DataError
 from mfnet import build_mfnet
 from sam_vit import WeightsError
@@ -228,11 +229,11 @@ def test_what_cannot_be_written_ends_the_run_and_leaves_the_last_checkpoint(
     assert sorted(p.name for p in run.folder.path.iterdir()) == ["config.json", "last.pt"]
 
 
-def short_run(city, folder, **changes):
+def short_run(city, folder, team=Team(), **changes):
     settings, _, _ = parse_settings([*SHORT.split(), "--root", str(city), "--out", str(folder)])
     for name, value in changes.items():
         setattr(settings, name, value)
-    return Run(settings, open_dataset("vaihingen", city), Team(), torch.device("cpu"))
+    return Run(settings, open_dataset("vaihingen", city), team, torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------------------------- processes
@@ -380,6 +381,118 @@ def test_while_training_epochs_are_scored_at_their_own_stride(city, tmp_path, ca
     train.train(run, [])
     assert "test tiles at stride 48" in capsys.readouterr().out
     assert train.finish(run, [])["stride"] == 32
+
+
+class Recorder(Team):
+    """A team whose calls are noted."""
+
+    def __new__(cls, events, rank=0, world=1):
+        team = object.__new__(cls)
+        object.__setattr__(team, "events", events)
+        return team
+
+    def __init__(self, events, rank=0, world=1):
+        super().__init__(rank, world)
+
+    def barrier(self):
+        self.events.append("barrier")
+
+    def broadcast(self, value):
+        return value
+
+    def gather(self, value):
+        return [value]
+
+
+@pytest.mark.parametrize("rank, first", [(0, "weights"), (1, "barrier")])
+def test_on_a_fresh_machine_the_main_process_fetches_before_the_others_look(
+    city, tmp_path, monkeypatch, rank, first
+):
+    class Enough(Exception):
+        pass
+
+    events, team = [], None
+    monkeypatch.setattr("engine.run.find_weights", lambda *_: events.append("weights"))
+
+    def build(*_):
+        events.append("built")
+        raise Enough
+
+    monkeypatch.setattr("engine.run.build_model", build)
+    team = Recorder(events, rank, 2)
+    with pytest.raises(Enough):
+        short_run(city, tmp_path / "run", team=team)
+    assert events[0] == first and events[-1] == "built" and "barrier" in events
+
+
+def test_the_best_model_is_read_after_it_was_written_and_before_it_is_written_again(
+    city, tmp_path, monkeypatch
+):
+    events = []
+    run = short_run(city, tmp_path / "run", Recorder(events), select="test", epochs=1, steps=1)
+    train.train(run, [])
+    read, save = train.read_content, run.save_model
+    monkeypatch.setattr(train, "read_content", lambda *a: events.append("read") or read(*a))
+    monkeypatch.setattr(
+        run, "save_model", lambda *a, **o: events.append("written") or save(*a, **o)
+    )
+    events.clear()
+    train.finish(run, [])
+    assert events == ["barrier", "read", "barrier", "written"]
+
+
+def test_a_batch_that_processes_and_parts_do_not_divide_is_refused(city, tmp_path):
+    for world, accumulate in ((3, 1), (2, 2)):
+        with pytest.raises(Mistake, match=f"no multiple of {world} processes x {accumulate} parts"):
+            short_run(
+                city, tmp_path / "run", Recorder([], 0, world), batch_size=2, accumulate=accumulate
+            )
+
+
+def test_every_step_is_taken_in_training_mode_and_scoring_is_not_counted_as_training(
+    city, tmp_path, monkeypatch
+):
+    run = short_run(city, tmp_path / "run", select="test", epochs=2, steps=1)
+    modes, step = [], run.trainer.step
+
+    def noted(*batch):
+        modes.append(run.trainer.model.training)
+        return step(*batch)
+
+    def slow(model, *_):
+        assert not model.training
+        time.sleep(0.5)
+        return {"miou": 0.5}
+
+    monkeypatch.setattr(run.trainer, "step", noted)
+    monkeypatch.setattr(train, "score_split", slow)
+    monkeypatch.setattr(run, "save_last", lambda: None)
+    start = time.monotonic()
+    train.train(run, [])
+    took = time.monotonic() - start
+    log = [json.loads(line) for line in (run.folder / "log.jsonl").open()]
+    assert modes == [True, True]
+    assert sum(entry["seconds"] for entry in log) < took - 0.9
+    for entry in log:
+        assert entry["images_per_second"] == pytest.approx(2 / entry["seconds"], rel=1e-6)
+
+
+def test_what_changes_no_number_is_done_all_the_same(city, tmp_path, monkeypatch):
+    run = short_run(city, tmp_path / "run", checkpointing=True, accumulate=2, workers=1)
+    seen = []
+    run.trainer.model.image_encoder.blocks[1].norm1.register_forward_pre_hook(
+        lambda module, x: seen.append(len(x[0]))
+    )
+    loader = train.loader(run)
+    assert loader.num_workers == 1
+    run.trainer.model.train()
+    crops = CropDataset(run.tiles, 64, 0, ("image", "dsm"))
+    rasters, labels = zip(*(crops[0, i] for i in range(2)))
+    run.trainer.step([torch.stack(kind) for kind in zip(*rasters)], torch.stack(labels))
+    assert seen == 2 * 3 * [2]  # each part of one crop, forward, again, and its blocks again
+    call(city, tmp_path / "again", "--epochs 1 --steps 1 --deterministic")
+    assert torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
 
 
 def test_tiles_are_held_out_by_number_but_never_all_of_them(city, tmp_path):
