@@ -838,7 +838,7 @@ def test_a_run_of_other_classes_than_the_data_s_is_one_line_and_leaves_the_score
         ({"--out": "short.tif"}, ["short.tif", "another folder"]),
         ({"--out": "/proc/inside"}, ["/proc/inside", "another folder"]),
         ({"--tile": "5"}, ["--tile", "--image"]),
-        ({"--image": "tiny.tif", "--dsm": "tiny_dsm.tif"}, ["132 x 60", "64"]),
+        ({"--image": "tiny.tif", "--dsm": "low.tif"}, ["132 x 60", "64"]),
         ({"--dsm": "short.tif"}, ["short.tif", "128 x 132"]),
     ],
     ids=str,
@@ -848,15 +848,17 @@ def test_a_mistake_in_looking_inside_is_one_line_and_writes_no_page(
 ):
     _, run, _ = trained
     tifffile.imwrite("short.tif", np.zeros((125, 132), np.float32))
-    tifffile.imwrite("tiny_dsm.tif", np.zeros((60, 132), np.float32))
+    tifffile.imwrite("low.tif", np.zeros((60, 132), np.float32))
     tifffile.imwrite(
         "tiny.tif", np.arange(60 * 132 * 3, dtype=np.uint16).reshape(60, 132, 3), photometric="rgb"
     )
     words = {"--run": run, "--image": tile[0], "--dsm": tile[1], "--out": "inside"} | flags
     given = [word for pair in words.items() if pair[1] is not None for word in pair]
     assert_refused(script("explain.py", *given), *parts)
-    assert files_below(tmp_path) == ["short.tif", "tiny.tif", "tiny_dsm.tif"]
-    assert not Path("inside").exists()
+    assert (
+        files_below(tmp_path) == ["low.tif", "short.tif", "tiny.tif"]
+        and not Path("inside").exists()
+    )
 
 
 # ---------------------------------------------------------------------------------------- benchmark
