@@ -13,7 +13,7 @@ not know (a user's tuner, a foreign layer in `attn.qkv`) is left as it is, and s
                  operations, but a quarter of its memory
 
 Shapes: `M` modalities, `B` images, `h, w` tokens of a grid or of a window, `N` windows, `d` width
-of a head, `rows, cols` of a full window; `T` tokens, `C` width in and `D` width out of a linear layer.
+of a head, `rows, cols` of a full window; `T` tokens, `C` width in and `D` width out of a layer.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def conv_bn_relu(c_in: int, c_out: int, kernel: int = 3) -> nn.Sequential:
 
 
 def separable_conv(C: int, kernel: int) -> nn.Sequential:
-    """Depthwise convolution - batch norm - 1x1 convolution; an even kernel loses a row and column."""
+    """Depthwise convolution, batch norm, 1x1 convolution; an even kernel loses a row and column."""
     depthwise = nn.Conv2d(C, C, kernel, padding=(kernel - 1) // 2, groups=C, bias=False)
     return nn.Sequential(depthwise, nn.BatchNorm2d(C), nn.Conv2d(C, C, 1, bias=False))
 

@@ -82,6 +82,8 @@ class Legend:
             out[found == 254] = -1
             return out
         raw = raw[..., 0] if raw.ndim == 3 else raw
+        if raw.dtype == np.uint8 and raw.size > 256:  # each value once
+            return self.decode(np.arange(256, dtype=np.uint8), table)[raw]
         ignored = IGNORE if self.codes is not None else self.ignore_index
         if ignored == -1 and raw.dtype == np.uint8:  # int8's -1 written as 255
             raw = raw.view(np.int8)

@@ -98,8 +98,8 @@ class Tile:
             if h - H > 2 or w - W > 2:
                 listing = ", ".join(f"{self.paths[k]} {a} x {b}" for k, (a, b) in sizes.items())
                 raise DataError(
-                    f"tile {self.name}: the files differ in size by more than two pixels: {listing}; "
-                    "files on another grid than the image need GeoTIFF tags, as the image does"
+                    f"tile {self.name}: the files differ in size by more than two pixels: {listing}"
+                    "; files on another grid than the image need GeoTIFF tags, as the image does"
                 )
             if (h, w) != (H, W):
                 self._note(f"{kind} of {h} x {w} cut to the common {H} x {W}")

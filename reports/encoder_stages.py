@@ -35,9 +35,9 @@ def patch_stage(inside: Inside, cut: LoadedTile, classes: Classes) -> Stage:
     }
     if cut.labels is not None:
         pictures["labels"] = labels_to_colors(cut.labels, [color for _, color in classes])
-    see = "the same ground everywhere, cut into patches. "
+    see = "the same ground everywhere, cut into patches."
     if cut.dsm is not None and cut.dsm.min() == cut.dsm.max():
-        see += "The heights do not vary: they tell nothing apart. "
+        see += " The heights do not vary: they tell nothing apart."
     wrong = "an outline lies elsewhere in the next picture: the files are not on one grid."
     stage.show(side_by_side(pictures, inside.size), see, wrong)
     colors = draw.shared_colors([t.transpose(2, 0, 1) for t in inside.tokens])
@@ -47,10 +47,10 @@ def patch_stage(inside: Inside, cut: LoadedTile, classes: Classes) -> Stage:
     pictures["positions, compared with the outlined token's"] = draw.tint(alike, 0, 1)
     around = alike[max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2]
     near, everywhere = ((part.sum() - 1) / (part.size - 1) for part in (around, alike))
-    knows = "tell" if near > everywhere + 0.05 else "as random ones do not tell"
+    knows = "they tell" if near > everywhere + 0.05 else "like random ones they do not tell"
     see = (
         "tokens of one colour are alike, in any of these pictures. Positions (green: alike, by the "
-        f"cosine) have {near:.2f} near the outlined token and {everywhere:.2f} everywhere: they "
+        f"cosine) have {near:.2f} near the outlined token and {everywhere:.2f} everywhere: "
         f"{knows} near from far."
     )
     wrong = "all tokens have one colour: the raster is flat, or the patches say nothing of it."
@@ -85,7 +85,7 @@ def attention_stage(inside: Inside) -> Stage:
         f"where the outlined token of the {inside.names[0]} looks, mean of the heads: green more "
         f"than an equal part, purple less, white outside of its window. {' '.join(said)}"
     )
-    wrong = "SAM's relative positions move nothing: they were lost, as in the published code."
+    wrong = "with SAM's weights relative positions move nothing: lost, as in the published code."
     stage.show(side_by_side(pictures, inside.size), see, wrong)
     return stage
 
@@ -99,9 +99,8 @@ def tuner_stage(inside: Inside, tuner: str, code: list[str]) -> Stage:
     )
     rows, added = inside.drawings["block"], inside.added
     trained = [name for row in rows for name, _, _, is_trained in row if is_trained]
-    see = (
-        f"block 0 in the order of its calls. A dot: trained. In {', '.join(trained) or 'no part'}."
-    )
+    see = "block 0 in the order of its calls; a dot marks what is trained. Trained parts: "
+    see += f"{', '.join(trained) or 'none'}."
     wrong = "a part of the tuner is missing, or a dot stands where it trains nothing."
     stage.show(draw_boxes(rows, "A block of the encoder"), see, wrong)
     block, m = np.unravel_index(added.argmax(), added.shape)

@@ -1,4 +1,4 @@
-"""What several test files share: one small encoder, random weights, and hypothesis without a clock."""
+"""What several test files share: a small encoder, random weights, hypothesis without a clock."""
 
 import torch
 from hypothesis import settings

@@ -1,4 +1,4 @@
-"""A user's own tuner, data set and encoder in a file: loaded by name, kept with the run, checked."""
+"""A user's own tuner, data set and encoder in a file: loaded, kept with the run, checked."""
 
 import json
 import runpy

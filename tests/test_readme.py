@@ -109,7 +109,7 @@ def test_the_python_of_the_readme_runs_and_its_shapes_hold(folder_of_a_run, monk
 def test_the_page_about_a_window_is_written_as_the_readme_says(folder_of_a_run):
     (words,) = [words for name, words in commands(README) if name == "explain"]
     run_as_shown(folder_of_a_run, str(ROOT / "explain.py"), *words)
-    assert (folder_of_a_run / "inside" / "explain.html").is_file()
+    assert (folder_of_a_run / "runs" / "first" / "explain" / "explain.html").is_file()
 
 
 @pytest.mark.parametrize(

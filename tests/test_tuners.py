@@ -279,7 +279,7 @@ def test_a_second_tuner_is_refused(name):
         apply_tuner(encoder, "lora")
 
 
-# ------------------------------------------------------------------------------ what a tuner declares
+# ---------------------------------------------------------------------------- what a tuner declares
 
 
 @every_tuner
