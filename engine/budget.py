@@ -8,9 +8,9 @@ import os
 
 import torch
 
-from engine.checkpoints import build_network
 from engine.console import Mistake
 from engine.device import peak_memory, resolve_precision, total_memory
+from engine.networks import build_network
 from engine.settings import Settings
 from engine.training import TrainingStopped
 from geodata.layouts import MODALITIES

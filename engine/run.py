@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from engine.budget import check_budget
-from engine.checkpoints import build_model, save_model, save_tensors
+from engine.checkpoints import save_model, save_tensors
 from engine.console import Mistake, Ticker
 from engine.device import store_frozen_weights, version
 from engine.distributed import Team
 from engine.folder import RunFolder, new_folder, read_last
+from engine.networks import build_model
 from engine.plugins import keep_plugins
 from engine.pretrained import find_weights
 from engine.recipes import different_from_recipe

@@ -17,8 +17,9 @@ import torch
 from conftest import TINY, randomise, same_state, small_encoder, snapshot
 
 from engine import checkpoints, pretrained
-from engine.checkpoints import base_digest, build_model, export_whole, load_model, save_model
+from engine.checkpoints import export_whole, load_model, save_model
 from engine.console import Mistake
+from engine.networks import base_digest, build_model
 from engine.pretrained import fetch, find_weights
 from engine.settings import Settings
 from mfnet import build_mfnet, count_parameters

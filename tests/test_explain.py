@@ -23,8 +23,9 @@ from PIL import Image
 from test_report import Reader
 
 import explain
-from engine.checkpoints import build_model, save_model
+from engine.checkpoints import save_model
 from engine.inside import class_heat, look_inside, query_attention, without_tuner
+from engine.networks import build_model
 from engine.plugins import load_plugins
 from engine.settings import Settings
 from explain import corner, find_function, functions_of_tuner, place_window

@@ -30,10 +30,13 @@ from sam_vit import SIZES
 from tuners import TUNERS
 
 FOLDER = Path(__file__).parent / "frozen"
-RTOL = {"fp32": 1e-3, "bf16": 3e-2}
+RTOL = {"fp32": 3e-4, "bf16": 3e-2}
 STEPS = 20
 
+# Rates at which training does not multiply rounding: inputs that differ by 1e-6 change no loss by
+# more than a tenth of RTOL.
 CASES = {tuner: dict(data="vaihingen", tuner=tuner, precision="fp32") for tuner in TUNERS}
+CASES["full"]["lr"] = 1e-5
 CASES |= {
     "adapter-bf16": dict(data="vaihingen", tuner="adapter", precision="bf16"),
     "lora-bf16": dict(data="vaihingen", tuner="lora", precision="bf16"),
@@ -43,21 +46,27 @@ CASES |= {
 
 
 def curve(case: dict, root: Path) -> dict:
-    """The losses of the steps and, with what they learned, of a batch in evaluation mode."""
+    """The losses of the steps, how far they moved the weights, and with what they learned the loss
+    of a batch in evaluation mode.
+    """
     s = Settings(
-        **case, root=str(root), encoder="tiny", weights="none", crop=64, batch_size=2, epochs=2,
-        steps=STEPS // 2, lr=1e-3, optimizer="adamw", warmup=3, device="cpu", out="run",
+        **{"lr": 1e-4, **case}, root=str(root), encoder="tiny", weights="none", crop=64, batch_size=2, epochs=2,
+        steps=STEPS // 2, warmup=3, device="cpu", out="run",
     )  # fmt: skip
     s.complete()
     run = Run(s, open_from_settings(s), Team(), torch.device("cpu"))
     run.trainer.model.train()
     batches = list(train.loader(run))
+    before = [p.detach().clone() for p in run.trainer.trained()]
     losses = [run.trainer.step(*batch) for batch in batches]
+    ways = [(p - old).norm() for p, old in zip(run.trainer.trained(), before)]
     run.folder.release()
     rasters, labels = batches[0]
     with torch.no_grad(), autocast(s.precision, run.device):
         logits = run.trainer.model.eval()(*rasters).float()
-    return {"losses": losses, "evaluated": F.cross_entropy(logits, labels, ignore_index=255).item()}
+    evaluated = F.cross_entropy(logits, labels, ignore_index=255).item()
+    moved = torch.stack(ways).norm().item()
+    return {"losses": losses, "moved": moved, "evaluated": evaluated}
 
 
 @contextlib.contextmanager
@@ -91,6 +100,7 @@ def test_the_losses_of_20_steps_are_those_that_were_committed(name, cities, tmp_
         found = curve(case, cities[case["data"]])
     rtol = RTOL[case["precision"]]
     assert found["losses"] == pytest.approx(frozen["losses"], rel=rtol)
+    assert found["moved"] == pytest.approx(frozen["moved"], rel=3 * rtol)
     assert found["evaluated"] == pytest.approx(frozen["evaluated"], rel=3 * rtol)
 
 

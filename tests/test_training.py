@@ -143,7 +143,7 @@ def test_a_run_killed_again_and_again_goes_on_to_the_bits_of_one_never_stopped(
 ):
     folder, step, kills = tmp_path / "killed", -1, 0
     while True:
-        process = start(city, folder, "--save-every 1" + (" --resume" if kills else ""))
+        process = start(city, folder, "--save-every 2" + (" --resume" if kills else ""))
         step = wait_for_step(folder, process, step)
         if step is None or kills == 2:
             break
