@@ -50,8 +50,8 @@ def curve(case: dict, root: Path) -> dict:
     of a batch in evaluation mode.
     """
     s = Settings(
-        **{"lr": 1e-4, **case}, root=str(root), encoder="tiny", weights="none", crop=64, batch_size=2, epochs=2,
-        steps=STEPS // 2, warmup=3, device="cpu", out="run",
+        **{"lr": 1e-4, **case}, root=str(root), encoder="tiny", weights="none", crop=64,
+        batch_size=2, epochs=2, steps=STEPS // 2, warmup=3, device="cpu", out="run",
     )  # fmt: skip
     s.complete()
     run = Run(s, open_from_settings(s), Team(), torch.device("cpu"))
