@@ -126,7 +126,7 @@ def wait_for_step(folder, process, beyond=-1):
 @pytest.fixture(scope="module")
 def whole_run(city, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    finish(start(city, folder))
+    call(city, folder)
     return folder
 
 
@@ -300,7 +300,7 @@ def test_a_run_on_two_processes_is_that_of_one_and_writes_one_folder(city, tmp_p
     flags = "--epochs 5 --steps 2 --batch-size 4 --lr 0.0001"
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
     out, _ = finish(start(city, tmp_path / "two", flags, launcher))
-    finish(start(city, tmp_path / "one", flags))
+    call(city, tmp_path / "one", flags)
     one, two = (
         [json.loads(e)["loss"] for e in (tmp_path / n / "log.jsonl").read_text().splitlines()]
         for n in ("one", "two")
