@@ -259,12 +259,12 @@ def compare(results: dict[Case, Result]) -> None:
             result.times_plain = plain[case.precision] / result.seconds
 
 
-def peak_of(case: Case, device: torch.device) -> tuple[float, float]:
-    """(most memory in MB, seconds of a pass) of a case in a process of its own. Raises RuntimeError
-    if that fails."""
+def peak_of(case: Case, device: torch.device, *more: Case) -> tuple[float, ...]:
+    """(most memory in MB, seconds of a pass) of a case in a process of its own, and then in the same
+    process the seconds of `more` cases of that network. Raises RuntimeError if that fails."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_tell_peak, args=(case, str(device), sender))
+    child = context.Process(target=_tell_peak, args=((case, *more), str(device), sender))
     child.start()
     sender.close()
     try:
@@ -275,11 +275,14 @@ def peak_of(case: Case, device: torch.device) -> tuple[float, float]:
         child.join()
 
 
-def _tell_peak(case: Case, device_name: str, sender) -> None:
+def _tell_peak(cases: tuple[Case, ...], device_name: str, sender) -> None:
     device = torch.device(device_name)
-    work = prepare(case, networks([case], device)[case])
-    seconds = [timed(work, device) for _ in range(2)]
-    sender.send((peak_memory(device), seconds[-1]))
+    model, told = networks([cases[0]], device)[cases[0]], []
+    for case in cases:
+        work = prepare(case, model)
+        *_, seconds = (timed(work, device) for _ in range(2))
+        told += [seconds] if told else [peak_memory(device), seconds]
+    sender.send(tuple(told))
 
 
 # ---------------------------------------------------------------------------------------- the plan
@@ -300,8 +303,9 @@ def plan(s: Settings, device: torch.device) -> str:
     one, two = (
         Case("step", s.encoder, s.tuner, s.crop, batch, s.precision, "fast") for batch in (1, 2)
     )
-    (memory_one, step_one), (memory_two, step_two) = peak_of(one, device), peak_of(two, device)
-    window = peak_of(replace(two, task="network"), device)[1] / 2
+    memory_one, step_one = peak_of(one, device)
+    memory_two, step_two, window = peak_of(two, device, replace(two, task="network"))
+    window /= 2
     with torch.device("meta"):
         model = build_mfnet(s.encoder, s.tuner)
     cost = {crop: operations(encoder_products(model, 1, crop)) for crop in (s.crop, *UNPADDED)}
