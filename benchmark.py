@@ -260,8 +260,8 @@ def compare(results: dict[Case, Result]) -> None:
 
 
 def peak_of(case: Case, device: torch.device, *more: Case) -> tuple[float, ...]:
-    """(most memory in MB, seconds of a pass) of a case in a process of its own, and then in the same
-    process the seconds of `more` cases of that network. Raises RuntimeError if that fails."""
+    """(most memory in MB, seconds of a pass) of a case in a process of its own, and then, in that
+    process, the seconds of `more` cases of its network. Raises RuntimeError if that fails."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_tell_peak, args=((case, *more), str(device), sender))
