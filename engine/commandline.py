@@ -52,6 +52,9 @@ def parse_settings(
         given["plugin"] = plugins
     settings = Settings(**{**with_optimizer(given, chosen), **given, "tuner_option": {}})
     settings.root = settings.root or str(Path("data") / settings.data)
+    for stride in ("eval_stride", "select_stride"):  # a recipe's does not forbid a smaller crop
+        if stride not in given:
+            setattr(settings, stride, min(getattr(settings, stride), settings.crop))
     if settings.val and settings.select == "last" and "select" not in given:
         settings.select = "val"
     if not args.resume:  # a resumed run has its own settings; see `resumed_settings`

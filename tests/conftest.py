@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -52,6 +53,7 @@ def same_state(module, state):
 HALF = "MFNET_HALF_OF_THE_SUITE"
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(session, config, items):
     """A whole suite is shared with a second process, which runs every other file."""
     files = sorted({item.path for item in items})

@@ -320,3 +320,11 @@ def test_a_flag_that_contradicts_the_resumed_run_is_refused(words):
     _, given_by_hand, _ = parse_settings(["--resume", *words.split()])
     with pytest.raises(Mistake, match="contradicts the run in run"):
         resumed_settings(stored, given_by_hand, Path("run"))
+
+
+@pytest.mark.parametrize("data", ["tiles", "hunan", "vaihingen"])
+def test_a_crop_below_the_recipe_s_stride_brings_a_stride_of_its_own(data):
+    s, _, _ = parse_settings(["--data", data, "--crop", "64"])
+    assert s.eval_stride == min(64, parse_settings(["--data", data])[0].eval_stride)
+    with pytest.raises(Mistake, match="eval-stride 65"):
+        parse_settings(["--data", data, "--crop", "64", "--eval-stride", "65"])
