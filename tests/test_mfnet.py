@@ -255,7 +255,7 @@ def test_the_decoders_attention_equals_window_by_window_on_reflected_pixels(H, W
 
 # ----------------------------------------------------------------------------------- the parameters
 
-PUBLISHED_COUNTS = {  # encoder, tuner, trainable (PAPER.md, section 1)
+PUBLISHED_COUNTS = {  # encoder, tuner, trainable (docs/method.md, Parameters)
     ("vit_b", "adapter"): (89_670_912, 14_201_880, 16_360_118),
     ("vit_b", "lora"): (89_670_912, 1_032_240, 3_190_478),
     ("vit_l", "adapter"): (308_278_272, 50_454_576, 52_612_814),
