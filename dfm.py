@@ -83,7 +83,8 @@ def add(maps: list[Tensor]) -> Tensor:
 class DeepFusionModule(nn.Module):
     """M maps (B, C, h, w) -> 4 fused maps (B, C, ., .) at strides 1/4, 1/2, 1, 2; h and w even.
 
-    The first modality's pyramid normalises by layer, the others' by batch, as published.
+    differs: from the paper, as the published code does: the first modality's pyramid normalises by
+    layer, the others' by batch.
     """
 
     def __init__(self, channels: int = 256, modalities: int = 2):

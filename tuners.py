@@ -256,7 +256,8 @@ class MMLoRA(Tuner):
     """LoRA on q and v, each modality's its own, and on both MLP layers, where they are mixed
     (docs/method.md, MMLoRA).
 
-    The update of q and v is scaled by alpha / rank, the updates of the MLP are not, as published.
+    differs: the update of q and v is scaled by alpha / rank, as in the published code and not in
+    the paper; the updates of the MLP are not.
     """
 
     def __init__(

@@ -23,6 +23,7 @@ OPTIMIZERS: dict[str, dict] = {
 RECIPES: dict[str, dict] = {
     "vaihingen": dict(precision="fp32"),  # the paper's: Settings as it stands
     "potsdam": dict(precision="fp32"),
+    # differs: the paper says 1000 steps an epoch, its code takes 500 on MMHunan
     "hunan": dict(precision="fp32", steps=500, eval_stride=128, image_scaling="reflectance"),
     "tiles": dict(
         batch_size=4, epochs=8, steps=20, optimizer="adamw", schedule="cosine", warmup=20,

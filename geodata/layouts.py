@@ -89,6 +89,7 @@ VAIHINGEN = Layout(
     },
     validation=("11", "28"),
     image={"irrg": (("top/" + _TOP, RGB),)},
+    # differs: the paper says normalised heights, its code reads these
     dsm={"absolute": (1.0, ("dsm/dsm_09cm_matching_area{id}.tif",))},
     labels=(
         "gts_for_participants/" + _TOP,
