@@ -644,3 +644,16 @@ def test_seeds_of_different_experiments_are_never_averaged(city, tmp_path):
         _, err = call(city, tmp_path, words, status=2)
         assert "contradicts the run in" in err and len(err.splitlines()) == 1
         assert not (tmp_path / "seed-1").exists()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_run_s_network_keeps_activations_or_computes_them_again_as_it_was_told(
+    city, tmp_path, checkpointing
+):
+    run, kept = short_run(city, tmp_path / "run", checkpointing=checkpointing), []
+    block = run.trainer.model.image_encoder.blocks[0]
+    x = torch.randn(2, 4, 4, block.norm1.normalized_shape[0], requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        block(x)
+    run.folder.release()
+    assert (set(kept) <= {x.shape}) == checkpointing
