@@ -28,8 +28,7 @@ def parse_settings(
     argv: list[str] | None = None, description: str = ""
 ) -> tuple[Settings, dict, argparse.Namespace]:
     """The command line -> (settings, those given by hand, the switches --resume, --seeds,
-    --as-published). Raises Mistake.
-    """
+    --as-published). Raises Mistake."""
     first = Parser(prog="train.py", add_help=False)
     first.add_argument("--plugin", action="append", default=[])
     first.add_argument("--data", default="synthetic")
@@ -42,72 +41,55 @@ def parse_settings(
     parser = build_parser(Settings(**{**chosen, "data": early.data}), description)
     args = parser.parse_args(argv)
     if args.resume and (args.as_published or args.seeds):
-        parser.error(
-            "--resume goes on with a run by its own settings; leave --as-published and --seeds out"
-        )
+        parser.error("--resume has the run's own settings; leave --as-published and --seeds out")
     if args.seeds and min(args.seeds) < 0:
         parser.error("--seeds takes numbers of 0 and more")
     given = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
     if plugins:
         given["plugin"] = plugins
-    settings = Settings(**{**with_optimizer(given, chosen), **given, "tuner_option": {}})
-    settings.root = settings.root or str(Path("data") / settings.data)
-    for stride in ("eval_stride", "select_stride"):  # a recipe's does not forbid a smaller crop
-        if stride not in given:
-            setattr(settings, stride, min(getattr(settings, stride), settings.crop))
-    if settings.val and settings.select == "last" and "select" not in given:
-        settings.select = "val"
+    s = Settings(**{**with_optimizer(given, chosen), **given, "tuner_option": {}})
+    s.root = s.root or str(Path("data") / s.data)
+    for stride in {"eval_stride", "select_stride"} - given.keys():
+        # A recipe's stride does not forbid a smaller crop.
+        setattr(s, stride, min(getattr(s, stride), s.crop))
+    if s.val and s.select == "last" and "select" not in given:
+        s.select = "val"
     if not args.resume:  # a resumed run has its own settings; see `resumed_settings`
-        settings.tuner_option = read_options(settings.tuner, given.get("tuner_option", []))
-        if settings.tuner_option:
-            given["tuner_option"] = settings.tuner_option
-        settings.complete()
-        if settings.seed == -1:
-            settings.seed = secrets.randbelow(2**31)
-    return settings, given, args
+        if "tuner_option" in given:
+            s.tuner_option = given["tuner_option"] = read_options(s.tuner, given["tuner_option"])
+        s.complete()
+        if s.seed == -1:
+            s.seed = secrets.randbelow(2**31)
+    return s, given, args
 
 
 def build_parser(defaults: Settings, description: str) -> Parser:
     """A parser with a flag for every setting; what is not given is not in its namespace."""
-    parser = Parser(
-        prog="train.py",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="train.py", description=description, formatter_class=as_written)
     hints = get_type_hints(Settings)
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
-    options = dict(default=argparse.SUPPRESS)
     for f in fields(Settings):
-        kind, value = hints[f.name], getattr(defaults, f.name)
-        add = groups[f.metadata["group"]].add_argument
-        shown = f"{f.metadata['help']} [{value}]".replace("%", "%%")
+        text, shown = f.metadata["help"], getattr(defaults, f.name)
+        how = dict(type=hints[f.name], choices=choices_of(f) or None)
         if f.name == "plugin":
-            add("--plugin", action="append", metavar="FILE", help=f.metadata["help"], **options)
+            how = dict(action="append", metavar="FILE")
         elif f.name == "tuner_option":
-            listed = ", ".join(f"{n}={v}" for n, v in tuner_options(defaults.tuner).items())
-            text = f"{f.metadata['help']} [{defaults.tuner}: {listed or 'none'}]"
-            add(flag(f.name), action="append", metavar="NAME=VALUE", help=text, **options)
-        elif kind is bool:
-            add(flag(f.name), action=argparse.BooleanOptionalAction, help=shown, **options)
-        else:
-            choices = choices_of(f) or None
-            add(flag(f.name), type=kind, choices=choices, help=shown, **options)
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with the run in --out, by default the newest that is not finished",
-    )
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        nargs="+",
-        help="train once with each seed, below --out; what is there is kept or gone on with",
-    )
-    parser.add_argument(
-        "--as-published",
-        action="store_true",
-        help="depart from the paper where the published code does, in training and scoring",
-    )
+            how = dict(action="append", metavar="NAME=VALUE")
+            options = [f"{n}={v}" for n, v in tuner_options(defaults.tuner).items()]
+            shown = f"{defaults.tuner}: {', '.join(options) or 'none'}"
+        elif hints[f.name] is bool:
+            how = dict(action=argparse.BooleanOptionalAction)
+        text = text if f.name == "plugin" else f"{text} [{shown}]".replace("%", "%%")
+        add = groups[f.metadata["group"]].add_argument
+        add(flag(f.name), default=argparse.SUPPRESS, help=text, **how)
+    add = parser.add_argument
+    text = "go on with the run in --out, by default the newest that is not finished"
+    add("--resume", action="store_true", help=text)
+    text = "train once with each seed, below --out; what is there is kept or gone on with"
+    add("--seeds", type=int, nargs="+", help=text)
+    text = "depart from the paper where the published code does, in training and scoring"
+    add("--as-published", action="store_true", help=text)
     return parser
 
 
@@ -125,10 +107,9 @@ def resumed_settings(
     """The settings of the run in `folder`, with what may be given anew; more --epochs lengthen it.
 
     Raises Mistake for a flag that contradicts the run."""
-    options = given.get("tuner_option", {})
-    if isinstance(options, list):  # the words of the command line
-        options = read_options(stored.tuner, options)
-    given = {**given, "tuner_option": options}
+    given = {"tuner_option": {}, **given}
+    if isinstance(given["tuner_option"], list):  # the words of the command line
+        given["tuner_option"] = read_options(stored.tuner, given["tuner_option"])
     free = {name: given[name] for name in FREE_ON_RESUME if name in given}
     if lengthen and given.get("epochs", 0) > stored.epochs:
         free["epochs"] = given["epochs"]
@@ -136,10 +117,8 @@ def resumed_settings(
         ours = getattr(stored, name)
         agrees = value.items() <= ours.items() if isinstance(value, dict) else value == ours
         if name not in free and not agrees:
-            raise Mistake(
-                f"{flag(name)} {value} contradicts the run in {folder}, which has {ours}; leave it "
-                "out"
-            )
+            contradiction = f"{flag(name)} {value} contradicts the run in {folder}"
+            raise Mistake(f"{contradiction}, which has {ours}; leave it out")
     settings = replace(stored, **{**free, "out": str(folder)})
     settings.complete()
     return settings

@@ -31,118 +31,76 @@ def option(group: str, default, help: str, choices: tuple | Callable[[], tuple] 
 GROUPS = ("network", "data", "training", "score", "machine")
 of_network, of_data, of_training, of_score, of_machine = (partial(option, g) for g in GROUPS)
 
+ALIASES = {"mmhunan": "hunan"}  # names that earlier versions had beside today's
+# What config.json holds besides the settings.
+BESIDE_SETTINGS = ("base", "classes", "version", "processes", "parameters", "facts", "lengthened")
+
 
 def data_sets() -> tuple[str, ...]:
-    return (*sorted(name for name in LAYOUTS if name not in ALIASES), "tiles")
-
-
-ALIASES = {"mmhunan": "hunan"}  # names that earlier versions had beside today's
+    return (*sorted(LAYOUTS.keys() - ALIASES.keys()), "tiles")
 
 
 @dataclass
 class Settings:
     data: str = of_data("synthetic", "data set", data_sets)
     root: str = of_data("", "folder of the data set; by default data/NAME")
-    bands: str = of_data(
-        "", "bands of the image: rgb, irrg (potsdam), or three counted from 1, as in 4,3,2"
-    )
-    labels: str = of_data(
-        "dataset", "how labels are decoded: with their defects repaired, or as published", LABELS
-    )
-    splits: str = of_data(
-        "paper", "the paper's training and test tiles, or the official ones", ("paper", "official")
-    )
+    bands: str = of_data("", "bands of the image: rgb, irrg (potsdam), or three numbers as 4,3,2")
+    labels: str = of_data("dataset", "labels with their defects repaired, or as published", LABELS)
+    splits: str = of_data("paper", "which training and test tiles", ("paper", "official"))
     full_labels: bool = of_data(False, "score with the full labels where there are eroded ones")
-    heights: str = of_data(
-        "minmax", "scaling of heights: minmax, percentiles, ground, or metres LOW:HIGH"
-    )
-    heights_kind: str = of_data(
-        "", "kind of heights where a data set has several (potsdam: normalised, absolute)"
-    )
-    image_scaling: str = of_data(
-        "unit", "scaling of images: unit, sam, reflectance, minmax, or LOW:HIGH"
-    )
-    memory_gb: float = of_data(
-        4.5, "memory for training tiles; what does not fit is read crop by crop from its files"
-    )
+    heights: str = of_data("minmax", "heights: minmax, percentiles, ground, or metres LOW:HIGH")
+    heights_kind: str = of_data("", "kind of heights, of several (potsdam: normalised, absolute)")
+    image_scaling: str = of_data("unit", "images: unit, sam, reflectance, minmax, or LOW:HIGH")
+    memory_gb: float = of_data(4.5, "memory for training tiles; the others are read crop by crop")
 
     encoder: str = of_network(
         "vit_l", "size of SAM's encoder; vit_t is made up, for laptops", lambda: tuple(SIZES)
     )
-    weights: str = of_network(
-        "auto", "SAM's weights: auto (the official file), none (random), or a path"
-    )
-    relative_positions: str = of_network(
-        "sam", "SAM's tables, or zero as the published code has them", ("sam", "zero")
-    )
+    weights: str = of_network("auto", "SAM's: auto (the official file), none (random), or a path")
+    relative_positions: str = of_network("sam", "SAM's, or zero as published", ("sam", "zero"))
     tuner: str = of_network("adapter", "how the encoder is tuned", lambda: tuple(TUNERS))
     tuner_option: dict = of_network({}, "an option of the tuner; may be repeated")
-    modalities: str = of_network(
-        "image+dsm", "rasters that the network takes", lambda: tuple(MODALITIES)
-    )
-    fusion: str = of_network(
-        "dfm", "how the modalities' maps are merged; sum is the ablation", ("dfm", "sum")
-    )
-    plugin: dict = of_network(
-        {}, "a Python file that adds a tuner, a data set or an encoder; may be repeated"
-    )
+    modalities: str = of_network("image+dsm", "rasters of the network", lambda: tuple(MODALITIES))
+    fusion: str = of_network("dfm", "how the maps are merged; sum is the ablation", ("dfm", "sum"))
+    plugin: dict = of_network({}, "a file with a tuner, data set or encoder; may be repeated")
 
     crop: int = of_training(256, "pixels of a training crop, and of a window when scoring")
     crop_range: str = of_training(
-        "full",
-        "where crops may lie: published leaves out the last row and column",
-        ("full", "published"),
+        "full", "places of crops; published: but the last row and column", ("full", "published")
     )
     augment: str = of_training(
         "flips",
-        "how crops are varied; the paper says rotations too, the published code has flips",
+        "how crops are varied; the paper says rotations too, its code has flips",
         ("flips", "flips+rotations"),
     )
     batch_size: int = of_training(10, "crops in a step, over all processes")
     epochs: int = of_training(50, "number of epochs")
     steps: int = of_training(1000, "optimiser steps in an epoch")
-    optimizer: str = of_training(
-        "sgd",
-        "sgd (momentum 0.9) or adamw, each with a rate and a decay of its own",
-        ("sgd", "adamw"),
-    )
+    optimizer: str = of_training("sgd", "each has a rate and a decay of its own", ("sgd", "adamw"))
     lr: float = of_training(0.01, "learning rate at its highest")
     weight_decay: float = of_training(5e-4, "weight decay")
     schedule: str = of_training(
         "multistep",
-        "a tenth after 50, 70 and 90 %% of the run (epochs 25, 35, 45 of 50); or smooth",
+        "a tenth after 50, 70 and 90 % of the run (epochs 25, 35, 45 of 50); or smooth",
         ("multistep", "cosine"),
     )
-    early_drops: bool = of_training(
-        False, "multistep drops one epoch (of 50) earlier, as published"
-    )
+    early_drops: bool = of_training(False, "multistep drops an epoch (of 50) earlier, as published")
     warmup: int = of_training(0, "steps over which the learning rate rises first")
     clip: float = of_training(0.0, "largest norm of the gradient; 0: as it is")
     label_smoothing: float = of_training(0.0, "part of the target that is spread over all classes")
-    class_weights: str = of_training(
-        "", "weight of each class in the loss, as 1,1,1,1,2,1; by default all 1"
-    )
+    class_weights: str = of_training("", "of each class in the loss, as 1,1,2; by default all 1")
     seed: int = of_training(0, "seed of every random choice; -1 draws one")
 
-    val: str = of_score(
-        "",
-        "training tiles held out to choose the epoch: how many, or names as 7,32 (one alone: 7,)",
-    )
+    val: str = of_score("", "training tiles held out: how many, or names as 7,32 (one alone: 7,)")
     select: str = of_score(
         "last",
-        "which epoch is kept: last, best on --val, best on the test tiles (as published)",
+        "epoch that is kept: last, best on --val, best on the test tiles (as published)",
         ("last", "val", "test"),
     )
-    eval_every: int = of_score(
-        0, "epochs between scores during training; 0: every one where --select needs it, else none"
-    )
+    eval_every: int = of_score(0, "epochs between scores in training; 0: 1 if --select needs it")
     eval_stride: int = of_score(32, "pixels between windows when scoring")
-    select_stride: int = of_score(
-        0, "pixels between windows when scoring during training; 0: as --eval-stride"
-    )
-    repeat_border: bool = of_score(
-        False, "count windows at the border as often as the published loop visits them"
-    )
+    select_stride: int = of_score(0, "the same while training; 0: as --eval-stride")
+    repeat_border: bool = of_score(False, "count border windows as often as the published loop")
 
     out: str = of_machine("", "folder of the run; by default runs/TIME_DATA_TUNER")
     precision: str = of_machine(
@@ -150,45 +108,31 @@ class Settings:
         "fp32, bf16 (frozen weights stored so), or auto: bf16 where a GPU has it",
         ("auto", "fp32", "bf16"),
     )
-    accumulate: int = of_machine(
-        1, "parts in which the encoder takes a batch: less memory, more time, the same gradients"
-    )
-    checkpointing: bool = of_machine(
-        False, "compute each block's activations again in the backward pass: less memory, more time"
-    )
+    accumulate: int = of_machine(1, "parts of a batch in the encoder: less memory, same gradients")
+    checkpointing: bool = of_machine(False, "blocks compute their activations again: less memory")
     compile: bool = of_machine(False, "torch.compile each block of the encoder, on a GPU")
     deterministic: bool = of_machine(False, "bit-identical runs on a GPU, slower")
-    save_every: int = of_machine(
-        0, "steps between saves of last.pt, besides those at the end of an epoch"
-    )
-    workers: int = of_machine(
-        -1, "processes that cut crops; by default 0 on the CPU, 4 beside a GPU"
-    )
+    save_every: int = of_machine(0, "steps between saves of last.pt, besides those after an epoch")
+    workers: int = of_machine(-1, "processes that cut crops; -1: 0 on the CPU, 4 with a GPU")
     device: str = of_machine("auto", "auto, cpu, cuda, cuda:1, mps")
 
     @classmethod
     def from_dict(cls, stored: dict, where: str) -> Settings:
         """What `config.json`, `model.pt` or `last.pt` hold, of this version or an earlier one.
 
-        Raises Mistake in one line that begins with `where` for what cannot be a run's settings.
-        """
+        Raises Mistake in one line that begins with `where` for what cannot be a run's settings."""
         if not isinstance(stored, dict):
             raise Mistake(f"{where}: its settings are no list of names and values")
         stored = upgrade({k: v for k, v in stored.items() if k not in BESIDE_SETTINGS})
-        known = {f.name: f for f in fields(cls)}
-        if unknown := sorted(str(name) for name in stored if name not in known):
-            raise Mistake(
-                f"{where}: unknown settings, of a newer version ({', '.join(unknown)}); use that "
-                "version"
-            )
         hints = get_type_hints(cls)
+        if unknown := ", ".join(sorted(str(name) for name in stored if name not in hints)):
+            raise Mistake(f"{where}: settings of a newer version ({unknown}); use that version")
         for name, value in stored.items():
             if hints[name] is float and type(value) is int:
                 stored[name] = float(value)
             elif type(value) is not hints[name]:
-                raise Mistake(
-                    f"{where}: the setting {name} is {value!r}, not of {hints[name].__name__}"
-                )
+                kind = hints[name].__name__
+                raise Mistake(f"{where}: the setting {name} is {value!r}, not of {kind}")
         settings = cls(**stored)
         try:
             settings.complete()
@@ -199,19 +143,15 @@ class Settings:
     def complete(self) -> None:
         """Fills in the tuner's options, and raises Mistake for a setting that cannot work."""
         for f in fields(self):
-            choices = choices_of(f)
-            if choices and getattr(self, f.name) not in choices:
-                raise Mistake(f"{flag(f.name)} {getattr(self, f.name)}: give {', '.join(choices)}")
+            choices, value = choices_of(f), getattr(self, f.name)
+            if choices and value not in choices:
+                raise Mistake(f"{flag(f.name)} {value}: give {', '.join(choices)}")
         self.tuner_option = complete_options(self.tuner, self.tuner_option)
         check_ranges(self)
         try:
             Scaling(self.heights, self.image_scaling)
         except ValueError as error:
             raise Mistake(str(error)) from error
-
-
-# What config.json holds besides the settings.
-BESIDE_SETTINGS = ("base", "classes", "version", "processes", "parameters", "facts", "lengthened")
 
 
 def flag(name: str) -> str:
@@ -257,17 +197,13 @@ def check_ranges(s: Settings) -> None:
     for name in ("batch_size", "epochs", "steps", "accumulate"):
         need(getattr(s, name) >= 1, name, "at least 1 is needed")
     for name in ("warmup", "clip", "eval_every", "save_every", "weight_decay", "memory_gb"):
-        value = getattr(s, name)
-        need(value >= 0 and math.isfinite(value), name, "0 or more is needed")
-    need(
-        s.batch_size % s.accumulate == 0,
-        "accumulate",
-        f"does not divide --batch-size {s.batch_size}",
-    )
+        need(0 <= getattr(s, name) < math.inf, name, "0 or more is needed")
+    parts = s.batch_size % s.accumulate == 0
+    need(parts, "accumulate", f"does not divide --batch-size {s.batch_size}")
     need(s.crop >= MIN_SIZE, "crop", f"too small for the network; give {MIN_SIZE} pixels or more")
     need(1 <= s.eval_stride <= s.crop, "eval_stride", f"give 1 to the crop's {s.crop} pixels")
     need(0 <= s.select_stride <= s.crop, "select_stride", f"give 0 to the crop's {s.crop} pixels")
-    need(s.lr > 0 and math.isfinite(s.lr), "lr", "a positive number is needed")
+    need(0 < s.lr < math.inf, "lr", "a positive number is needed")
     need(0 <= s.label_smoothing < 1, "label_smoothing", "0 to less than 1 is needed")
     need(s.select != "val" or bool(s.val), "select", "needs --val: the tiles to hold out")
     need(-1 <= s.seed < 2**32, "seed", "0 to 4294967295 is needed, or -1 to draw one")
