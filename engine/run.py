@@ -42,20 +42,17 @@ class Run:
         last = None if folder is None else read_last(folder.path)
         self.open_data(dataset, last)
         self.build(last)
-        # What can be wrong with data or weights has been found by now: from here on there is a
-        # folder.
+        # What can be wrong with data or weights was found by now: from here on there is a folder.
         self.folder = folder or new_folder(s, team)
         s.out = str(self.folder)
         self.announce()
         self.begin(last)
 
     def open_data(self, dataset: Any, last: dict | None) -> None:
-        s, modalities = self.s, MODALITIES[self.s.modalities]
-        if s.batch_size % (self.team.world * s.accumulate):
-            raise Mistake(
-                f"--batch-size {s.batch_size} is no multiple of {self.team.world} processes x "
-                f"{s.accumulate} parts"
-            )
+        s, modalities, world = self.s, MODALITIES[self.s.modalities], self.team.world
+        if s.batch_size % (world * s.accumulate):
+            parts = f"{world} processes x {s.accumulate} parts"
+            raise Mistake(f"--batch-size {s.batch_size} is no multiple of {parts}")
         self.dataset = dataset.hold_out(held_out_tiles(s.val)) if s.val else dataset
         self.classes = [[name, list(color)] for name, color in dataset.classes]
         tiles = self.dataset.tiles("train", modalities)
@@ -63,15 +60,13 @@ class Run:
         self.dataset.check(modalities)
         if "dsm" in modalities:
             s.heights_kind, _ = self.dataset.chosen_heights()
-        check_budget(s, len(self.classes), self.device, self.team.world)
+        check_budget(s, len(self.classes), self.device, world)
         self.tiles = load_tiles(tiles, modalities, s.memory_gb)
         self.fingerprint, self.facts = fingerprint(self.tiles), facts_of(tiles)
         self.notes = [note for tile in tiles for note in tile.notes]
         if last is not None and last["data"] != self.fingerprint:
-            raise DataError(
-                f"{s.root}: not the training tiles that {s.out} began with; give them back, or "
-                "begin anew"
-            )
+            others = f"{s.root}: not the training tiles that {s.out} began with"
+            raise DataError(f"{others}; give them back, or begin anew")
 
     def build(self, last: dict | None) -> None:
         """The network on its base, fast, on its device, with what a resumed run had learned."""
@@ -82,13 +77,10 @@ class Run:
         team.barrier()
         model, self.base, self.report = build_model(s, len(self.classes), ticker)
         if last is not None and last["base"]["sha256"] != self.base["sha256"]:
-            was, found = (
-                f"{base['weights']} (sha256 {base['sha256']})" for base in (last["base"], self.base)
-            )
-            raise DataError(
-                f"{s.out} was begun on {was}, not on {found}; give the base it was begun on by "
-                "--weights"
-            )
+            bases = last["base"], self.base
+            was, found = (f"{base['weights']} (sha256 {base['sha256']})" for base in bases)
+            remedy = "give the base it was begun on by --weights"
+            raise DataError(f"{s.out} was begun on {was}, not on {found}; {remedy}")
         store_frozen_weights(model, s.precision, self.device)
         accelerate(model, checkpointing=s.checkpointing)
         self.trainer = Trainer(model.to(self.device), s, team, len(self.classes))
@@ -109,22 +101,20 @@ class Run:
 
     def begin(self, last: dict | None) -> None:
         """Writes what there is before the first step: a run that dies in it can go on."""
-        s = self.s
-        if last is not None:
+        s, progress = self.s, self.trainer.progress
+        if last is not None and s.epochs > last["settings"]["epochs"]:
             self.lengthen(last["settings"]["epochs"])
-        config = {
-            **asdict(s),
-            "base": self.base,
-            "classes": self.classes,
-            "version": self.folder.versions(
-                version(), self.trainer.progress.step, s.epochs * s.steps
-            ),
-            "processes": self.team.world,
-            "parameters": count_parameters(self.trainer.model),
-            "lengthened": self.trainer.progress.lengthened,
-            "facts": self.facts,
-        }
         if self.team.is_main:
+            config = {
+                **asdict(s),
+                "base": self.base,
+                "classes": self.classes,
+                "version": self.folder.versions(version(), progress.step, s.epochs * s.steps),
+                "processes": self.team.world,
+                "parameters": count_parameters(self.trainer.model),
+                "lengthened": progress.lengthened,
+                "facts": self.facts,
+            }
             self.folder.write_json("config.json", config)
             with self.folder.writing():
                 keep_plugins(s.plugin, self.folder.path)
@@ -134,16 +124,14 @@ class Run:
     def lengthen(self, epochs: int) -> None:
         """Notes that a run which was to have `epochs` goes on for more."""
         s, progress = self.s, self.trainer.progress
-        if s.epochs > epochs:
-            progress.lengthened.append([progress.step, epochs])
-            self.say(
-                f"lengthened from {epochs} to {s.epochs} epochs after step {progress.step}: the "
-                f"schedule is that of {s.epochs} from here on, so this is no run of {s.epochs} "
-                "epochs"
-            )
-            if self.team.is_main:
-                self.folder.reopen()
-            self.save_last()
+        progress.lengthened.append([progress.step, epochs])
+        self.say(
+            f"lengthened from {epochs} to {s.epochs} epochs after step {progress.step}: the schedule "
+            f"is that of {s.epochs} from here on, so this is no run of {s.epochs} epochs"
+        )
+        if self.team.is_main:
+            self.folder.reopen()
+        self.save_last()
 
     def say(self, text: str) -> None:
         if self.team.is_main:
@@ -165,8 +153,7 @@ class Run:
 
 def describe_model(model: MFNet) -> str:
     """The numbers of parameters by group; raises AssertionError unless exactly what the tuner lists
-    is trained.
-    """
+    is trained."""
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert trained == trained_names(model), "what requires a gradient is not what the tuner trains"
     counts = count_parameters(model)

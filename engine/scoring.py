@@ -24,9 +24,7 @@ from geodata.tiles import LoadedTile, Tile
 
 
 class ConfusionMatrix:
-    """Counts pixels by (truth, prediction); `scored` are the classes that the means average, by
-    default all.
-    """
+    """Counts pixels by (truth, prediction); the means average the `scored` classes, or all."""
 
     def __init__(self, num_classes: int, scored: tuple[int, ...] | None = None, ignore: int = 255):
         self.counts = np.zeros((num_classes, num_classes), dtype=np.int64)
@@ -35,19 +33,15 @@ class ConfusionMatrix:
 
     def update(self, pred: np.ndarray, truth: np.ndarray) -> None:
         """Adds two maps of one shape. Pixels whose truth is `ignore` do not count, whatever was
-        predicted there.
-
-        Raises ValueError for maps of different shapes and for labels that are no class.
-        """
+        predicted there. Raises ValueError for maps of different shapes and labels of no class."""
         if pred.shape != truth.shape:
             raise ValueError(f"prediction {pred.shape} and truth {truth.shape} differ in shape")
         K = len(self.counts)
         counted = truth != self.ignore
         t, p = truth[counted].astype(np.int64), pred[counted].astype(np.int64)
         if t.size and (min(t.min(), p.min()) < 0 or max(t.max(), p.max()) >= K):
-            raise ValueError(
-                f"labels outside 0 to {K - 1}: truth up to {t.max()}, prediction up to {p.max()}"
-            )
+            highest = f"truth up to {t.max()}, prediction up to {p.max()}"
+            raise ValueError(f"labels outside 0 to {K - 1}: {highest}")
         self.counts += np.bincount(t * K + p, minlength=K * K).reshape(K, K)
 
     def scores(self) -> dict:
@@ -57,26 +51,20 @@ class ConfusionMatrix:
         per_class lists iou, f1, precision, recall, pixels (of the truth) of each class; a value
         whose denominator is zero is None, and a class without iou and f1 is left out of the means.
         Where truth and prediction hold one and the same class alone, there is no kappa either."""
-        hits = np.diag(self.counts)
-        truth, pred, total = (
-            self.counts.sum(axis=1),
-            self.counts.sum(axis=0),
-            int(self.counts.sum()),
-        )
+        c = self.counts  # as Python's integers from here on: pixels squared overflow int64
+        hits, truth, pred = c.diagonal().tolist(), c.sum(axis=1).tolist(), c.sum(axis=0).tolist()
         per_class = [
             {
-                "iou": ratio(hits[k], truth[k] + pred[k] - hits[k]),
-                "f1": ratio(2 * hits[k], truth[k] + pred[k]),
-                "precision": ratio(hits[k], pred[k]),
-                "recall": ratio(hits[k], truth[k]),
-                "pixels": int(truth[k]),
+                "iou": ratio(hit, t + p - hit),
+                "f1": ratio(2 * hit, t + p),
+                "precision": ratio(hit, p),
+                "recall": ratio(hit, t),
+                "pixels": t,
             }
-            for k in range(len(hits))
+            for hit, t, p in zip(hits, truth, pred)
         ]
-        right = int(hits.sum())
-        chance = sum(
-            int(t) * int(p) for t, p in zip(truth, pred)
-        )  # Python's integers: pixels squared overflow int64
+        right, total = sum(hits), sum(truth)
+        chance = sum(t * p for t, p in zip(truth, pred))
         return {
             "oa": ratio(right, total),
             "mf1": self._mean(per_class, "f1"),
@@ -93,7 +81,7 @@ class ConfusionMatrix:
 
 
 def ratio(part: int, whole: int) -> float | None:
-    return int(part) / int(whole) if whole else None
+    return part / whole if whole else None
 
 
 def score_split(
@@ -116,14 +104,14 @@ def score_split(
     for whoever wants to stop. The processes of a `team` take turns at the tiles and get the same
     scores. Raises NotFinite where the network's outputs are no numbers."""
     modalities, K = MODALITIES[s.modalities], len(dataset.classes)
-    tiles = dataset.tiles(split, modalities)
     stride = s.eval_stride if stride is None else stride
     if not 1 <= stride <= s.crop:
         raise Mistake(f"--stride {stride}: give 1 to the window's {s.crop} pixels")
+    tiles = dataset.tiles(split, modalities)
     # The training tiles have their full labels alone.
     other = dataset.with_other_labels() if split != "train" else None
-    found = [] if other is None else other.find_tiles(split, modalities)[0]
-    others = {tile.name: tile for tile in found}
+    others = other.find_tiles(split, modalities)[0] if other is not None else []
+    others = {tile.name: tile for tile in others}
     mine = tiles[team.rank :: team.world]
     rows = sum(len(window_places(tile.size[0], s.crop, stride)) for tile in mine)
     ticker, rows_done = Ticker(f"scoring {split} tiles, row of windows"), itertools.count(1)
@@ -133,33 +121,30 @@ def score_split(
             ticker(next(rows_done), rows)
         pause()
 
-    counts, windows, second = {}, {}, {}
+    found = {}  # tile -> confusion, the one with the other labels or why there is none, windows
     for tile in mine:
         loaded = tile.load(modalities)
         pred, confidence = predict_loaded(model, loaded, s, stride, keep is not None, progress)
-        own = ConfusionMatrix(K, dataset.scored)
-        own.update(pred, loaded.labels)
-        counts[tile.name] = own.counts
-        if other is not None:
-            second[tile.name] = count_other(pred, others[tile.name], K)
-        windows[tile.name] = len(sliding_windows(*loaded.size, s.crop, stride))
+        second = count_other(pred, others[tile.name], K) if other is not None else None
+        windows = len(sliding_windows(*loaded.size, s.crop, stride))
+        found[tile.name] = confusion(pred, loaded.labels, K), second, windows
         if keep:
             keep(loaded, pred, confidence)
     ticker.close()
-    counts, second, windows = (merged(team, part) for part in (counts, second, windows))
+    found = {name: counted for part in team.gather(found) for name, counted in part.items()}
     names = [tile.name for tile in tiles]
+    first, second = ({name: found[name][i] for name in names} for i in (0, 1))
     protocol = dict(split=split, window=s.crop, stride=stride, repeat_border=s.repeat_border)
-    protocol["windows"] = sum(windows.values())
-    result = {**sum_up(counts, names, dataset, protocol), **protocol, "notes": []}
+    protocol["windows"] = sum(windows for _, _, windows in found.values())
+    result = {**sum_up(first, dataset, protocol), **protocol, "notes": []}
     if other is not None:
         kind = "full" if other.full_labels else "eroded"
-        unread = [second[name] for name in names if isinstance(second[name], str)]
+        unread = [why for why in second.values() if isinstance(why, str)]
         if unread:  # a score of the other tiles alone would compare with nothing
-            result["notes"].append(
-                f"not scored with {kind} labels, which {len(unread)} of the tiles lack: {unread[0]}"
-            )
+            lacking = f"which {len(unread)} of the tiles lack: {unread[0]}"
+            result["notes"].append(f"not scored with {kind} labels, {lacking}")
         else:
-            result[f"{kind}_labels"] = sum_up(second, names, other, protocol)
+            result[f"{kind}_labels"] = sum_up(second, other, protocol)
     return result
 
 
@@ -172,75 +157,63 @@ def predict_loaded(
     progress: Callable[[int, int], None],
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """The class map (H, W) of a tile, and how sure it is (H, W) in percent if asked for."""
-    strips = predict_strips(
-        model,
-        tile.image if "image" in MODALITIES[s.modalities] else None,
-        tile.dsm,
-        s.crop,
-        stride,
-        s.batch_size,
-        repeat_border=s.repeat_border,
-        precision=s.precision,
-        progress=progress,
-        scale=tile.scale,
-        probabilities=confidence,
-    )
+    image = tile.image if "image" in MODALITIES[s.modalities] else None
+    how = dict(repeat_border=s.repeat_border, precision=s.precision, progress=progress)
+    how |= dict(scale=tile.scale, probabilities=confidence)
+    strips = predict_strips(model, image, tile.dsm, s.crop, stride, s.batch_size, **how)
     maps = [(classes, percent(p.max(axis=0)) if confidence else None) for classes, p in strips]
-    pred = np.concatenate([classes for classes, _ in maps])
-    return pred, np.concatenate([sure for _, sure in maps]) if confidence else None
+    pred, sure = zip(*maps)
+    return np.concatenate(pred), np.concatenate(sure) if confidence else None
+
+
+def confusion(pred: np.ndarray, truth: np.ndarray, num_classes: int) -> np.ndarray:
+    matrix = ConfusionMatrix(num_classes)
+    matrix.update(pred, truth)
+    return matrix.counts
 
 
 def count_other(pred: np.ndarray, tile: Tile, num_classes: int) -> np.ndarray | str:
     """The confusion (K, K) of a prediction with a tile's other labels, or, in a line, why they
-    cannot be read.
-    """
+    cannot be read."""
     try:
         truth = tile.read_labels()
     except DataError as error:
         return str(error)
-    matrix = ConfusionMatrix(num_classes)
-    H, W = (
-        min(a, b) for a, b in zip(pred.shape, truth.shape)
-    )  # files may differ by a row: `Tile.size`
-    matrix.update(pred[:H, :W], truth[:H, :W])
-    return matrix.counts
+    # Files may differ by a row: `Tile.size`.
+    H, W = (min(a, b) for a, b in zip(pred.shape, truth.shape))
+    return confusion(pred[:H, :W], truth[:H, :W], num_classes)
 
 
-def merged(team: Team, part: dict) -> dict:
-    return {name: value for own in team.gather(part) for name, value in own.items()}
-
-
-def sum_up(counts: dict[str, np.ndarray], names: list[str], dataset, protocol: dict) -> dict:
+def sum_up(counts: dict[str, np.ndarray], dataset, protocol: dict) -> dict:
     """The scores of all tiles together, in `per_tile` those of each, and in `convention` what they
-    mean.
-    """
-    K = len(dataset.classes)
+    mean."""
+    K, names = len(dataset.classes), dataset.class_names
     total, per_tile = ConfusionMatrix(K, dataset.scored), {}
-    for name in names:
+    for name, confused in counts.items():
         own = ConfusionMatrix(K, dataset.scored)
-        own.counts = counts[name]
-        total.counts += own.counts
-        per_tile[name] = {
-            k: v for k, v in own.scores().items() if k in ("oa", "mf1", "miou", "kappa", "pixels")
-        }
+        own.counts = confused
+        total.counts += confused
+        own_scores = own.scores()
+        per_tile[name] = {k: own_scores[k] for k in ("oa", "mf1", "miou", "kappa", "pixels")}
     result = total.scores()
-    for name, row in zip(dataset.class_names, result["per_class"]):
+    for name, row in zip(names, result["per_class"]):
         row["name"] = name
-    averaged = (
-        "all classes"
-        if len(dataset.scored) == K
-        else ", ".join(dataset.class_names[k] for k in dataset.scored)
-    )
+    everything = len(dataset.scored) == K
+    averaged = "all classes" if everything else ", ".join(names[k] for k in dataset.scored)
     labels = dataset.labels_note if protocol["split"] != "train" else "full labels"
-    border = (
-        "border windows counted as published" if protocol["repeat_border"] else "each window once"
-    )
+    as_published = protocol["repeat_border"]
+    border = "border windows counted as published" if as_published else "each window once"
     result["convention"] = (
         f"{protocol['split']} split, {labels}; mF1 and mIoU average {averaged}; "
         f"OA and kappa count all {K} classes; "
         f"windows of {protocol['window']} at stride {protocol['stride']}, logits averaged, {border}"
     )
     return {**result, "labels": labels, "per_tile": per_tile}
+
+
+# Where a score with the labels that are not the convention's is kept.
+OTHER_LABELS = ("full_labels", "eroded_labels")
+SUMMARY = (("OA", "oa"), ("mF1", "mf1"), ("mIoU", "miou"), ("kappa", "kappa"))
 
 
 def format_scores(scores: dict) -> str:
@@ -253,27 +226,12 @@ def format_scores(scores: dict) -> str:
     for row in scores["per_class"]:
         values = " ".join(cell(row[key]) for key in ("iou", "f1", "precision", "recall"))
         lines.append(f"{row['name']:<16}{values} {row['pixels']:11,}")
-    for name, part in (
-        ("", scores),
-        *((name, scores[name]) for name in OTHER_LABELS if name in scores),
-    ):
+    parts = {f" with {k.replace('_', ' ')}": scores[k] for k in OTHER_LABELS if k in scores}
+    for beside, part in {"": scores, **parts}.items():
         means = "  ".join(f"{label} {cell(part[key]).strip()}" for label, key in SUMMARY)
-        beside = f" with {name.replace('_', ' ')}" if name else ""
         lines.append(f"{means}  ({part['pixels']:,} pixels{beside})")
-    return "\n".join(
-        [
-            *lines,
-            f"({scores['convention']})",
-            *(f"note: {note}" for note in scores.get("notes", [])),
-        ]
-    )
-
-
-# Where a score with the labels that are not the convention's is kept.
-OTHER_LABELS = ("full_labels", "eroded_labels")
-
-
-SUMMARY = (("OA", "oa"), ("mF1", "mf1"), ("mIoU", "miou"), ("kappa", "kappa"))
+    notes = [f"note: {note}" for note in scores.get("notes", [])]
+    return "\n".join([*lines, f"({scores['convention']})", *notes])
 
 
 def scores_name(ran: Settings, asked: Settings, split: str, stride: int, final: bool) -> str:
