@@ -6,15 +6,12 @@
     python evaluate.py --as-published        windows as the published code counts them
     python evaluate.py --table [DIR ...]     all runs in a table beside the paper's rows
 
-Prints the scores with the convention they follow. The run's `scores.json` is rewritten where it was
-scored by its own protocol at its end; any other score goes to a file that says how it was made, as
-`scores_stride64.json` or `scores_train.json`. The same run on the same machine gives the same
-digits. ISPRS's test tiles have eroded and full labels: the score is that of the eroded ones (with
---full-labels: of the full), and the other one is stored beside it.
-
-Every number comes from one int64 confusion matrix, rows truth, columns prediction. OA and kappa
-count all classes; mF1 and mIoU are the plain means over the data set's scored classes (ISPRS:
-without clutter), without those that appear neither in the truth nor in the prediction."""
+Prints the scores with the convention they follow; `engine/scoring.py` says what is counted. The
+run's `scores.json` is rewritten where it was scored by its own protocol at its end; any other score
+goes to a file that says how it was made, as `scores_stride64.json` or `scores_train.json`. The same
+run on the same machine gives the same digits. ISPRS's test tiles have eroded and full labels: the
+score is that of the eroded ones (with --full-labels: of the full), and the other one is stored
+beside it."""
 
 from __future__ import annotations
 
@@ -26,12 +23,12 @@ from pathlib import Path
 
 from data import open_from_settings
 from engine.checkpoints import is_finished, load_model, newest_run
-from engine.console import Parser, Ticker, run_script
+from engine.console import Parser, run_script
 from engine.device import pick_device, store_frozen_weights
 from engine.files import replace_atomically
 from engine.recipes import published_protocol
 from engine.scoring import ConfusionMatrix, format_scores, score_split, scores_name
-from engine.settings import held_out_tiles
+from engine.settings import flag, held_out_tiles
 from fast import accelerate
 from geodata.rasters import DataError, one_line
 from reports.panels import save_panel
@@ -42,17 +39,9 @@ from sam_vit import WeightsError
 __all__ = ["ConfusionMatrix", "score_split"]  # from engine/scoring.py, for users
 
 
-def print_table(folders: list[Path]) -> None:
-    runs, skipped = read_runs(folders)
-    for line in skipped:
-        print(line, file=sys.stderr)
-    print(markdown(runs))
-
-
 def evaluate(run: Path, args: argparse.Namespace) -> None:
     """Scores a run, prints the scores, and writes them where its folder can be written."""
-    ticker = Ticker("fetching SAM's weights, bytes")
-    model, ran, classes = load_model(run / "model.pt", args.weights, ticker)
+    model, ran, classes = load_model(run / "model.pt", args.weights)
     s = published_protocol(ran) if args.as_published else replace(ran)
     s.full_labels = s.full_labels or args.full_labels
     s.root = args.root or s.root
@@ -67,28 +56,27 @@ def evaluate(run: Path, args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     store_frozen_weights(model, s.precision, device)
     accelerate(model.to(device))
-    stride, panels = s.eval_stride if args.stride is None else args.stride, []
+    stride, failed = s.eval_stride if args.stride is None else args.stride, []
     name = scores_name(ran, s, args.split, stride, is_finished(run / "model.pt"))
 
-    def keep(*panel) -> None:
-        path = run / "pictures" / f"{args.split}_{panel[0].name}.png"
+    def keep(tile, pred, confidence) -> None:
+        path = run / "pictures" / f"{args.split}_{tile.name}.png"
         try:
             path.parent.mkdir(exist_ok=True)
-            save_panel(path, *panel, dataset.classes)
+            save_panel(path, tile, pred, confidence, dataset.classes)
         except OSError as error:
-            panels.append(one_line(error))
+            failed.append(error)
 
     own_panels = name in ("scores.json", f"scores_{args.split}.json")
     scores = score_split(model, dataset, args.split, s, stride, keep if own_panels else None)
     print(f"{run}: {s.encoder}, {s.tuner}, {s.modalities}, fusion {s.fusion}")
     print(format_scores(scores))
     if "unfinished" in name:
-        print(
-            f"note: {run} was not trained to its end; go on: python train.py --resume --out {run}"
-        )
+        go_on = f"python train.py --resume --out {run}"
+        print(f"note: {run} was not trained to its end; go on: {go_on}")
     try:
-        if panels:
-            raise OSError(panels[0])
+        if failed:
+            raise failed[0]
         text = json.dumps(scores, indent=1)
         replace_atomically(run / name, lambda p: p.write_text(text, encoding="utf-8"))
         if name == "scores.json" and (run / "config.json").exists():
@@ -109,21 +97,19 @@ def main() -> None:
     add("--as-published", action="store_true", help="the published code's stride, border windows")
     add("--weights", help="where SAM's weights are now; by default as the run found them")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add(
-        "--table",
-        nargs="*",
-        type=Path,
-        metavar="DIR",
-        help="print the runs in these folders, or all",
-    )
+    text = "print the runs in these folders, or all"
+    add("--table", nargs="*", type=Path, metavar="DIR", help=text)
     args = parser.parse_args()
     if args.table is None:
         return evaluate(args.run or newest_run(), args)
     for name, value in vars(args).items():
         if name not in ("run", "table") and value != parser.get_default(name):
-            flag = f"--{name.replace('_', '-')}"
-            parser.error(f"--table shows runs as they were scored; leave out {flag}")
-    print_table([*args.table, *([args.run] if args.run else [])] or [Path("runs")])
+            parser.error(f"--table shows runs as they were scored; leave out {flag(name)}")
+    folders = [*args.table, *([args.run] if args.run else [])]
+    runs, skipped = read_runs(folders or [Path("runs")])
+    for line in skipped:
+        print(line, file=sys.stderr)
+    print(markdown(runs))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch
 
 from data import open_from_settings, tile_of_files
 from engine.checkpoints import load_model, newest_run
-from engine.console import Parser, Ticker, run_script
+from engine.console import Parser, run_script
 from engine.device import autocast, pick_device, store_frozen_weights
 from engine.inside import Inside, look_inside
 from engine.settings import Settings
@@ -140,8 +140,7 @@ def main() -> None:
     if args.tile is not None and (args.image or args.dsm):
         parser.error("--tile is one of the data set's; give it, or --image and --dsm")
     run, device = args.run or newest_run(), pick_device(args.device)
-    ticker = Ticker("fetching SAM's weights, bytes")
-    model, s, classes = load_model(run / "model.pt", args.weights, ticker)
+    model, s, classes = load_model(run / "model.pt", args.weights)
     store_frozen_weights(model, s.precision, device)
     tile = choose_tile(args, s, classes, run)
     loaded = tile.open(MODALITIES[s.modalities])

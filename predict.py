@@ -17,24 +17,21 @@ Shapes: `H, W` pixels of the raster, `B` windows of a batch, `K` classes.
 
 from __future__ import annotations
 
-from argparse import Namespace
 from pathlib import Path
 from typing import Iterator
 
 import numpy as np
-import torch.nn as nn
 
 from data import facts_of_run, tile_of_files
 from engine.checkpoints import load_model, newest_run
 from engine.console import Parser, Ticker, run_script
 from engine.device import pick_device, store_frozen_weights
 from engine.inference import BLENDS, percent, predict_strips, predict_tile
-from engine.settings import Settings
 from fast import accelerate
 from geodata.layouts import MODALITIES
 from geodata.maps import Output, check_outputs, cut_out, write_maps
 from geodata.rasters import DataError, one_line
-from geodata.tiles import LoadedTile, Tile
+from geodata.tiles import Tile
 from mfnet import MIN_SIZE
 from sam_vit import WeightsError
 
@@ -43,48 +40,25 @@ __all__ = ["predict_strips", "predict_tile"]  # from engine/inference.py, for us
 
 def bands_of(strips: Iterator, confidence: bool, probabilities: bool) -> Iterator[np.ndarray]:
     """`predict_strips` as the bands (C, n, W) uint8 of what is written: classes, then in percent
-    what is asked for.
-    """
+    what is asked for."""
     for classes, probs in strips:
         sure = [percent(probs.max(axis=0, keepdims=True))] if confidence else []
         yield np.concatenate([classes[None], *sure, *([percent(probs)] if probabilities else [])])
 
 
 def write_prediction(
-    args: Namespace,
-    paths: dict[str, Path],
-    stride: int,
-    model: nn.Module,
-    s: Settings,
-    tile: Tile,
-    loaded: LoadedTile,
+    paths: dict[str, Path], strips: Iterator, tile: Tile, size: tuple[int, int], like: Path
 ) -> None:
-    """Predicts the whole raster into the files of `paths` (by flag). Raises DataError where they
-    cannot be written.
-    """
-    strips = predict_strips(
-        model,
-        loaded.image,
-        loaded.dsm,
-        s.crop,
-        stride,
-        precision=s.precision,
-        progress=Ticker("rows of windows"),
-        scale=loaded.scale,
-        blend=args.blend,
-        flips=args.flips,
-        probabilities=len(paths) > 1,
-    )
-    strips = bands_of(strips, bool(args.confidence), bool(args.probabilities))
+    """Writes what `predict_strips` yields to `paths` (by flag), laid where the raster `like` lies.
+    Raises DataError where they cannot be written."""
+    strips = bands_of(strips, "--confidence" in paths, "--probabilities" in paths)
     strips = cut_out(strips, tile.without_data())
     names = tuple(name for name, _ in tile.classes)
     bands = {"--out": ("class",), "--confidence": ("confidence",), "--probabilities": names}
-    outputs = [
-        Output(path, bands[flag], tile.classes if flag == "--out" else ())
-        for flag, path in paths.items()
-    ]
+    colors = {"--out": tile.classes}
+    outputs = [Output(path, bands[f], colors.get(f, ())) for f, path in paths.items()]
     try:
-        write_maps(outputs, strips, loaded.size, tile.paths.get("image", args.dsm))
+        write_maps(outputs, strips, size, like)
     except OSError as error:
         listed = " ".join(f"{flag} {path}" for flag, path in paths.items())
         raise DataError(f"{listed}: cannot be written ({one_line(error)})") from error
@@ -99,9 +73,7 @@ def main() -> None:
     add("--out", type=Path, required=True, help="class map to write: .png or .tif")
     add("--confidence", type=Path, metavar="FILE", help="write how sure the map is: .png or .tif")
     add("--probabilities", type=Path, metavar="FILE", help="write a band for every class: .tif")
-    add(
-        "--blend", choices=list(BLENDS), default="mean", help="how overlapping windows are averaged"
-    )
+    add("--blend", choices=list(BLENDS), default="mean", help="how windows are averaged")
     add("--flips", action="store_true", help="average each window over its four reflections")
     add("--stride", type=int, help="pixels between windows; by default as the run was scored")
     add("--weights", help="where SAM's weights are now; by default as the run found them")
@@ -113,22 +85,22 @@ def main() -> None:
 
     run = args.run or newest_run()
     device = pick_device(args.device)
-    ticker = Ticker("fetching SAM's weights, bytes")
-    model, s, classes = load_model(run / "model.pt", args.weights, ticker)
+    model, s, classes = load_model(run / "model.pt", args.weights)
     store_frozen_weights(model, s.precision, device)
     accelerate(model.to(device))
     tile = tile_of_files(s, args.out.stem, args.image, args.dsm, classes, str(run))
     loaded = tile.open(MODALITIES[s.modalities])
     H, W = loaded.size
     if min(H, W) < MIN_SIZE:
-        raise DataError(
-            f"{args.image or args.dsm}: {W} x {H} pixels are too few; give a raster of {MIN_SIZE} "
-            "and more"
-        )
+        few = f"{args.image or args.dsm}: {W} x {H} pixels are too few"
+        raise DataError(f"{few}; give a raster of {MIN_SIZE} and more")
     for note in [*tile.notes, *tile.far_from(facts_of_run(run))]:
         print(f"note: {note}")
     stride = s.eval_stride if args.stride is None else args.stride
-    write_prediction(args, paths, stride, model, s, tile, loaded)
+    how = dict(blend=args.blend, flips=args.flips, probabilities=len(paths) > 1)
+    how |= dict(precision=s.precision, scale=loaded.scale, progress=Ticker("rows of windows"))
+    strips = predict_strips(model, loaded.image, loaded.dsm, s.crop, stride, **how)
+    write_prediction(paths, strips, tile, (H, W), tile.paths.get("image", args.dsm))
     listed = ", ".join(map(str, paths.values()))
     print(f"{listed}: {W} x {H} pixels by {run}, windows of {s.crop}, stride {stride}")
 

@@ -18,23 +18,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.console import Mistake, Parser, Ticker, run_script
+from engine.console import Mistake, Parser, run_script
 from engine.files import replace_atomically
 from engine.networks import build_model, build_network
 from engine.plugins import load_run_plugins
-from engine.pretrained import Progress
 from engine.settings import Settings
 from mfnet import MFNet, trained_names
 from sam_vit import WeightsError, check_keys_match, first_line, read_tensors
 
-# ------------------------------------------------------------------------------------------ the run
-
-
 MODEL_KEYS = ("settings", "base", "classes", "state")
-
-
 # A state that holds it holds the whole encoder: of `full`, or a whole file.
 IN_EVERY_BASE = "image_encoder.pos_embed"
+
+# ------------------------------------------------------------------------------------------ the run
 
 
 def changed_names(model: MFNet) -> list[str]:
@@ -78,30 +74,64 @@ def save_model(
     path: Path, model: MFNet, s: Settings, base: dict, classes: list, epoch: int, finished: bool
 ) -> None:
     """Writes `model.pt`; `finished` says whether the run came to its end. Raises OSError."""
-    content = {
-        "settings": asdict(s),
-        "base": base,
-        "classes": classes,
-        "state": trained_state(model),
-        "epoch": epoch,
-        "finished": finished,
-    }
+    content = {"settings": asdict(s), "base": base, "classes": classes}
+    content |= {"state": trained_state(model), "epoch": epoch, "finished": finished}
     save_tensors(path, content)
 
 
-def load_model(
-    path: str | Path, weights: str | None = None, progress: Progress | None = None
-) -> tuple[MFNet, Settings, list]:
+def load_model(path: str | Path, weights: str | None = None) -> tuple[MFNet, Settings, list]:
     """A `model.pt` or a whole file -> (network in eval mode on the CPU, the run's settings, [[name,
     [r, g, b]], ...]).
 
     `weights` says where the base is now (as `--weights`), by default where the run found it; a file
     that holds its base needs none. Raises WeightsError when the file is damaged, when there is no
     base, or another one than the run's; Mistake for settings that cannot be a run's."""
-    path = Path(path)
+    model, s, content = load_content(Path(path), weights)
+    return model, s, content["classes"]
+
+
+def load_content(path: Path, weights: str | None) -> tuple[MFNet, Settings, dict]:
+    """As `load_model`, with all that the file holds."""
     content = read_content(path, MODEL_KEYS)
     s = read_settings(content, path)
-    return restore_model(content, path, s, weights, progress), s, content["classes"]
+    base, classes, state = content["base"], content["classes"], content["state"]
+    check_form(base, classes, path)
+    whole, given = IN_EVERY_BASE in state, weights or s.weights
+    if not (whole or weights or given in ("auto", "none") or Path(given).is_file()):
+        remedy = "where there is no file; say where it is now by --weights"
+        raise WeightsError(f"{path} stands on {given}, {remedy}")
+    try:
+        if whole:
+            model, found = build_network(s, len(classes)), base
+        else:
+            model, found, _ = build_model(replace(s, weights=given), len(classes))
+    except Mistake as error:
+        raise Mistake(f"{path}: {error}") from None
+    if found["sha256"] != base["sha256"]:
+        named = "{weights} (sha256 {sha256})".format_map
+        raise WeightsError(
+            f"{path} was trained on {named(base)}, not on {named(found)}; give the base it was "
+            "trained on by --weights, or a whole file (python -m engine.checkpoints --whole FILE, "
+            "where the base is)"
+        )
+    try:
+        load_trained_state(model, state, str(path))
+    except WeightsError as error:
+        remedy = "if another version wrote the file, use that one (config.json names it)"
+        raise WeightsError(f"{error}; {remedy}") from error
+    return model.eval(), s, content
+
+
+def read_content(path: Path, keys: tuple[str, ...]) -> dict:
+    """A file of ours as a dict that holds `keys`. Raises WeightsError."""
+    if not path.is_file():
+        seeds = sorted(path.parent.glob(f"seed-*/{path.name}"))
+        of_seeds = f"give one of its seeds, as {seeds[0].parent}" if seeds else ""
+        raise WeightsError(f"{path}: no such file; {of_seeds or 'is this the folder of a run?'}")
+    content = read_tensors(path)
+    if not isinstance(content, dict) or any(key not in content for key in keys):
+        raise WeightsError(f"{path}: not a file of this program, it lacks {', '.join(keys)}")
+    return content
 
 
 def read_settings(content: dict, path: Path) -> Settings:
@@ -111,42 +141,6 @@ def read_settings(content: dict, path: Path) -> Settings:
         raise Mistake(f"{path}: its plugins are no list of names and hashes")
     load_run_plugins(plugins, path.parent)
     return Settings.from_dict(content["settings"], str(path))
-
-
-def is_finished(path: Path) -> bool:
-    """Whether a model.pt is of a run that came to its end; earlier versions did not note it."""
-    return bool(read_content(path, MODEL_KEYS).get("finished", True))
-
-
-def restore_model(
-    content: dict, path: Path, s: Settings, weights: str | None, progress: Progress | None
-) -> MFNet:
-    """The network of what `path` holds; see `load_model`."""
-    base, classes = content["base"], content["classes"]
-    check_form(base, classes, path)
-    whole = IN_EVERY_BASE in content["state"]
-    place = "none" if whole else base_place(path, s, weights)
-    try:
-        if whole:
-            model = build_network(s, len(classes))
-        else:
-            model, found, _ = build_model(replace(s, weights=place), len(classes), progress)
-    except Mistake as error:
-        raise Mistake(f"{path}: {error}") from None
-    if not whole and found["sha256"] != base["sha256"]:
-        raise WeightsError(
-            f"{path} was trained on {base['weights']} (sha256 {base['sha256']}), not on "
-            f"{found['weights']} (sha256 {found['sha256']}); give the base it was trained on by "
-            "--weights, or a whole file (python -m engine.checkpoints --whole FILE, where the "
-            "base is)"
-        )
-    try:
-        load_trained_state(model, content["state"], str(path))
-    except WeightsError as error:
-        raise WeightsError(
-            f"{error}; if another version wrote the file, use that one (config.json names it)"
-        ) from error
-    return model.eval()
 
 
 def check_form(base: object, classes: object, path: Path) -> None:
@@ -159,69 +153,37 @@ def check_form(base: object, classes: object, path: Path) -> None:
         raise WeightsError(f"{path}: its base or its classes are damaged")
 
 
-def base_place(path: Path, s: Settings, weights: str | None) -> str:
-    """`weights`, or what the run was given. Raises WeightsError if that was a path where no file is
-    any more.
-    """
-    if weights is None and s.weights not in ("auto", "none") and not Path(s.weights).is_file():
-        raise WeightsError(
-            f"{path} stands on {s.weights}, where there is no file; say where it is now by "
-            "--weights"
-        )
-    return weights or s.weights
-
-
-def read_content(path: Path, keys: tuple[str, ...]) -> dict:
-    """A file of ours as a dict that holds `keys`. Raises WeightsError."""
-    if not path.is_file():
-        seeds = sorted(path.parent.glob(f"seed-*/{path.name}"))
-        hint = (
-            f"give one of its seeds, as {seeds[0].parent}" if seeds else "is this a run's folder?"
-        )
-        raise WeightsError(f"{path}: no such file; {hint}")
-    content = read_tensors(path)
-    if not isinstance(content, dict) or any(key not in content for key in keys):
-        raise WeightsError(f"{path}: not a file of this program, it lacks {', '.join(keys)}")
-    return content
+def is_finished(path: Path) -> bool:
+    """Whether a model.pt is of a run that came to its end; earlier versions did not note it."""
+    return bool(read_content(path, MODEL_KEYS).get("finished", True))
 
 
 def newest_run(runs: Path = Path("runs")) -> Path:
     """The folder below `runs` whose model.pt was written last. Raises WeightsError."""
     models = sorted(runs.glob("*/model.pt"), key=lambda p: p.stat().st_mtime)
     if not models:
-        raise WeightsError(
-            f"there is no finished run below {runs.resolve()}; train one, or give --run DIR"
-        )
+        there = f"there is no finished run below {runs.resolve()}"
+        raise WeightsError(f"{there}; train one, or give --run DIR")
     return models[-1].parent
 
 
 # --------------------------------------------------------------------------------------- handing on
 
 
-def export_whole(
-    path: Path, out: Path, weights: str | None = None, progress: Progress | None = None
-) -> None:
+def export_whole(path: Path, out: Path, weights: str | None = None) -> None:
     """Writes the run of a `model.pt` with its base: `load_model` needs no checkpoint of SAM for it.
 
-    Raises WeightsError as `load_model` does, and if `out` exists or cannot be written.
-    """
+    Raises WeightsError as `load_model` does, and if `out` exists or cannot be written."""
     check_new(out)
-    content = read_content(path, MODEL_KEYS)
-    model = restore_model(content, path, read_settings(content, path), weights, progress)
+    model, _, content = load_content(path, weights)
     save_new(out, {**content, "state": dict(model.state_dict())})
 
 
 def sam_state(model: MFNet) -> dict[str, Tensor]:
     """SAM's part of the encoder by the names of Meta's files, `image_encoder.*`: the base, and for
-    `full` the trained one. What a tuner added is no part of it.
-    """
-    encoder = model.image_encoder
-    state = encoder.state_dict()
-    return {
-        "image_encoder." + n: t.detach().cpu()
-        for n, t in state.items()
-        if n not in encoder.added_names
-    }
+    `full` the trained one. What a tuner added is no part of it."""
+    state, added = model.image_encoder.state_dict(), model.image_encoder.added_names
+    return {"image_encoder." + n: t.detach().cpu() for n, t in state.items() if n not in added}
 
 
 def check_new(out: Path) -> None:
@@ -234,8 +196,7 @@ def check_new(out: Path) -> None:
 
 def save_new(out: Path, content: dict) -> None:
     """Writes a file that `check_new` let pass. Raises WeightsError, and leaves nothing, if that
-    fails.
-    """
+    fails."""
     try:
         save_tensors(out, content)
     except OSError as error:
@@ -243,19 +204,13 @@ def save_new(out: Path, content: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(
-        prog="-m engine.checkpoints", description="Writes a run's weights for use elsewhere."
-    )
-    parser.add_argument(
-        "--run", type=Path, help="folder of a run; by default the newest below runs/"
-    )
-    parser.add_argument("--whole", type=Path, metavar="FILE", help="write the run with its base")
-    parser.add_argument(
-        "--sam", type=Path, metavar="FILE", help="write the image encoder in Meta's names"
-    )
-    parser.add_argument(
-        "--weights", help="where the base is now: auto or a path; by default as the run found it"
-    )
+    text = "Writes a run's weights for use elsewhere."
+    parser = Parser(prog="-m engine.checkpoints", description=text)
+    add = parser.add_argument
+    add("--run", type=Path, help="folder of a run; by default the newest below runs/")
+    add("--whole", type=Path, metavar="FILE", help="write the run with its base")
+    add("--sam", type=Path, metavar="FILE", help="write the image encoder in Meta's names")
+    add("--weights", help="where the base is now: auto or a path; by default as the run found it")
     args = parser.parse_args(argv)
     outs = [out for out in (args.whole, args.sam) if out is not None]
     if len({out.resolve() for out in outs}) != len(outs) or not outs:
@@ -263,11 +218,10 @@ def main(argv: list[str] | None = None) -> None:
     for out in outs:
         check_new(out)
     path = (args.run or newest_run()) / "model.pt"
-    progress = Ticker("fetching SAM's weights, bytes")
     if args.whole:
-        export_whole(path, args.whole, args.weights, progress)
+        export_whole(path, args.whole, args.weights)
     if args.sam:
-        save_new(args.sam, sam_state(load_model(path, args.weights, progress)[0]))
+        save_new(args.sam, sam_state(load_model(path, args.weights)[0]))
     for out in outs:
         print(f"{out}: {out.stat().st_size:,} bytes, from {path}")
 

@@ -21,8 +21,6 @@ from geodata.crops import window_places
 from geodata.scaling import TileScale, height_range
 
 Raster = Any  # whatever has a shape and slices like an array
-
-
 ROWS = 64  # of a strip at most: what is computed from it is small beside the logits that wait
 
 
@@ -30,9 +28,6 @@ class NotFinite(Mistake):
     """A network's outputs are NaN or infinite."""
 
     status = 1
-
-
-# ----------------------------------------------------------------------------------- sliding window
 
 
 @torch.inference_mode()
@@ -52,8 +47,16 @@ def predict_strips(
     flips: bool = False,
     probabilities: bool = False,
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """The class map of `predict_tile` from top to bottom, in strips (n, W) uint8, each with the
-    probabilities of the classes (K, n, W) float32 if they are asked for.
+    """The class map of a raster of any size, from overlapping windows whose logits are averaged
+    (paper IV-B): from top to bottom in strips (n, W) uint8, each with the probabilities of the
+    classes (K, n, W) float32 if they are asked for.
+
+    image (H, W, 3), dsm (H, W) metres, both scaled by `scale`, by default the image over its type's
+    range and the heights over `heights` (by default their own lowest and highest); a network of one
+    modality gets the one that is not None. `repeat_border` counts the windows at the right and
+    lower edge as often as the published code visits them. `blend="cosine"` trusts the middle of a
+    window more than its border; `flips` averages each window over its four reflections, at four
+    times the work. `progress(done, all)` is called after each row of windows.
 
     Only the rows of logits that still wait for a window are kept, and of the rasters, which may
     slice like arrays, one window at a time is asked for: memory grows with the width, and not with
@@ -70,16 +73,15 @@ def predict_strips(
     # (K, window, width) sums of the rows from the current window's top on
     logits: Tensor | None = None
     for i, (top, row_weight) in enumerate(rows):
-        for left_batch in _batches(columns, batch_size):
-            boxes = [np.s_[top : top + window, left : left + window] for left, _ in left_batch]
+        for first in range(0, len(columns), batch_size):
+            batch = columns[first : first + batch_size]
+            boxes = [np.s_[top : top + window, left : left + window] for left, _ in batch]
             inputs = [_windows(r, boxes, window, scale).to(device) for r in rasters]
-            with autocast(precision, device):
-                out = (
-                    _all_flips(model, inputs) if flips else model(*inputs).float()
-                )  # (B, K, window, window)
+            with autocast(precision, device):  # -> (B, K, window, window)
+                out = _all_flips(model, inputs) if flips else model(*inputs).float()
             if logits is None:
                 logits = out.new_zeros(out.shape[1], window, max(W, window))
-            for window_logits, (left, column_weight) in zip(out, left_batch):
+            for window_logits, (left, column_weight) in zip(out, batch):
                 times = row_weight * column_weight if repeat_border else 1
                 logits[:, :, left : left + window] += times * weight_2d * window_logits
         below = rows[i + 1][0] if i + 1 < len(rows) else H
@@ -102,26 +104,10 @@ def predict_strips(
 
 
 def predict_tile(
-    model: nn.Module,
-    image: Raster | None,
-    dsm: Raster | None,
-    window: int = 256,
-    stride: int = 128,
-    batch_size: int = 8,
-    heights: tuple[float, float] | None = None,
-    **options,
+    model: nn.Module, image: Raster | None, dsm: Raster | None, *sizes, **options
 ) -> np.ndarray:
-    """Class map (H, W) uint8 of a raster of any size, from overlapping windows whose logits are
-    averaged (paper IV-B).
-
-    image (H, W, 3), dsm (H, W) metres, both scaled by `scale`, by default the image over its type's
-    range and the heights over `heights` (by default their own lowest and highest); a network of one
-    modality gets the one that is not None. `repeat_border=True` counts the windows at the right and
-    lower edge as often as the published code visits them. `blend="cosine"` trusts
-    the middle of a window more than its border; `flips` averages each window over its four
-    reflections, at four times the work. `progress(done, all)` is called after each row of windows.
-    These and the other `options` are those of `predict_strips`."""
-    strips = predict_strips(model, image, dsm, window, stride, batch_size, heights, **options)
+    """The class map (H, W) uint8 of `predict_strips`, which takes the same arguments, as a whole."""
+    strips = predict_strips(model, image, dsm, *sizes, **options)
     return np.concatenate([classes for classes, _ in strips])
 
 
@@ -150,8 +136,7 @@ def weight_along(
 
 def softmax_of_mean(sums: Tensor, row_weights: Tensor, column_weights: Tensor) -> np.ndarray:
     """Probabilities (K, n, W) float32 out of the weighted sums of logits, and what was summed
-    weighs: (n,) and (W,).
-    """
+    weighs: (n,) and (W,)."""
     return (sums / (row_weights[:, None] * column_weights)).softmax(dim=0).cpu().numpy()
 
 
@@ -162,27 +147,18 @@ def percent(probabilities: np.ndarray) -> np.ndarray:
 
 def _all_flips(model: nn.Module, inputs: list[Tensor]) -> Tensor:
     """The mean of what a model says of a batch and of its reflections, each turned back: (B, K, h,
-    w).
-    """
+    w)."""
     turns = ((), (-1,), (-2,), (-2, -1))
     return sum(model(*(x.flip(axes) for x in inputs)).float().flip(axes) for axes in turns) / 4
 
 
-def _batches(items: list, size: int) -> list[list]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
-
-
 def _windows(raster: Raster, boxes: list, window: int, scale: TileScale) -> Tensor:
     """The windows of one raster as a network input, (B, 3, w, w) or (B, w, w); reflected where the
-    raster ends.
-    """
+    raster ends."""
     windows = []
     for box in boxes:
-        array = (
-            scale.image_input(raster[box])
-            if len(raster.shape) == 3
-            else scale.height_input(raster[box], box)
-        )
+        pixels, is_image = raster[box], len(raster.shape) == 3
+        array = scale.image_input(pixels) if is_image else scale.height_input(pixels, box)
         missing = [(0, 0)] * (array.ndim - 2) + [(0, window - n) for n in array.shape[-2:]]
         windows.append(np.pad(array, missing, mode="reflect"))
     return torch.from_numpy(np.stack(windows))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import torch
 
-from engine.console import Mistake
-from engine.pretrained import Progress, find_weights
+from engine.console import Mistake, Ticker
+from engine.pretrained import find_weights
 from engine.settings import Settings
 from geodata.layouts import MODALITIES
 from mfnet import MFNet, build_mfnet
@@ -16,8 +17,7 @@ from sam_vit import ImageEncoderViT, LoadReport, load_sam_weights
 
 def base_digest(encoder: ImageEncoderViT) -> str:
     """SHA-256 over SAM's tensors in the encoder, by sorted name and as float32: one hash for every
-    format and spelling of a checkpoint, and for every tuner that stands on it.
-    """
+    format and spelling of a checkpoint, and for every tuner that stands on it."""
     digest = hashlib.sha256()
     for name, tensor in sorted(encoder.state_dict().items()):
         if name not in encoder.added_names:
@@ -28,8 +28,7 @@ def base_digest(encoder: ImageEncoderViT) -> str:
 
 def build_network(s: Settings, num_classes: int) -> MFNet:
     """A network as a run's settings describe it, with random weights. Seeds torch with the run's
-    seed: what `--weights none` trains on is a function of it. Raises Mistake.
-    """
+    seed: what `--weights none` trains on is a function of it. Raises Mistake."""
     torch.manual_seed(s.seed)
     modalities = len(MODALITIES[s.modalities])
     try:
@@ -39,22 +38,20 @@ def build_network(s: Settings, num_classes: int) -> MFNet:
         raise Mistake(f"--tuner {s.tuner} with {listed or 'no option'}: {error}") from error
 
 
-def build_model(
-    s: Settings, num_classes: int, progress: Progress | None = None
-) -> tuple[MFNet, dict, LoadReport | None]:
+def base_file(s: Settings) -> Path | None:
+    """SAM's weights, fetched where they are not there yet; None for random ones. Raises
+    WeightsError."""
+    return find_weights(s.weights, s.encoder, Ticker("fetching SAM's weights, bytes"))
+
+
+def build_model(s: Settings, num_classes: int) -> tuple[MFNet, dict, LoadReport | None]:
     """The network of a run on its base -> (model, base, report of loading SAM's weights; None for
     random ones).
 
     `base` names where the encoder's weights come from: {"weights", "seed", "sha256"}. Raises
     WeightsError."""
-    path = find_weights(s.weights, s.encoder, progress)
-    model = build_network(s, num_classes)
-    report = None
+    path, model, report = base_file(s), build_network(s, num_classes), None
     if path is not None:
         report = load_sam_weights(model.image_encoder, path, s.relative_positions)
-    base = {
-        "weights": "random" if path is None else path.name,
-        "seed": s.seed,
-        "sha256": base_digest(model.image_encoder),
-    }
-    return model, base, report
+    base = {"weights": "random" if path is None else path.name, "seed": s.seed}
+    return model, {**base, "sha256": base_digest(model.image_encoder)}, report

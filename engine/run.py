@@ -9,13 +9,12 @@ import torch
 
 from engine.budget import check_budget
 from engine.checkpoints import save_model, save_tensors
-from engine.console import Mistake, Ticker
+from engine.console import Mistake
 from engine.device import store_frozen_weights, version
 from engine.distributed import Team
 from engine.folder import RunFolder, new_folder, read_last
-from engine.networks import build_model
+from engine.networks import base_file, build_model
 from engine.plugins import keep_plugins
-from engine.pretrained import find_weights
 from engine.recipes import different_from_recipe
 from engine.settings import Settings, held_out_tiles
 from engine.training import Trainer
@@ -71,16 +70,15 @@ class Run:
     def build(self, last: dict | None) -> None:
         """The network on its base, fast, on its device, with what a resumed run had learned."""
         s, team = self.s, self.team
-        ticker = Ticker("fetching SAM's weights, bytes")
         if team.is_main:  # on a fresh machine one process downloads
-            find_weights(s.weights, s.encoder, ticker)
+            base_file(s)
         team.barrier()
-        model, self.base, self.report = build_model(s, len(self.classes), ticker)
+        model, self.base, self.report = build_model(s, len(self.classes))
         if last is not None and last["base"]["sha256"] != self.base["sha256"]:
-            bases = last["base"], self.base
-            was, found = (f"{base['weights']} (sha256 {base['sha256']})" for base in bases)
+            named = "{weights} (sha256 {sha256})".format_map
+            bases = f"{named(last['base'])}, not on {named(self.base)}"
             remedy = "give the base it was begun on by --weights"
-            raise DataError(f"{s.out} was begun on {was}, not on {found}; {remedy}")
+            raise DataError(f"{s.out} was begun on {bases}; {remedy}")
         store_frozen_weights(model, s.precision, self.device)
         accelerate(model, checkpointing=s.checkpointing)
         self.trainer = Trainer(model.to(self.device), s, team, len(self.classes))
@@ -125,10 +123,11 @@ class Run:
         """Notes that a run which was to have `epochs` goes on for more."""
         s, progress = self.s, self.trainer.progress
         progress.lengthened.append([progress.step, epochs])
-        self.say(
-            f"lengthened from {epochs} to {s.epochs} epochs after step {progress.step}: the schedule "
-            f"is that of {s.epochs} from here on, so this is no run of {s.epochs} epochs"
+        until, goal = f"from {epochs} to {s.epochs} epochs after step {progress.step}", s.epochs
+        schedule = (
+            f"the schedule is that of {goal} from here on, so this is no run of {goal} epochs"
         )
+        self.say(f"lengthened {until}: {schedule}")
         if self.team.is_main:
             self.folder.reopen()
         self.save_last()

@@ -439,7 +439,7 @@ def test_on_a_fresh_machine_the_main_process_fetches_before_the_others_look(
         pass
 
     events, team = [], None
-    monkeypatch.setattr("engine.run.find_weights", lambda *_: events.append("weights"))
+    monkeypatch.setattr("engine.run.base_file", lambda *_: events.append("weights"))
 
     def build(*_):
         events.append("built")
