@@ -79,14 +79,8 @@ def loader(run: Run) -> torch.utils.data.DataLoader:
     """The batches (rasters, labels) of this process, from where the run stands to its end."""
     s, on_gpu = run.s, run.device.type == "cuda"
     modalities, first = MODALITIES[s.modalities], run.trainer.progress.step
-    crops = CropDataset(
-        run.tiles,
-        s.crop,
-        s.seed,
-        modalities,
-        last_pixel=s.crop_range == "full",
-        rotations=s.augment == "flips+rotations",
-    )
+    last_pixel, rotations = s.crop_range == "full", s.augment == "flips+rotations"
+    crops = CropDataset(run.tiles, s.crop, s.seed, modalities, last_pixel, rotations)
     order = CropOrder(s.epochs, s.steps, s.batch_size, first, 1, run.team.rank, run.team.world)
     return torch.utils.data.DataLoader(
         crops,
@@ -102,20 +96,17 @@ def end_epoch(run: Run, seconds: float, speed: float, noted: list[int]) -> None:
     s, progress = run.s, run.trainer.progress
     epoch, loss = progress.step // s.steps, progress.loss_sum / s.steps
     if not progress.scored:
-        raise TrainingStopped(
-            f"no pixel of epoch {epoch} had a label that counts; look at the labels: "
-            f"python data.py --data {s.data} --root {s.root}"
-        )
+        look = f"look at the labels: python data.py --data {s.data} --root {s.root}"
+        raise TrainingStopped(f"no pixel of epoch {epoch} had a label that counts; {look}")
     run.trainer.check_weights()
     rate = learning_rate(progress.step - 1, s)
     run.say(f"epoch {epoch}/{s.epochs}: loss {loss:.4f}, lr {rate:.3g}, {speed:.3g} images/s")
     progress.loss_sum = progress.scored = 0.0
     every = s.eval_every or (1 if s.select != "last" else 0)
     progress.unscored = bool(every) and (epoch % every == 0 or epoch == s.epochs)
-    entry = dict(epoch=epoch, step=progress.step, loss=loss, lr=rate, images_per_second=speed)
-    entry |= dict(peak_memory_mb=peak_memory(run.device), seconds=seconds)
     if run.team.is_main:
-        run.folder.append_log(entry)
+        entry = dict(epoch=epoch, step=progress.step, loss=loss, lr=rate, images_per_second=speed)
+        run.folder.append_log(entry | dict(peak_memory_mb=peak_memory(run.device), seconds=seconds))
     run.save_last()
     if progress.unscored:
         choose(run, noted)
@@ -126,14 +117,15 @@ def choose(run: Run, noted: list[int]) -> None:
     s, progress = run.s, run.trainer.progress
     epoch, split = progress.step // s.steps, "val" if s.val and s.select != "test" else "test"
     stride = s.select_stride or s.eval_stride
-    miou = score(run, split, stride, noted)["miou"]
-    if s.select != "last" and (progress.best is None or (miou or 0) > progress.best):
-        progress.best, progress.best_epoch = miou or 0, epoch
+    found = score(run, split, stride, noted)["miou"]
+    miou = found or 0
+    if s.select != "last" and (progress.best is None or miou > progress.best):
+        progress.best, progress.best_epoch = miou, epoch
         run.save_model(epoch, finished=False)
-    run.say(f"epoch {epoch}: mIoU {100 * (miou or 0):.2f}, {split} tiles at stride {stride}")
+    run.say(f"epoch {epoch}: mIoU {100 * miou:.2f}, {split} tiles at stride {stride}")
     progress.unscored = False
     if run.team.is_main:
-        run.folder.amend_log(miou=miou)
+        run.folder.amend_log(miou=found)
     run.save_last()
 
 
@@ -148,8 +140,8 @@ def finish(run: Run, noted: list[int]) -> dict:
         epoch, path = run.trainer.progress.best_epoch, run.folder / "model.pt"
         load_trained_state(run.trainer.model, read_content(path, ("state",))["state"], str(path))
         optimistic = "TEST tiles, as published: an optimistic choice"
-        which = optimistic if s.select == "test" else "held-out tiles"
-        chosen = f"epoch {epoch} is scored, the best on the {which}"
+        tiles = optimistic if s.select == "test" else "held-out tiles"
+        chosen = f"epoch {epoch} is scored, the best on the {tiles}"
         run.team.barrier()  # before the main process writes the file again
     run.save_model(epoch, finished=True)
     with run.folder.writing():
@@ -205,10 +197,8 @@ def one_run(
     if given is not None:
         folder = RunFolder(Path(s.out or unfinished_run()))
         s = resumed_settings(stored_settings(folder), given, folder.path, lengthen)
-        if (
-            folder.is_finished()
-            and read_last(folder.path)["progress"]["step"] == s.epochs * s.steps
-        ):
+        step = read_last(folder.path)["progress"]["step"]
+        if step == s.epochs * s.steps and folder.is_finished():
             print(f"{folder} is finished; python evaluate.py --run {folder} scores it again")
             return
         if team.is_main:
@@ -225,9 +215,7 @@ def one_run(
             run.say(f"trained in {took}" + (f", peak memory {used:,.0f} MB" if used else ""))
             finish(run, noted)
     except (RuntimeError, MemoryError) as error:
-        if (stopped := explain_failure(error, s, device)) is None:
-            raise
-        raise stopped from error
+        raise explain_failure(error, s, device) or error
     finally:
         if folder is not None:
             folder.release()
@@ -239,8 +227,7 @@ def stored_settings(folder: RunFolder) -> Settings:
 
 def all_seeds(s: Settings, seeds: list[int], team: Team, device: torch.device) -> None:
     """One run after the other, in folders of their own below --out; a finished one is kept, an
-    interrupted one gone on with, one of other settings refused. Prints their table.
-    """
+    interrupted one gone on with, one of other settings refused. Prints their table."""
     if not s.out:
         raise Mistake("--seeds needs --out: the folder that the runs are written below")
     for seed in dict.fromkeys(seeds):

@@ -1,6 +1,4 @@
-"""What a run needs at the least, counted before anything is allocated; and what to do when it turns
-out to be more.
-"""
+"""What a run needs at the least, counted before it is allocated; what to do when it is more."""
 
 from __future__ import annotations
 
@@ -14,6 +12,7 @@ from engine.networks import build_network
 from engine.settings import Settings
 from engine.training import TrainingStopped
 from geodata.layouts import MODALITIES
+from mfnet import count_parameters
 from sam_vit import first_line
 
 
@@ -24,16 +23,14 @@ def check_budget(s: Settings, num_classes: int, device: torch.device, world: int
     and the logits; the activations come on top."""
     processors = os.cpu_count() or 1
     if s.workers > 4 * max(processors, 4):
-        raise Mistake(
-            f"--workers {s.workers}: this machine has {processors} processors; give no more"
-        )
+        raise Mistake(f"--workers {s.workers}: this machine has {processors} processors")
     have = total_memory(device)
     if have is None:
         return
     with torch.device("meta"):
         model = build_network(s, num_classes)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    counts = count_parameters(model)
+    trained, frozen = counts["trainable"], counts["total"] - counts["trainable"]
     state = {"sgd": 1, "adamw": 2}[s.optimizer]
     stored = 2 if resolve_precision(s.precision, device) == "bf16" else 4
     weights = (stored * frozen + 4 * (2 + state) * trained) / 2**20
@@ -42,10 +39,9 @@ def check_budget(s: Settings, num_classes: int, device: torch.device, world: int
     batch = s.batch_size / world * s.crop**2 * 4 * numbers / 2**20
     if weights + batch > have:
         remedy = "a smaller --batch-size" if batch > weights else "fewer trained parameters"
-        raise Mistake(
-            f"{trained:,} trained parameters and --batch-size {s.batch_size} of --crop {s.crop} "
-            f"need more than {weights + batch:,.0f} MB, and there are {have:,.0f}; give {remedy}"
-        )
+        asked = f"{trained:,} trained parameters, --batch-size {s.batch_size} of --crop {s.crop}"
+        sizes = f"more than {weights + batch:,.0f} MB are needed, and there are {have:,.0f}"
+        raise Mistake(f"{asked}: {sizes}; give {remedy}")
 
 
 def explain_failure(error: Exception, s: Settings, device: torch.device) -> TrainingStopped | None:
@@ -55,22 +51,17 @@ def explain_failure(error: Exception, s: Settings, device: torch.device) -> Trai
     if short or "can't allocate memory" in str(error):
         ways = [] if s.checkpointing else [f"{resume} --checkpointing"]
         if s.batch_size > s.accumulate:
-            ways.append(f"{resume} --accumulate {next_divisor(s.batch_size, s.accumulate)}")
+            larger = range(s.accumulate + 1, s.batch_size + 1)
+            parts = next(n for n in larger if s.batch_size % n == 0)
+            ways.append(f"{resume} --accumulate {parts}")
         ways.append(f"a run with a --batch-size below {s.batch_size}")
         ways += [] if s.precision == "bf16" else ["one with --precision bf16"]
         used = peak_memory(device)
         after = "" if used is None else f" after {used:,.0f} MB"
         return TrainingStopped(f"out of memory{after}; try {', or '.join(ways)}")
     if "DataLoader worker" in str(error):
-        return TrainingStopped(
-            f"a process that cuts crops died ({text}), perhaps for want of memory; go on with "
-            f"{resume} --workers 0"
-        )
+        died = f"a process that cuts crops died ({text}), perhaps for want of memory"
+        return TrainingStopped(f"{died}; go on with {resume} --workers 0")
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return TrainingStopped(f"--compile failed ({text}); train without it")
     return None
-
-
-def next_divisor(n: int, above: int) -> int:
-    """The smallest divisor of n that is larger than `above`, which is below n."""
-    return next(d for d in range(above + 1, n + 1) if n % d == 0)

@@ -46,8 +46,7 @@ class Parser(argparse.ArgumentParser):
 
 def run_script(main: Callable[[], None], *mistakes: type[Exception]) -> NoReturn:
     """Runs a script's main: a `Mistake`, or one of `mistakes`, becomes one line and exit status 2,
-    Ctrl-C exit status 130.
-    """
+    Ctrl-C exit status 130."""
     # A damaged TIFF is one line, and that is ours.
     logging.getLogger("tifffile").addHandler(logging.NullHandler())
     for stream in (sys.stdout, sys.stderr):
@@ -81,9 +80,7 @@ def say_mistake(line: str) -> None:
 
 
 class Ticker:
-    """Progress: one line that is rewritten on a terminal, otherwise a plain line every `every`
-    seconds.
-    """
+    """Progress: a line that is rewritten on a terminal, else one after each `every` seconds."""
 
     def __init__(self, label: str, stream: TextIO | None = None, every: float = 10.0):
         self.label, self.stream, self.every = label, stream or sys.stdout, every
@@ -92,9 +89,7 @@ class Ticker:
         self.width = 0  # of the line that is being rewritten; 0: there is none
 
     def __call__(self, done: int, total: int, text: str = "") -> None:
-        """`done` of `total`, 0 if unknown; the time left is taken from the pace since the first
-        call.
-        """
+        """`done` of `total`, 0 if unknown; the pace since the first call gives the time left."""
         now = time.monotonic()
         if self.first_done is None:
             self.first_done, self.start = done, now

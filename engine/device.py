@@ -13,12 +13,11 @@ import torch
 import torch.nn as nn
 
 from engine.console import Mistake
+from sam_vit import first_line
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" -> CUDA, Apple's MPS, or the CPU. Raises Mistake for a device that this machine
-    lacks.
-    """
+    """`auto` is CUDA, Apple's MPS, or the CPU. Raises Mistake for what this machine lacks."""
     if name == "auto":
         on_mac = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else on_mac
@@ -26,7 +25,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = first_line(error)
         raise Mistake(f"--device {name} cannot be used here ({reason}); try auto or cpu") from error
     return device
 
@@ -46,8 +45,7 @@ def autocast(precision: str, device: torch.device):
 
 def store_frozen_weights(model: nn.Module, precision: str, device: torch.device) -> None:
     """In bf16 the frozen matrices are kept in bf16, not cast in every step; what is trained stays
-    fp32, in place.
-    """
+    fp32, in place."""
     if resolve_precision(precision, device) != "bf16":
         return
     for p in model.parameters():
@@ -66,9 +64,7 @@ def use_large_pages() -> None:
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """The most memory used so far in MB: of the GPU, else of the process; None where the system
-    does not tell.
-    """
+    """The most memory used so far, in MB: of the GPU, else of the process; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
@@ -80,7 +76,7 @@ def peak_memory(device: torch.device) -> float | None:
 
 
 def total_memory(device: torch.device) -> float | None:
-    """The memory of the GPU, else of the machine, in MB; None where the system does not tell."""
+    """The memory of the GPU, else of the machine, in MB; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / 2**20
     try:
@@ -100,20 +96,16 @@ def version() -> str:
 def commit() -> str:
     """The commit of this project's own repository: a copy inside another one is "unknown"."""
     home = Path(__file__).resolve().parent.parent
-    top = git(home, "rev-parse", "--show-toplevel")
-    if top is None or Path(top.stdout.strip()).resolve() != home:
-        return "unknown"
-    described = git(home, "describe", "--always")
-    if described is None or not described.stdout.strip():
-        return "unknown"
-    changed = git(home, "diff", "--quiet", "HEAD", "--", "*.py")
-    dirty = "-dirty" if changed is not None and changed.returncode else ""
-    return described.stdout.strip() + dirty
 
-
-def git(folder: Path, *words: str) -> subprocess.CompletedProcess | None:
-    command = ["git", "-C", str(folder), *words]
-    try:
+    def git(*words: str) -> subprocess.CompletedProcess:
+        command = ["git", "-C", str(home), *words]
         return subprocess.run(command, capture_output=True, text=True, timeout=10)
+
+    try:
+        top, described = git("rev-parse", "--show-toplevel"), git("describe", "--always")
+        if not described.stdout.strip() or Path(top.stdout.strip()).resolve() != home:
+            return "unknown"
+        changed = git("diff", "--quiet", "HEAD", "--", "*.py").returncode
     except (OSError, subprocess.TimeoutExpired):
-        return None
+        return "unknown"
+    return described.stdout.strip() + ("-dirty" if changed else "")

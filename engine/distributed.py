@@ -66,24 +66,17 @@ def join_team(device: str) -> tuple[Team, str]:
     world = int(os.environ.get("WORLD_SIZE") or 1)
     if world == 1:
         return Team(), device
-    missing = [
-        name
-        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        if name not in os.environ
-    ]
-    if missing:
-        raise Mistake(
-            f"WORLD_SIZE={world} is set and {', '.join(missing)} is not; start several processes "
-            f"by torchrun --nproc_per_node={world} train.py, or unset WORLD_SIZE"
-        )
+    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if missing := ", ".join(name for name in needed if name not in os.environ):
+        remedy = f"start by torchrun --nproc_per_node={world} train.py, or unset WORLD_SIZE"
+        raise Mistake(f"WORLD_SIZE={world} is set and {missing} is not; {remedy}")
     use_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if use_gpu:
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", world)), torch.cuda.device_count()
         if gpus < here:
-            raise Mistake(
-                f"--device {device}: {here} processes need {here} GPUs, and there are {gpus} here; "
-                f"give torchrun --nproc_per_node={gpus}, or --device cpu"
-            )
+            few = f"{here} processes need {here} GPUs, and there are {gpus} here"
+            remedy = f"give torchrun --nproc_per_node={gpus}, or --device cpu"
+            raise Mistake(f"--device {device}: {few}; {remedy}")
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if use_gpu else "gloo")
@@ -116,8 +109,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 class ShardedDropout2d(nn.Dropout2d):
     """Drops whole channels: each process draws the masks of the whole batch and applies those of
-    its own crops, so that N processes drop what one would.
-    """
+    its own crops, so that N processes drop what one would."""
 
     def __init__(self, p: float, rank: int, world: int):
         super().__init__(p)

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
 
-from engine.checkpoints import MODEL_KEYS, read_content, save_tensors
+from engine.checkpoints import MODEL_KEYS, is_finished, read_content, save_tensors
 from engine.console import Mistake
 from engine.distributed import Team
 from engine.files import replace_atomically
@@ -27,6 +27,8 @@ from engine.training import TrainingStopped
 from sam_vit import WeightsError, first_line
 
 LAST_KEYS = ("settings", "base", "data", "state", "optimizer", "progress")
+# What a folder holds where something was trained or scored that is not to be lost.
+KEPT = ("last.pt", "model.pt", "scores.json", "log.jsonl")
 
 
 class RunFolder:
@@ -51,11 +53,9 @@ class RunFolder:
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(self.lock)
-            raise Mistake(
-                f"{self.path} is being trained by another process; wait for it, or give another "
-                "--out"
-            ) from None
+            self.release()
+            busy = f"{self.path} is being trained by another process"
+            raise Mistake(f"{busy}; wait for it, or give another --out") from None
         except OSError:  # a file system without locks
             return
 
@@ -67,8 +67,7 @@ class RunFolder:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """A full disk or a folder that is gone ends the run with a line; files that were written
-        before stay whole.
-        """
+        before stay whole."""
         try:
             yield
         except OSError as error:
@@ -78,14 +77,15 @@ class RunFolder:
             free = shutil.disk_usage(self.path).free / 1e6
             raise TrainingStopped(
                 f"{self.path} cannot be written ({reason}, {free:,.0f} MB are free); what was "
-                "saved before is intact: make room, then python train.py --resume --out "
-                f"{self.path}"
+                f"saved is intact: make room, then python train.py --resume --out {self.path}"
             ) from error
 
-    def write_json(self, name: str, content: dict) -> None:
-        text = json.dumps(content, indent=1)
+    def write_text(self, name: str, text: str) -> None:
         with self.writing():
             replace_atomically(self / name, lambda p: p.write_text(text, encoding="utf-8"))
+
+    def write_json(self, name: str, content: dict) -> None:
+        self.write_text(name, json.dumps(content, indent=1))
 
     def versions(self, now: str, step: int, total: int) -> str:
         """What trained the run: the code of each part of it, `now` from `step` on."""
@@ -93,31 +93,26 @@ class RunFolder:
         if step == 0 or not path.exists():
             return now
         before = str(json.loads(path.read_text(encoding="utf-8")).get("version"))
-        return (
-            before
-            if before.endswith(now) or step >= total
-            else f"{before}; from step {step}: {now}"
-        )
+        same = before.endswith(now) or step >= total
+        return before if same else f"{before}; from step {step}: {now}"
 
     def append_log(self, entry: dict) -> None:
         """Adds a line to log.jsonl, in place of what was logged from this step on."""
-        path = self / "log.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] < entry["step"]]
-        text = "\n".join([*kept, json.dumps(entry)]) + "\n"
-        with self.writing():
-            replace_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+        kept = [line for line in self.log_lines() if json.loads(line)["step"] < entry["step"]]
+        self.write_text("log.jsonl", "\n".join([*kept, json.dumps(entry)]) + "\n")
 
     def amend_log(self, **values) -> None:
         """Adds values to the last line of log.jsonl."""
-        last = (self / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1]
-        self.append_log({**json.loads(last), **values})
+        self.append_log({**json.loads(self.log_lines()[-1]), **values})
+
+    def log_lines(self) -> list[str]:
+        path = self / "log.jsonl"
+        return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
     def is_finished(self) -> bool:
         """Whether the run came to its end and was scored."""
         path = self / "model.pt"
-        scored = path.exists() and (self / "scores.json").exists()
-        return scored and bool(read_content(path, MODEL_KEYS).get("finished", True))
+        return path.exists() and (self / "scores.json").exists() and is_finished(path)
 
     def reopen(self) -> None:
         """Takes back that the run is finished: what it was scored with is no longer its end."""
@@ -131,29 +126,22 @@ class RunFolder:
 
 # ---------------------------------------------------------------------------------- new and resumed
 
-# What a folder holds where something was trained or scored that is not to be lost.
-KEPT = ("last.pt", "model.pt", "scores.json", "log.jsonl")
-
 
 def check_new(folder: Path) -> None:
     """Raises Mistake for a folder that holds a run, or files of one. A run that has not taken a
-    step may be begun again.
-    """
+    step may be begun again."""
     there = [name for name in KEPT if (folder / name).exists()]
     if there == ["last.pt"] and read_last(folder)["progress"]["step"] == 0:
         return
     if "last.pt" in there:
-        raise Mistake(
-            f"{folder} holds a run already; go on with it by --resume, or give another --out"
-        )
+        raise Mistake(f"{folder} holds a run; go on with it by --resume, or give another --out")
     if there:
         raise Mistake(f"{folder} holds {there[0]}, which a run would overwrite; give another --out")
 
 
 def new_folder(s: Settings, team: Team) -> RunFolder:
     """The folder of a new run, made and held by the main process. Raises Mistake if it holds a run
-    already or cannot be made.
-    """
+    already or cannot be made."""
     path = Path(team.broadcast(s.out or unused_name(s)))
     check_new(path)
     team.barrier()

@@ -106,7 +106,7 @@ def predict_strips(
 def predict_tile(
     model: nn.Module, image: Raster | None, dsm: Raster | None, *sizes, **options
 ) -> np.ndarray:
-    """The class map (H, W) uint8 of `predict_strips`, which takes the same arguments, as a whole."""
+    """The class map (H, W) uint8 of `predict_strips`, of the same arguments, as one array."""
     strips = predict_strips(model, image, dsm, *sizes, **options)
     return np.concatenate([classes for classes, _ in strips])
 

@@ -18,6 +18,7 @@ from types import ModuleType
 
 from engine.console import Mistake
 from engine.files import replace_atomically
+from sam_vit import first_line
 
 FOLDER = "plugins"  # of a run's folder
 
@@ -40,23 +41,16 @@ def load_plugins(paths: list[str | Path]) -> Plugins:
 
 def load_run_plugins(plugins: Plugins, folder: Path) -> None:
     """Executes the plugins of a run out of its folder. Raises Mistake where one is missing, or is
-    another file than the run was trained with.
-    """
+    another file than the run was trained with."""
     for name, digest in plugins.items():
         if module_name(digest) in sys.modules:
             continue
         path = folder / FOLDER / Path(name).name
-        if not path.is_file():
-            raise Mistake(
-                f"{path} is missing; the run was trained with --plugin {name} (sha256 {digest}): "
-                "put that file there"
-            )
-        content = path.read_bytes()
-        if sha256(content) != digest:
-            raise Mistake(
-                f"{path} is another file (sha256 {sha256(content)}) than the run was trained with "
-                f"({digest}); put that one there"
-            )
+        content = path.read_bytes() if path.is_file() else None
+        if content is None or sha256(content) != digest:
+            found = "is missing" if content is None else f"is another file ({sha256(content)})"
+            trained = f"the run was trained with --plugin {name} (sha256 {digest})"
+            raise Mistake(f"{path} {found}; {trained}: put that file there")
         execute(path, content)
 
 
@@ -83,8 +77,8 @@ def execute(path: Path, content: bytes) -> None:
         exec(compile(content, str(path), "exec"), module.__dict__)
     except Exception as error:
         del sys.modules[name]
-        reason = (str(error).strip() or "no message").splitlines()[0]
-        raise Mistake(f"--plugin {path}: {type(error).__name__}: {reason}") from error
+        kind = type(error).__name__
+        raise Mistake(f"--plugin {path}: {kind}: {first_line(error)}") from error
 
 
 def module_name(digest: str) -> str:

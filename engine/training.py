@@ -59,18 +59,10 @@ def segmentation_loss(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """Cross-entropy of (B, K, H, W) and (B, H, W), summed over the scored pixels and divided by
-    `total`.
-
-    `total` is by default the batch's own `scored_weight`, which makes it the mean.
+    `total`, by default the batch's own `scored_weight`, which makes it the mean.
     differs: without a scored pixel it is 0, where the published code's mean is no number."""
-    loss = F.cross_entropy(
-        logits.float(),
-        labels,
-        weights,
-        ignore_index=IGNORE,
-        reduction="sum",
-        label_smoothing=label_smoothing,
-    )
+    how = dict(ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing)
+    loss = F.cross_entropy(logits.float(), labels, weights, **how)
     total = scored_weight(labels, weights).item() if total is None else total
     return loss / total if total > 0 else 0 * loss
 
@@ -90,10 +82,8 @@ def class_weights(s: Settings, num_classes: int) -> Tensor | None:
     except ValueError:
         weights = []
     if len(weights) != num_classes or min(weights) < 0 or not 0 < sum(weights) < math.inf:
-        raise Mistake(
-            f"--class-weights {s.class_weights}: {num_classes} numbers of 0 or more are needed, "
-            "as 1,1,2"
-        )
+        needed = f"{num_classes} numbers of 0 or more are needed, as 1,1,2"
+        raise Mistake(f"--class-weights {s.class_weights}: {needed}")
     return torch.tensor(weights)
 
 
@@ -130,10 +120,8 @@ def encode_in_parts(model: MFNet, parts: int) -> None:
     blocks normalise over the batch."""
     encoder, M = model.image_encoder, model.modalities
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in encoder.modules()):
-        raise Mistake(
-            f"--accumulate {parts}: the tuner {encoder.tuner} normalises over the batch, which "
-            "cannot be taken in parts; leave it out"
-        )
+        why = f"the tuner {encoder.tuner} normalises over the batch, which has no parts"
+        raise Mistake(f"--accumulate {parts}: {why}; leave it out")
     whole = encoder.forward
 
     def forward(x: Tensor, seen: dict | None = None) -> Tensor:
@@ -157,10 +145,8 @@ class Trainer:
         self.device = next(model.parameters()).device
         if s.compile:
             if self.device.type == "cpu":
-                raise Mistake(
-                    "--compile is for a GPU: on a CPU it compiles for minutes and saves 5 % at "
-                    "best; leave it out"
-                )
+                why = "on a CPU it compiles for minutes and saves 5 % at best"
+                raise Mistake(f"--compile is for a GPU: {why}; leave it out")
             for block in model.image_encoder.blocks:
                 block.compile()  # in place: state-dict names stay
         if s.accumulate > 1:
@@ -189,9 +175,9 @@ class Trainer:
         # The processes' gradients are averaged, and the loss wants their sum.
         (loss * self.team.world).backward()
         value = self.team.sum(loss.detach().double().cpu()).item()
-        self.check_finite(value, "loss")
-        norm = nn.utils.clip_grad_norm_(self.trained(), s.clip or math.inf)
-        self.check_finite(norm.item(), "gradient")
+        self.stop_unless(math.isfinite(value), f"loss is {value} at")
+        norm = nn.utils.clip_grad_norm_(self.trained(), s.clip or math.inf).item()
+        self.stop_unless(math.isfinite(norm), f"gradient is {norm} at")
         self.optimizer.step()
         self.progress.step += 1
         self.progress.loss_sum += value
@@ -201,24 +187,17 @@ class Trainer:
     def trained(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def check_finite(self, value: float, what: str) -> None:
-        if not math.isfinite(value):
-            raise TrainingStopped(
-                f"the {what} is {value} at step {self.progress.step + 1}; try a smaller --lr, or "
-                "--clip 1"
-            )
+    def stop_unless(self, fine: bool, what: str) -> None:
+        if not fine:
+            step = self.progress.step + 1
+            raise TrainingStopped(f"the {what} step {step}; try a smaller --lr, or --clip 1")
 
     def check_weights(self) -> None:
         """Raises TrainingStopped for weights that are not finite, or whose squares are not: they
-        are not to be saved.
-        """
+        are not to be saved."""
         with torch.no_grad():
             norms = torch.stack([p.norm() for p in self.trained()])
-        if not norms.isfinite().all():
-            raise TrainingStopped(
-                f"the weights are not finite after step {self.progress.step}; try a smaller --lr, "
-                "or --clip 1"
-            )
+        self.stop_unless(bool(norms.isfinite().all()), "weights are not finite before")
 
     def state_dict(self, base: dict, data: str) -> dict:
         return {
@@ -236,8 +215,7 @@ class Trainer:
         known = {f.name for f in fields(Progress)}
         try:
             self.optimizer.load_state_dict(content["optimizer"])
-            self.progress = Progress(
-                **{k: content["progress"][k] for k in content["progress"] if k in known}
-            )
+            kept = {k: v for k, v in content["progress"].items() if k in known}
+            self.progress = Progress(**kept)
         except (KeyError, TypeError, ValueError) as error:
             raise WeightsError(f"{name}: its optimiser or progress is damaged ({error})") from error
