@@ -26,7 +26,7 @@ from data import facts_of_run, tile_of_files
 from engine.checkpoints import load_model, newest_run
 from engine.console import Parser, Ticker, run_script
 from engine.device import pick_device, store_frozen_weights
-from engine.inference import BLENDS, percent, predict_strips, predict_tile
+from engine.inference import BLENDS, percent, predict_loaded, predict_strips, predict_tile
 from fast import accelerate
 from geodata.layouts import MODALITIES
 from geodata.maps import Output, check_outputs, cut_out, write_maps
@@ -97,9 +97,8 @@ def main() -> None:
     for note in [*tile.notes, *tile.far_from(facts_of_run(run))]:
         print(f"note: {note}")
     stride = s.eval_stride if args.stride is None else args.stride
-    how = dict(blend=args.blend, flips=args.flips, probabilities=len(paths) > 1)
-    how |= dict(precision=s.precision, scale=loaded.scale, progress=Ticker("rows of windows"))
-    strips = predict_strips(model, loaded.image, loaded.dsm, s.crop, stride, **how)
+    how = dict(blend=args.blend, flips=args.flips, progress=Ticker("rows of windows"))
+    strips = predict_loaded(model, loaded, s, stride, probabilities=len(paths) > 1, **how)
     write_prediction(paths, strips, tile, (H, W), tile.paths.get("image", args.dsm))
     listed = ", ".join(map(str, paths.values()))
     print(f"{listed}: {W} x {H} pixels by {run}, windows of {s.crop}, stride {stride}")

@@ -11,6 +11,7 @@ import platform
 import statistics
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -88,16 +89,12 @@ def median_seconds(work: Callable[[], object], repeats: int, device: torch.devic
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
     """Seconds that `work` takes, on a GPU with what it has set going there."""
-    wait(device)
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
     work()
-    wait(device)
+    wait()
     return time.perf_counter() - start
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def machine(device: torch.device) -> str:

@@ -17,8 +17,11 @@ from torch import Tensor
 
 from engine.console import Mistake
 from engine.device import autocast
+from engine.settings import Settings
 from geodata.crops import window_places
+from geodata.layouts import MODALITIES
 from geodata.scaling import TileScale, height_range
+from geodata.tiles import LoadedTile
 
 Raster = Any  # whatever has a shape and slices like an array
 ROWS = 64  # of a strip at most: what is computed from it is small beside the logits that wait
@@ -109,6 +112,15 @@ def predict_tile(
     """The class map (H, W) uint8 of `predict_strips`, of the same arguments, as one array."""
     strips = predict_strips(model, image, dsm, *sizes, **options)
     return np.concatenate([classes for classes, _ in strips])
+
+
+def predict_loaded(
+    model: nn.Module, tile: LoadedTile, s: Settings, stride: int, **options
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """`predict_strips` of a tile by the network of a run, which read and scaled it."""
+    image = tile.image if "image" in MODALITIES[s.modalities] else None
+    options |= dict(precision=s.precision, scale=tile.scale)
+    return predict_strips(model, image, tile.dsm, s.crop, stride, **options)
 
 
 def _cosine(window: int) -> Tensor:

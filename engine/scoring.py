@@ -15,7 +15,7 @@ import torch.nn as nn
 
 from engine.console import Mistake, Ticker
 from engine.distributed import Team
-from engine.inference import percent, predict_strips
+from engine.inference import percent, predict_loaded
 from engine.settings import Settings
 from geodata.crops import sliding_windows, window_places
 from geodata.layouts import MODALITIES
@@ -124,12 +124,15 @@ def score_split(
     found = {}  # tile -> confusion, the one with the other labels or why there is none, windows
     for tile in mine:
         loaded = tile.load(modalities)
-        pred, confidence = predict_loaded(model, loaded, s, stride, keep is not None, progress)
+        how = dict(batch_size=s.batch_size, repeat_border=s.repeat_border, progress=progress)
+        strips = predict_loaded(model, loaded, s, stride, probabilities=keep is not None, **how)
+        maps = [(c, percent(p.max(axis=0)) if keep else None) for c, p in strips]
+        pred = np.concatenate([classes for classes, _ in maps])
         second = count_other(pred, others[tile.name], K) if other is not None else None
         windows = len(sliding_windows(*loaded.size, s.crop, stride))
         found[tile.name] = confusion(pred, loaded.labels, K), second, windows
         if keep:
-            keep(loaded, pred, confidence)
+            keep(loaded, pred, np.concatenate([sure for _, sure in maps]))
     ticker.close()
     found = {name: counted for part in team.gather(found) for name, counted in part.items()}
     names = [tile.name for tile in tiles]
@@ -146,24 +149,6 @@ def score_split(
         else:
             result[f"{kind}_labels"] = sum_up(second, other, protocol)
     return result
-
-
-def predict_loaded(
-    model: nn.Module,
-    tile: LoadedTile,
-    s: Settings,
-    stride: int,
-    confidence: bool,
-    progress: Callable[[int, int], None],
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """The class map (H, W) of a tile, and how sure it is (H, W) in percent if asked for."""
-    image = tile.image if "image" in MODALITIES[s.modalities] else None
-    how = dict(repeat_border=s.repeat_border, precision=s.precision, progress=progress)
-    how |= dict(scale=tile.scale, probabilities=confidence)
-    strips = predict_strips(model, image, tile.dsm, s.crop, stride, s.batch_size, **how)
-    maps = [(classes, percent(p.max(axis=0)) if confidence else None) for classes, p in strips]
-    pred, sure = zip(*maps)
-    return np.concatenate(pred), np.concatenate(sure) if confidence else None
 
 
 def confusion(pred: np.ndarray, truth: np.ndarray, num_classes: int) -> np.ndarray:
