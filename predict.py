@@ -39,8 +39,7 @@ __all__ = ["predict_strips", "predict_tile"]  # from engine/inference.py, for us
 
 
 def bands_of(strips: Iterator, confidence: bool, probabilities: bool) -> Iterator[np.ndarray]:
-    """`predict_strips` as the bands (C, n, W) uint8 of what is written: classes, then in percent
-    what is asked for."""
+    """The bands (C, n, W) uint8 of what is written: classes, then what is asked for in percent."""
     for classes, probs in strips:
         sure = [percent(probs.max(axis=0, keepdims=True))] if confidence else []
         yield np.concatenate([classes[None], *sure, *([percent(probs)] if probabilities else [])])

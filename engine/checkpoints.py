@@ -46,10 +46,8 @@ def trained_state(model: MFNet) -> dict[str, Tensor]:
 
 
 def load_trained_state(model: MFNet, state: dict[str, Tensor], what: str) -> None:
-    """The counterpart of `trained_state`, which also takes a whole state with the base.
-
-    Raises WeightsError with both differences, and changes nothing, unless every name and shape
-    fits."""
+    """The counterpart of `trained_state`, which also takes a whole state with the base. Raises
+    WeightsError with both differences, and changes nothing, unless every name and shape fits."""
     target = model.state_dict()
     names = target if IN_EVERY_BASE in state else changed_names(model)
     check_keys_match({n: target[n] for n in names}, state, what)
@@ -172,7 +170,6 @@ def newest_run(runs: Path = Path("runs")) -> Path:
 
 def export_whole(path: Path, out: Path, weights: str | None = None) -> None:
     """Writes the run of a `model.pt` with its base: `load_model` needs no checkpoint of SAM for it.
-
     Raises WeightsError as `load_model` does, and if `out` exists or cannot be written."""
     check_new(out)
     model, _, content = load_content(path, weights)
@@ -195,8 +192,7 @@ def check_new(out: Path) -> None:
 
 
 def save_new(out: Path, content: dict) -> None:
-    """Writes a file that `check_new` let pass. Raises WeightsError, and leaves nothing, if that
-    fails."""
+    """Writes a file that `check_new` let pass: whole, or not at all and WeightsError."""
     try:
         save_tensors(out, content)
     except OSError as error:

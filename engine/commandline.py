@@ -105,7 +105,6 @@ def resumed_settings(
     stored: Settings, given: dict, folder: Path, lengthen: bool = True
 ) -> Settings:
     """The settings of the run in `folder`, with what may be given anew; more --epochs lengthen it.
-
     Raises Mistake for a flag that contradicts the run."""
     given = {"tuner_option": {}, **given}
     if isinstance(given["tuner_option"], list):  # the words of the command line

@@ -13,7 +13,6 @@ from typing import Callable, NoReturn, TextIO
 
 class Mistake(ValueError):
     """What the user gave cannot be used; the message is one line that says what to do instead.
-
     A subclass, or an error of another room, may carry its own `status` and `label`."""
 
     status = 2

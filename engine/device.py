@@ -44,8 +44,7 @@ def autocast(precision: str, device: torch.device):
 
 
 def store_frozen_weights(model: nn.Module, precision: str, device: torch.device) -> None:
-    """In bf16 the frozen matrices are kept in bf16, not cast in every step; what is trained stays
-    fp32, in place."""
+    """In bf16 the frozen matrices are kept so, in place, and not cast in every step."""
     if resolve_precision(precision, device) != "bf16":
         return
     for p in model.parameters():

@@ -61,7 +61,6 @@ class Team:
 
 def join_team(device: str) -> tuple[Team, str]:
     """The processes of this run and this one's device: under torchrun its own GPU, or the CPU.
-
     Raises Mistake where torchrun's variables or its GPUs are not there."""
     world = int(os.environ.get("WORLD_SIZE") or 1)
     if world == 1:

@@ -16,11 +16,8 @@ def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def replace_together(paths: list[Path], write: Callable[..., None]) -> None:
     """The same for files that belong together, with a temporary path for each: all are whole before
-    one is renamed.
-
-    What there is of the others is removed before the first takes its place, so that an interruption
-    at the worst moment leaves too few of them, and never one beside a file that it does not belong
-    to."""
+    one is renamed. What there is of the others is removed before the first takes its place: an
+    interruption leaves too few of them, and never one beside a file that it does not belong to."""
     paths = [path.resolve() if path.is_symlink() else path for path in paths]
     mark = secrets.token_hex(4)  # no file of the user's has such a name
     temporary = [path.with_name(f"{path.name}.{mark}.tmp") for path in paths]

@@ -66,8 +66,7 @@ class RunFolder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """A full disk or a folder that is gone ends the run with a line; files that were written
-        before stay whole."""
+        """A full disk or a folder that is gone ends the run with a line; what is written stays."""
         try:
             yield
         except OSError as error:
@@ -128,8 +127,7 @@ class RunFolder:
 
 
 def check_new(folder: Path) -> None:
-    """Raises Mistake for a folder that holds a run, or files of one. A run that has not taken a
-    step may be begun again."""
+    """Raises Mistake for a folder with a run, or files of one, unless it has not taken a step."""
     there = [name for name in KEPT if (folder / name).exists()]
     if there == ["last.pt"] and read_last(folder)["progress"]["step"] == 0:
         return
@@ -140,8 +138,7 @@ def check_new(folder: Path) -> None:
 
 
 def new_folder(s: Settings, team: Team) -> RunFolder:
-    """The folder of a new run, made and held by the main process. Raises Mistake if it holds a run
-    already or cannot be made."""
+    """The folder of a new run, made and held by the main process. Raises Mistake if that fails."""
     path = Path(team.broadcast(s.out or unused_name(s)))
     check_new(path)
     team.barrier()

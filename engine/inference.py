@@ -147,8 +147,7 @@ def weight_along(
 
 
 def softmax_of_mean(sums: Tensor, row_weights: Tensor, column_weights: Tensor) -> np.ndarray:
-    """Probabilities (K, n, W) float32 out of the weighted sums of logits, and what was summed
-    weighs: (n,) and (W,)."""
+    """Weighted sums of logits, and the sums of weights (n,) and (W,) -> (K, n, W) float32."""
     return (sums / (row_weights[:, None] * column_weights)).softmax(dim=0).cpu().numpy()
 
 
@@ -158,15 +157,13 @@ def percent(probabilities: np.ndarray) -> np.ndarray:
 
 
 def _all_flips(model: nn.Module, inputs: list[Tensor]) -> Tensor:
-    """The mean of what a model says of a batch and of its reflections, each turned back: (B, K, h,
-    w)."""
+    """The mean (B, K, h, w) over a batch and its reflections, each output turned back."""
     turns = ((), (-1,), (-2,), (-2, -1))
     return sum(model(*(x.flip(axes) for x in inputs)).float().flip(axes) for axes in turns) / 4
 
 
 def _windows(raster: Raster, boxes: list, window: int, scale: TileScale) -> Tensor:
-    """The windows of one raster as a network input, (B, 3, w, w) or (B, w, w); reflected where the
-    raster ends."""
+    """Windows as a network input, (B, 3, w, w) or (B, w, w); reflected where the raster ends."""
     windows = []
     for box in boxes:
         pixels, is_image = raster[box], len(raster.shape) == 3

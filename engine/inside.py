@@ -208,8 +208,7 @@ def other_ways(model: MFNet, rasters: dict[str, Tensor]) -> dict[str, np.ndarray
 
 
 def parameters_by_part(model: MFNet) -> dict[str, tuple[int, int]]:
-    """(all, trained) parameters of patch_embed, pos_embed, blocks (SAM's), tuner, neck, fusion and
-    decoder."""
+    """(all, trained) of patch_embed, pos_embed, blocks (SAM's), tuner, neck, fusion, decoder."""
     added = {"image_encoder." + n for n in model.image_encoder.added_names}
     counts = {part: (0, 0) for part in ("tuner", "fusion")}  # these may have none
     for name, p in model.named_parameters():

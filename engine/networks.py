@@ -39,17 +39,14 @@ def build_network(s: Settings, num_classes: int) -> MFNet:
 
 
 def base_file(s: Settings) -> Path | None:
-    """SAM's weights, fetched where they are not there yet; None for random ones. Raises
-    WeightsError."""
+    """SAM's weights, fetched if need be; None for random ones. Raises WeightsError."""
     return find_weights(s.weights, s.encoder, Ticker("fetching SAM's weights, bytes"))
 
 
 def build_model(s: Settings, num_classes: int) -> tuple[MFNet, dict, LoadReport | None]:
     """The network of a run on its base -> (model, base, report of loading SAM's weights; None for
-    random ones).
-
-    `base` names where the encoder's weights come from: {"weights", "seed", "sha256"}. Raises
-    WeightsError."""
+    random ones). `base` names where the encoder's weights come from: {"weights", "seed", "sha256"}.
+    Raises WeightsError."""
     path, model, report = base_file(s), build_network(s, num_classes), None
     if path is not None:
         report = load_sam_weights(model.image_encoder, path, s.relative_positions)

@@ -40,8 +40,7 @@ def load_plugins(paths: list[str | Path]) -> Plugins:
 
 
 def load_run_plugins(plugins: Plugins, folder: Path) -> None:
-    """Executes the plugins of a run out of its folder. Raises Mistake where one is missing, or is
-    another file than the run was trained with."""
+    """Executes the plugins in a run's folder. Raises Mistake where one is missing or another."""
     for name, digest in plugins.items():
         if module_name(digest) in sys.modules:
             continue

@@ -151,8 +151,7 @@ class Run:
 
 
 def describe_model(model: MFNet) -> str:
-    """The numbers of parameters by group; raises AssertionError unless exactly what the tuner lists
-    is trained."""
+    """Numbers of parameters; AssertionError unless exactly what the tuner lists is trained."""
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert trained == trained_names(model), "what requires a gradient is not what the tuner trains"
     counts = count_parameters(model)

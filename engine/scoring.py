@@ -158,8 +158,7 @@ def confusion(pred: np.ndarray, truth: np.ndarray, num_classes: int) -> np.ndarr
 
 
 def count_other(pred: np.ndarray, tile: Tile, num_classes: int) -> np.ndarray | str:
-    """The confusion (K, K) of a prediction with a tile's other labels, or, in a line, why they
-    cannot be read."""
+    """The confusion (K, K) with a tile's other labels, or, in a line, why they are unreadable."""
     try:
         truth = tile.read_labels()
     except DataError as error:
@@ -170,8 +169,7 @@ def count_other(pred: np.ndarray, tile: Tile, num_classes: int) -> np.ndarray | 
 
 
 def sum_up(counts: dict[str, np.ndarray], dataset, protocol: dict) -> dict:
-    """The scores of all tiles together, in `per_tile` those of each, and in `convention` what they
-    mean."""
+    """The scores of all tiles, in `per_tile` those of each, in `convention` what they mean."""
     K, names = len(dataset.classes), dataset.class_names
     total, per_tile = ConfusionMatrix(K, dataset.scored), {}
     for name, confused in counts.items():
@@ -220,9 +218,8 @@ def format_scores(scores: dict) -> str:
 
 
 def scores_name(ran: Settings, asked: Settings, split: str, stride: int, final: bool) -> str:
-    """The file for the scores of a run: scores.json for those by its own protocol at its end.
-
-    What was scored otherwise (`asked`, at `stride`) is kept under a name that says how."""
+    """The file for the scores of a run: scores.json for those by its own protocol at its end. What
+    was scored otherwise (`asked`, at `stride`) is kept under a name that says how."""
     parts = [] if split == "test" else [split]
     parts += [] if final else ["unfinished"]
     parts += [] if stride == ran.eval_stride else [f"stride{stride}"]

@@ -119,7 +119,6 @@ class Settings:
     @classmethod
     def from_dict(cls, stored: dict, where: str) -> Settings:
         """What `config.json`, `model.pt` or `last.pt` hold, of this version or an earlier one.
-
         Raises Mistake in one line that begins with `where` for what cannot be a run's settings."""
         if not isinstance(stored, dict):
             raise Mistake(f"{where}: its settings are no list of names and values")

@@ -157,9 +157,8 @@ class Trainer:
         self.progress = Progress()
 
     def step(self, rasters: list[Tensor], labels: Tensor) -> float:
-        """One optimiser step on this process's crops; returns the loss of the whole batch.
-
-        Raises TrainingStopped, and changes no weight, where loss or gradient is no number."""
+        """One optimiser step on this process's crops -> the loss of the whole batch. Raises
+        TrainingStopped, and changes no weight, where loss or gradient is no number."""
         s, step = self.s, self.progress.step
         # Dropout: a function of seed and step, on every process.
         torch.manual_seed(s.seed * 1_000_003 + step)
@@ -193,8 +192,7 @@ class Trainer:
             raise TrainingStopped(f"the {what} step {step}; try a smaller --lr, or --clip 1")
 
     def check_weights(self) -> None:
-        """Raises TrainingStopped for weights that are not finite, or whose squares are not: they
-        are not to be saved."""
+        """Raises TrainingStopped for weights that, or whose squares, are not finite."""
         with torch.no_grad():
             norms = torch.stack([p.norm() for p in self.trained()])
         self.stop_unless(bool(norms.isfinite().all()), "weights are not finite before")
