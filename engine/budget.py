@@ -23,7 +23,7 @@ def check_budget(s: Settings, num_classes: int, device: torch.device, world: int
     and the logits; the activations come on top."""
     processors = os.cpu_count() or 1
     if s.workers > 4 * max(processors, 4):
-        raise Mistake(f"--workers {s.workers}: this machine has {processors} processors")
+        raise Mistake(f"--workers {s.workers}: there are {processors} processors; give no more")
     have = total_memory(device)
     if have is None:
         return

@@ -53,9 +53,7 @@ class Settings:
     image_scaling: str = of_data("unit", "images: unit, sam, reflectance, minmax, or LOW:HIGH")
     memory_gb: float = of_data(4.5, "memory for training tiles; the others are read crop by crop")
 
-    encoder: str = of_network(
-        "vit_l", "size of SAM's encoder; vit_t is made up, for laptops", lambda: tuple(SIZES)
-    )
+    encoder: str = of_network("vit_l", "SAM's size; vit_t is made up, tiny", lambda: tuple(SIZES))
     weights: str = of_network("auto", "SAM's: auto (the official file), none (random), or a path")
     relative_positions: str = of_network("sam", "SAM's, or zero as published", ("sam", "zero"))
     tuner: str = of_network("adapter", "how the encoder is tuned", lambda: tuple(TUNERS))

@@ -120,7 +120,7 @@ def encode_in_parts(model: MFNet, parts: int) -> None:
     blocks normalise over the batch."""
     encoder, M = model.image_encoder, model.modalities
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in encoder.modules()):
-        why = f"the tuner {encoder.tuner} normalises over the batch, which has no parts"
+        why = f"the tuner {encoder.tuner} normalises over the batch, not over parts of it"
         raise Mistake(f"--accumulate {parts}: {why}; leave it out")
     whole = encoder.forward
 
@@ -174,9 +174,9 @@ class Trainer:
         # The processes' gradients are averaged, and the loss wants their sum.
         (loss * self.team.world).backward()
         value = self.team.sum(loss.detach().double().cpu()).item()
-        self.stop_unless(math.isfinite(value), f"loss is {value} at")
+        self.stop_unless(math.isfinite(value), f"loss is {value} at step {step + 1}")
         norm = nn.utils.clip_grad_norm_(self.trained(), s.clip or math.inf).item()
-        self.stop_unless(math.isfinite(norm), f"gradient is {norm} at")
+        self.stop_unless(math.isfinite(norm), f"gradient is {norm} at step {step + 1}")
         self.optimizer.step()
         self.progress.step += 1
         self.progress.loss_sum += value
@@ -188,14 +188,14 @@ class Trainer:
 
     def stop_unless(self, fine: bool, what: str) -> None:
         if not fine:
-            step = self.progress.step + 1
-            raise TrainingStopped(f"the {what} step {step}; try a smaller --lr, or --clip 1")
+            raise TrainingStopped(f"the {what}; try a smaller --lr, or --clip 1")
 
     def check_weights(self) -> None:
         """Raises TrainingStopped for weights that, or whose squares, are not finite."""
         with torch.no_grad():
             norms = torch.stack([p.norm() for p in self.trained()])
-        self.stop_unless(bool(norms.isfinite().all()), "weights are not finite before")
+        step, fine = self.progress.step, bool(norms.isfinite().all())
+        self.stop_unless(fine, f"weights are not finite after step {step}")
 
     def state_dict(self, base: dict, data: str) -> dict:
         return {
