@@ -10,7 +10,6 @@ no array has an axis for the batch.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Callable
@@ -73,13 +72,7 @@ def look_inside(model: MFNet, encoder: str, rasters: dict[str, Tensor]) -> Insid
     firsts = {bool(blocks[i].attn.window): i for i in reversed(sam)}  # with windows, and without
     counts = logits[0].argmax(dim=0).flatten().bincount()
     shown = [k for k in counts.argsort(descending=True).tolist() if counts[k]][:CLASSES]
-    mixing: dict[str, list[list[float]]] = {}
-    for block in blocks:
-        for layer, weights in block.mixing_weights().items():
-            mixing.setdefault(layer, []).append(weights.tolist())
     heat = [class_heat(model, x["maps"], shown, logits.shape[-2:]) for x in (before, seen)]
-    drawings = {"block": parts_in_order(blocks[0], lambda: blocks[0](streams[0]))}
-    drawings["fusion"] = parts_in_order(model.fusion, lambda: model.fusion(seen["maps"]))
     return Inside(
         list(rasters),
         {name: as_arrays(value) for name, value in seen.items() if name != "blocks"},
@@ -89,11 +82,14 @@ def look_inside(model: MFNet, encoder: str, rasters: dict[str, Tensor]) -> Insid
         place,
         [query_attention(i, blocks[i], streams[i], place) for _, i in sorted(firsts.items())[::-1]],
         np.array([norms(y - x, M) / norms(x, M) for y, x in zip(seen["blocks"], frozen)]),
-        mixing,
+        learned_mixing(model),
         skip_weights(model.decoder),
         dict(zip(shown, map(np.stack, zip(*heat)))),
         other_ways(model, rasters),
-        drawings,
+        {
+            "block": parts_in_order(blocks[0], lambda: blocks[0](streams[0])),
+            "fusion": parts_in_order(model.fusion, lambda: model.fusion(seen["maps"])),
+        },
         parameters_by_part(model),
     )
 
@@ -155,11 +151,23 @@ def query_attention(index: int, block: Block, x: Tensor, place: tuple[int, int])
         grid[window] = values
         return as_arrays(window_unpartition(grid.view(-1, rows, cols, 1), h, w))[..., 0]
 
-    found = {"block": index, "window": (rows, cols)}
+    found = {
+        "block": index,
+        "window": (rows, cols),
+        "inside": on_grid(torch.ones_like(bias[0])) > 0,
+    }
     for name, logits in (("with", products + bias), ("without", products)):
         found[name] = on_grid(logits.softmax(dim=-1).mean(dim=0))
-    found["inside"] = on_grid(torch.ones_like(bias[0])) > 0
     return found | {"padding": max(0.0, 1 - float(found["with"].sum()))}
+
+
+def learned_mixing(model: MFNet) -> dict[str, list[list[float]]]:
+    """The layers of a block that mix -> for each block the M weights; {} if none does."""
+    found: dict[str, list[list[float]]] = {}
+    for block in model.image_encoder.blocks:
+        for layer, weights in block.mixing_weights().items():
+            found.setdefault(layer, []).append(weights.tolist())
+    return found
 
 
 # ------------------------------------------------------------------------------- behind the encoder
@@ -208,7 +216,8 @@ def other_ways(model: MFNet, rasters: dict[str, Tensor]) -> dict[str, np.ndarray
 
 
 def parameters_by_part(model: MFNet) -> dict[str, tuple[int, int]]:
-    """(all, trained) of patch_embed, pos_embed, blocks (SAM's), tuner, neck, fusion, decoder."""
+    """(all, trained) parameters of patch_embed, pos_embed, blocks (SAM's), tuner, neck, fusion and
+    decoder."""
     added = {"image_encoder." + n for n in model.image_encoder.added_names}
     counts = {part: (0, 0) for part in ("tuner", "fusion")}  # these may have none
     for name, p in model.named_parameters():
@@ -227,14 +236,19 @@ def parts_in_order(module: nn.Module, run: Callable[[], object]) -> list[list[tu
         members = child.named_children() if isinstance(child, nn.ModuleList) else ()
         units |= {f"{name}.{n}": member for n, member in members} or {name: child}
     called: dict[str, None] = {}  # an ordered set
-    with ExitStack() as hooks:
-        for name, unit in units.items():
-            hook = unit.register_forward_pre_hook(lambda *_, name=name: called.setdefault(name))
-            hooks.callback(hook.remove)
-        run()
+    hooks = [
+        unit.register_forward_pre_hook(lambda *_, name=name: called.setdefault(name))
+        for name, unit in units.items()
+    ]
+    run()
+    for hook in hooks:
+        hook.remove()
     rows = []
     for _, names in groupby(called, lambda name: name.split(".")[0]):
-        parts = [part(name, units[name]) for name in names]
+        parts = [
+            (name, type(units[name]).__name__, part_lines(units[name]), is_trained(units[name]))
+            for name in names
+        ]
         rows += [parts[i : i + 2] for i in range(0, len(parts), 2)]
     for name, p in module.named_parameters(recurse=False):
         few = ", ".join(f"{v:.3f}" for v in p.flatten()[:4].tolist())
@@ -242,10 +256,13 @@ def parts_in_order(module: nn.Module, run: Callable[[], object]) -> list[list[tu
     return rows
 
 
-def part(called: str, unit: nn.Module) -> tuple[str, str, list[str], bool]:
-    """(name, class, a line for each parameter but biases with its shape and for each part that has
-    none, whether anything is trained)."""
-    lines, trained = [], any(p.requires_grad for p in unit.parameters())
+def is_trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def part_lines(unit: nn.Module) -> list[str]:
+    """A line for each parameter but biases, with its shape, and for each part that has none."""
+    lines = []
     for path, module in unit.named_modules():
         own = dict(module.named_parameters(recurse=False))
         for name, p in own.items():
@@ -255,4 +272,4 @@ def part(called: str, unit: nn.Module) -> tuple[str, str, list[str], bool]:
                 lines.append("● " * p.requires_grad + line)
         if not own and not list(module.children()):
             lines.append(f"{path} {type(module).__name__}")
-    return called, type(unit).__name__, lines, trained
+    return lines
