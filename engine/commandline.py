@@ -64,12 +64,23 @@ def parse_settings(
 
 
 def build_parser(defaults: Settings, description: str) -> Parser:
-    """A parser with a flag for every setting; what is not given is not in its namespace."""
     as_written = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="train.py", description=description, formatter_class=as_written)
+    add_settings(parser, defaults)
+    text = "go on with the run in --out, by default the newest that is not finished"
+    parser.add_argument("--resume", action="store_true", help=text)
+    text = "train once with each seed, below --out; what is there is kept or gone on with"
+    parser.add_argument("--seeds", type=int, nargs="+", help=text)
+    return parser
+
+
+def add_settings(parser: Parser, defaults: Settings, without: tuple[str, ...] = ()) -> None:
+    """Adds a flag for every setting, and --as-published; what is not given is in no namespace."""
     hints = get_type_hints(Settings)
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for f in fields(Settings):
+        if f.name in without:
+            continue
         text, shown = f.metadata["help"], getattr(defaults, f.name)
         how = dict(type=hints[f.name], choices=choices_of(f) or None)
         if f.name == "plugin":
@@ -83,14 +94,8 @@ def build_parser(defaults: Settings, description: str) -> Parser:
         text = text if f.name == "plugin" else f"{text} [{shown}]".replace("%", "%%")
         add = groups[f.metadata["group"]].add_argument
         add(flag(f.name), default=argparse.SUPPRESS, help=text, **how)
-    add = parser.add_argument
-    text = "go on with the run in --out, by default the newest that is not finished"
-    add("--resume", action="store_true", help=text)
-    text = "train once with each seed, below --out; what is there is kept or gone on with"
-    add("--seeds", type=int, nargs="+", help=text)
     text = "depart from the paper where the published code does, in training and scoring"
-    add("--as-published", action="store_true", help=text)
-    return parser
+    parser.add_argument("--as-published", action="store_true", help=text)
 
 
 def read_options(tuner: str, words: list[str]) -> dict:
