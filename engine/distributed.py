@@ -78,7 +78,8 @@ def join_team(device: str) -> tuple[Team, str]:
             raise Mistake(f"--device {device}: {few}; {remedy}")
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if use_gpu else "gloo")
+    # Losses are summed on the CPU, gradients where they lie.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo")
     return Team(dist.get_rank(), world), device if use_gpu else "cpu"
 
 

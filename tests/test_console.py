@@ -96,6 +96,16 @@ def test_more_processes_than_gpus_is_one_line_on_each(torchrun, gpus):
         join_team("cuda")
 
 
+def test_processes_on_gpus_can_sum_what_lies_on_the_cpu(torchrun):
+    begun = []
+    torchrun.setattr(torch.cuda, "device_count", lambda: 2)
+    torchrun.setattr(torch.cuda, "set_device", lambda device: None)
+    torchrun.setattr(torch.distributed, "init_process_group", begun.append)
+    torchrun.setattr(torch.distributed, "get_rank", lambda: 1)
+    assert join_team("cuda")[0] == Team(1, 2)
+    assert begun == ["cpu:gloo,cuda:nccl"]  # nccl alone refuses a tensor of the CPU
+
+
 def test_a_device_that_is_not_there_is_one_line():
     with pytest.raises(Mistake, match="--device gpu7 cannot be used here"):
         device.pick_device("gpu7")
