@@ -54,7 +54,8 @@ def accelerate(model: nn.Module, checkpointing: bool = False) -> nn.Module:
                         child.__class__ = FastLinear
             if type(module) in FASTER:
                 module.__class__ = FASTER[type(module)]
-        if type(block).forward in KNOWN_FORWARDS:
+        parts = type(block.attn), type(block.mlp)
+        if type(block).forward in KNOWN_FORWARDS and parts == (FastAttention, MLP):
             for norm, layer in ((block.norm1, block.attn.qkv), (block.norm2, block.mlp.lin1)):
                 if type(norm) is nn.LayerNorm and is_known(layer):
                     norm.__class__ = AutocastLayerNorm
