@@ -39,6 +39,7 @@ from tuners import (
     Tuner,
     adapt,
     adapter_products,
+    describe_mixing,
     lora_products,
     mix_streams,
     new_mixing,
@@ -187,6 +188,11 @@ class Rescale(nn.Module):
             u = u + self.shift[:, None]
         return y + mix_streams(u, self.mixing).view_as(y).to(y.dtype)
 
+    def extra_repr(self) -> str:
+        M, width = self.scale.shape
+        shift = "" if self.shift is None else ", shift"
+        return f"modalities={M}, width={width}{shift}, {describe_mixing(self.mixing)}"
+
 
 class RescaledLinear(nn.Module):
     """A frozen linear layer, adopted, with a `Rescale` in front of it or behind."""
@@ -260,11 +266,12 @@ class DoRALinear(LoRA):
         y_m = W x_m + b + mix_m(u);   W x_m + u_m = magnitude_m ||W|| V_m x_m / ||V_m||
         V_m = W + scale B_m A_m
 
-    The norms are those of a row, an output channel, and no gradient flows through ||V||, as the
-    paper proposes. `magnitude` starts at one, B at zero, so a new layer computes what W does.
+    No gradient flows through ||V||, as the paper proposes. `magnitude` starts at one, B at zero, so
+    a new layer computes what W does.
 
-    differs: the paper trains magnitude times ||W||; here ||W|| is taken in the forward pass,
-    because SAM's weights may be loaded after the tuner.
+    differs: the paper's norms are those of a column; these of a row, an output channel, as in its
+    code. It trains magnitude times ||W||; here ||W|| is taken in the forward pass, because SAM's
+    weights may be loaded after the tuner.
     """
 
     def __init__(self, linear: nn.Linear, modalities: int, *options):
@@ -275,13 +282,13 @@ class DoRALinear(LoRA):
     def forward(self, x: Tensor) -> Tensor:
         M = len(self.lora_A)
         y = self.frozen(x).view(M, -1, len(self.weight))  # (M, tokens, D)
-        tokens = x.reshape(M, -1, x.shape[-1])
-        for i, part in enumerate(self.output_slices):
+        tokens, u = x.reshape(M, -1, x.shape[-1]), []
+        for i, part in enumerate(self.output_slices):  # which cover all of D
             A, B = self.lora_A[:, i], self.lora_B[:, i]  # (M, r, C), (M, width, r)
             gain = self.magnitude[:, i] / relative_length(self.weight[part], B, self.scale, A)
             Wx, update = y[..., part] - self.bias[part], self.scale * (tokens @ A.mT @ B.mT)
-            u = (gain - 1)[:, None] * Wx + gain[:, None] * update
-            y[..., part] += self.mix(u)
+            u.append((gain - 1)[:, None] * Wx + gain[:, None] * update)
+        y = y + self.mix(torch.cat(u, dim=-1)).to(y.dtype)
         return y.view(*x.shape[:-1], -1)
 
 

@@ -132,7 +132,9 @@ def mixing_stage(inside: Inside) -> Stage:
     lines = {}
     for layer, blocks in inside.mixing.items():
         for m, name in enumerate(inside.names):
-            lines[f"{layer.split('.')[-1]} {name}".strip()] = [weights[m] for weights in blocks]
+            lines[f"{layer.removeprefix('mlp.')} {name}".strip()] = [
+                weights[m] for weights in blocks
+            ]
     off, name, block, w = max(
         (abs(w - 0.5), name, i, w) for name, weights in lines.items() for i, w in enumerate(weights)
     )
