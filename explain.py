@@ -26,7 +26,7 @@ from data import open_from_settings, tile_of_files
 from engine.checkpoints import load_model, newest_run
 from engine.console import Parser, run_script
 from engine.device import autocast, pick_device, store_frozen_weights
-from engine.inside import Inside, look_inside
+from engine.inside import Inside, first_tuned, look_inside
 from engine.settings import Settings
 from geodata.layouts import MODALITIES, Classes
 from geodata.rasters import DataError
@@ -96,8 +96,9 @@ def cut_window(tile: Tile, loaded: LoadedTile, box: tuple[slice, slice]) -> Load
 
 
 def functions_of_tuner(model: MFNet) -> dict[str, Callable]:
-    """What the first block computes that SAM's does not: `file.py:Class.forward` -> function."""
-    kinds = dict.fromkeys(map(type, model.image_encoder.blocks[0].modules()))
+    """What the first tuned block computes that SAM's does not, as `file.py:Class.forward`."""
+    block = model.image_encoder.blocks[first_tuned(model)]
+    kinds = dict.fromkeys(map(type, block.modules()))
     own = [k.forward for k in kinds if not k.forward.__module__.startswith(("sam_vit", "torch."))]
     return {f"{Path(inspect.getfile(f)).name}:{f.__qualname__}": f for f in own}
 

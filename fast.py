@@ -6,7 +6,8 @@ not know (a user's tuner, a foreign layer in `attn.qkv`) is left as it is, and s
 
     Attention    no padded token is computed; the padding of a window takes part as one key
                  (`padding_logit`), relative positions as further dimensions of query and key
-                 (`append_bias`), and no attention weights are kept for the backward pass
+                 (`append_bias`), and no attention weights are kept for the backward pass; around
+                 a `qkv` that `is_known`
     nn.Linear    a 1x1 convolution where that is faster (`linear`)
     nn.LayerNorm casts its output once under autocast, not again in every layer that takes it
     adapters     computed again in the backward pass instead of kept: a fourteenth of a block's
@@ -28,17 +29,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from sam_vit import MLP, Attention, Block, get_rel_pos
-from tuners import (
-    Adapter,
-    Full,
-    LoRA,
-    MMAdapter,
-    MMLoRA,
-    StandardAdapter,
-    StandardLoRA,
-    Tuner,
-    adapt,
-)
+from tuners import Adapter, LoRA, MMAdapter, StandardAdapter, adapt
+from zoo import AdaptFormer, Convpass, DoRALinear, PromptedAttention, ReLUAdapter, RescaledLinear
 
 MAX_EXPLICIT_LOGITS = 2**20  # of one head and window, up to which a CPU multiplies them out
 CHUNK_LOGITS = 2**21  # of all heads and windows that a CPU multiplies out at a time
@@ -56,13 +48,14 @@ def accelerate(model: nn.Module, checkpointing: bool = False) -> nn.Module:
     blocks = getattr(model, "image_encoder", model).blocks
     for block in blocks:
         for module in list(block.modules()):
-            if type(module) in (Attention, MLP, Adapter):
+            if type(module) in (Attention, PromptedAttention, MLP, Adapter, ReLUAdapter):
                 for child in module.children():
                     if type(child) is nn.Linear and child.bias is not None:
                         child.__class__ = FastLinear
             if type(module) in FASTER:
                 module.__class__ = FASTER[type(module)]
-        if type(block) in KNOWN_BLOCKS:
+        parts = type(block.attn), type(block.mlp)
+        if type(block).forward in KNOWN_FORWARDS and parts == (FastAttention, MLP):
             for norm, layer in ((block.norm1, block.attn.qkv), (block.norm2, block.mlp.lin1)):
                 if type(norm) is nn.LayerNorm and is_known(layer):
                     norm.__class__ = AutocastLayerNorm
@@ -172,7 +165,8 @@ class FastAttention(Attention):
         q, k, v = qkv.unbind(3)  # each (B, h, w, heads, d)
         rel_h = get_rel_pos(self.rel_pos_h, rows).repeat(-(-h // rows), 1, 1)[:h].to(q.dtype)
         rel_w = get_rel_pos(self.rel_pos_w, cols).repeat(-(-w // cols), 1, 1)[:w].to(q.dtype)
-        _, *pad_kv = self.qkv.bias.to(q.dtype).view(3, self.num_heads, -1)
+        zero = self.qkv(x.new_zeros(B, 1, 1, x.shape[-1])).to(q.dtype)  # (B, 1, 1, 3C)
+        _, *pad_kv = zero.view(B, 3, self.num_heads, -1).unbind(1)  # each (B, heads, d)
         bands = zip(*(split_grid(t, rows, cols) for t in (append_bias(q, rel_h, rel_w), k, v)))
         out = [
             torch.cat([attend_part(*part, rows, cols, pad_kv) for part in zip(*band)], dim=2)
@@ -182,9 +176,11 @@ class FastAttention(Attention):
 
 
 def is_known(layer: nn.Module) -> bool:
-    """Whether a layer treats each token by itself and gives its bias for a zero token."""
+    """Whether a layer treats each token by itself, by the modality at most: it gives one key for
+    all padding of an image."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks
-    return type(layer) in (FastLinear, LoRA, FastLoRA) and layer.bias is not None and not hooked
+    known = isinstance(layer, (FastLinear, LoRA, FastFrozen))
+    return known and layer.bias is not None and not hooked
 
 
 def append_bias(q: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
@@ -227,12 +223,14 @@ def windowed_attention(
     + cols), k and v (N, heads, h, w, d) -> (N, heads, h, w, d).
 
     A window smaller than rows x cols is padded below and on the right: `pad_kv` are the key and the
-    value of padding, each (heads, d), which take part as one key with `padding_logit`.
+    value of padding of each image, (images, heads, d), which take part as one key with
+    `padding_logit`.
     """
     N, heads, h, w, d = k.shape
     keys, values, codes = k.flatten(2, 3), v.flatten(2, 3), position_codes(h, w, rows, cols, k)
     if (h, w) != (rows, cols):
-        key, value = (t[:, None].expand(N, -1, -1, -1) for t in pad_kv)  # (N, heads, 1, d)
+        # (images, heads, d) -> (N, heads, 1, d)
+        key, value = (t[:, :, None].repeat_interleave(N // len(t), dim=0) for t in pad_kv)
         q = torch.cat([q, padding_logit(q[..., d : d + rows], q[..., d + rows :])], dim=-1)
         keys, values = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
         codes = F.pad(codes, (0, 1, 0, 1))  # padding has no row and no column of its own,
@@ -353,12 +351,24 @@ def fast_mix(u: Tensor, weights: Tensor | None) -> Tensor:
     return (w - each).to(u.dtype) * u + each.to(u.dtype) * sum(others, first)
 
 
-class FastLoRA(LoRA):
+class FastFrozen:
+    """Mixed into a layer that adopts a frozen one's weight and bias."""
+
     def frozen(self, x: Tensor) -> Tensor:
         if self.bias is None:
             return super().frozen(x)
         return linear(x, self.weight, self.bias)
 
+
+class FastRescaledLinear(FastFrozen, RescaledLinear):
+    pass
+
+
+class FastDoRALinear(FastFrozen, DoRALinear):
+    pass
+
+
+class FastLoRA(FastFrozen, LoRA):
     def mix(self, update: Tensor) -> Tensor:
         return fast_mix(update, self.mixing)
 
@@ -387,8 +397,12 @@ class FastMMAdapter(MMAdapter):
 FASTER: dict[type, type] = {
     Attention: FastAttention,
     LoRA: FastLoRA,
+    RescaledLinear: FastRescaledLinear,
+    DoRALinear: FastDoRALinear,
     StandardAdapter: FastStandardAdapter,
     MMAdapter: FastMMAdapter,
 }
-# Blocks whose norms feed nothing but `attn`, `mlp` and adapters.
-KNOWN_BLOCKS = (Block, Tuner, Full, MMLoRA, StandardLoRA, FastStandardAdapter, FastMMAdapter)
+# Of blocks whose norms feed nothing but `attn`, `mlp`, adapters and bypasses.
+KNOWN_FORWARDS = tuple(
+    block.forward for block in (Block, FastStandardAdapter, FastMMAdapter, AdaptFormer, Convpass)
+)

@@ -21,6 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+import zoo  # noqa: F401  # whose tuners join TUNERS
 from dfm import DeepFusionModule, SumFusion
 from sam_vit import ImageEncoderViT, LoadReport, WeightsError, build_image_encoder, check_keys_match
 from tuners import apply_tuner, tuner_names

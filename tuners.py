@@ -3,6 +3,7 @@
 A tuner is a class that takes a block of the encoder and is the block that replaces it. It adopts
 the block's layers under their old names, so every official checkpoint stays valid, and adds
 parameters of its own, which are trained. To add one: derive from `Tuner` and put it into `TUNERS`.
+These are the paper's; `import zoo` adds other published ones.
 
 The M modalities lie behind each other along the batch, modality-major: rows 0 to B - 1 are the
 first modality. The frozen layers see one batch of M * B; a tuner splits the first axis where it
@@ -14,6 +15,7 @@ Shapes: `M` modalities, `B` batch, `h, w` tokens, `C` width, `r` rank; x is (M*B
 from __future__ import annotations
 
 import inspect
+import sys
 from fnmatch import fnmatchcase
 
 import torch
@@ -27,11 +29,14 @@ from sam_vit import Block, ImageEncoderViT
 class Tuner(Block):
     """A block that adopts the layers of a frozen one. By itself it is `frozen`: nothing is trained.
 
-    What a tuner declares: its options are the keyword arguments of its constructor; the rest stands
-    in the attributes and methods below.
+    What a tuner declares: its options are the keyword arguments of its constructor, and `blocks`,
+    which `apply_tuner` sees to; the rest stands in the attributes and methods below.
     """
 
-    # SAM's parameters that are trained besides its own, as patterns: "blocks.*.norm1.*".
+    # The default of its option `blocks`, which of them are tuned: see `count_tuned`.
+    blocks = "all"
+    # SAM's parameters that are trained besides its own, as patterns: "blocks.*.norm1.*". What they
+    # say of a block counts only if it is tuned.
     sam_trained: tuple[str, ...] = ()
     # Whether a new one computes what the frozen block does.
     starts_as_frozen = True
@@ -57,7 +62,8 @@ class Tuner(Block):
 
 
 class Full(Tuner):
-    """Every weight of the encoder is trained, positions, patches and neck included."""
+    """Every weight of the encoder is trained, positions, patches and neck included, whichever
+    blocks are."""
 
     sam_trained = ("*",)
 
@@ -72,6 +78,14 @@ def mix_modalities(u: Tensor, weights: Tensor) -> Tensor:
     others = torch.stack([torch.cat([u[:m], u[m + 1 :]]).mean(dim=0) for m in range(M)])
     w = weights.view(M, *[1] * (u.ndim - 1))
     return w * u + (1 - w) * others
+
+
+def mix_streams(x: Tensor, weights: Tensor | None) -> Tensor:
+    """`mix_modalities` of what lies behind each other along the batch, (M*B, ...); x without
+    weights."""
+    if weights is None:
+        return x
+    return mix_modalities(x.unflatten(0, (len(weights), -1)), weights).flatten(0, 1)
 
 
 def new_mixing(modalities: int, mixing: bool) -> nn.Parameter | None:
@@ -159,12 +173,7 @@ class MMAdapter(Tuner):
         a = self.attn(self.norm1(x))
         z = x + a + adapt(self.attn_adapters, a)
         n = self.norm2(z)
-        return z + self.mlp(n) + self.mix(adapt(self.mlp_adapters, n))
-
-    def mix(self, u: Tensor) -> Tensor:
-        if self.mixing is None:
-            return u
-        return mix_modalities(u.unflatten(0, (len(self.mixing), -1)), self.mixing).flatten(0, 1)
+        return z + self.mlp(n) + mix_streams(adapt(self.mlp_adapters, n), self.mixing)
 
     def added_products(self, tokens: int) -> list[tuple[int, int, int, int]]:
         adapters = nn.ModuleList([*self.attn_adapters, *self.mlp_adapters])
@@ -252,6 +261,16 @@ def add_lora(
         setattr(block.mlp, name, LoRA(linear, M, rank, mlp_scale, whole, mixing))
 
 
+def lora_products(block: Tuner, tokens: int) -> list[tuple[int, int, int, int]]:
+    """Two matrix products for each update, of each modality's share of the tokens."""
+    products = []
+    for name, p in block.named_parameters():
+        if name.endswith(("lora_A", "lora_B")):  # (M, slices, out, in)
+            M, slices, out, C = p.shape
+            products.append((M * slices, tokens // M, C, out))
+    return products
+
+
 class MMLoRA(Tuner):
     """LoRA on q and v, each modality's its own, and on both MLP layers, where they are mixed
     (docs/method.md, MMLoRA).
@@ -267,12 +286,7 @@ class MMLoRA(Tuner):
         add_lora(self, modalities, rank, alpha / max(rank, 1), 1.0, mixing)
 
     def added_products(self, tokens: int) -> list[tuple[int, int, int, int]]:
-        products = []
-        for name, p in self.named_parameters():
-            if name.endswith(("lora_A", "lora_B")):  # (M, slices, out, in)
-                M, slices, out, C = p.shape
-                products.append((M * slices, tokens // M, C, out))
-        return products
+        return lora_products(self, tokens)
 
 
 class StandardLoRA(MMLoRA):
@@ -299,9 +313,21 @@ TUNERS: dict[str, type[Tuner]] = {
 def tuner_options(name: str) -> dict[str, object]:
     """The options of a tuner with their defaults. Raises ValueError for an unknown tuner."""
     if name not in TUNERS:
-        raise ValueError(f"unknown tuner {name!r}; there are {', '.join(TUNERS)}")
-    _, _, *options = inspect.signature(TUNERS[name]).parameters.values()
-    return {option.name: option.default for option in options}
+        more = "" if "zoo" in sys.modules else "; those of zoo.py need `import zoo`"
+        raise ValueError(f"unknown tuner {name!r}; there are {', '.join(TUNERS)}{more}")
+    tuner = TUNERS[name]
+    _, _, *options = inspect.signature(tuner).parameters.values()
+    placement = {} if tuner is Tuner else {"blocks": tuner.blocks}  # `frozen` tunes none
+    return {option.name: option.default for option in options} | placement
+
+
+def count_tuned(blocks: str | int, depth: int) -> int:
+    """How many blocks, counted from the last, are tuned: "all", "late" (the last half, of an odd
+    number the larger) or so many. Raises ValueError for anything else."""
+    words = {"all": depth, "late": depth - depth // 2} | {str(k): k for k in range(1, depth + 1)}
+    if str(blocks) not in words:
+        raise ValueError(f"blocks={blocks}: all, late or a number from 1 to {depth} is needed")
+    return words[str(blocks)]
 
 
 def check_options(name: str, options: dict[str, object]) -> None:
@@ -331,6 +357,7 @@ def apply_tuner(
     encoder: ImageEncoderViT, name: str, modalities: int = 2, **options
 ) -> ImageEncoderViT:
     """Replaces the blocks of `encoder` by the tuner's, in place, and freezes all it does not train.
+    A block that the option `blocks` leaves out stays as it is without a tuner, frozen.
 
     Raises ValueError for an unknown tuner or option, for no modality, and for an encoder that
     carries a tuner already.
@@ -341,23 +368,28 @@ def apply_tuner(
     if encoder.tuner is not None:
         raise ValueError(f"this encoder carries the tuner {encoder.tuner!r} already")
     sam = dict(encoder.named_parameters())
-    blocks = [TUNERS[name](block, modalities, **options) for block in encoder.blocks]
+    tuned = count_tuned(options.pop("blocks", TUNERS[name].blocks), len(encoder.blocks))
+    before, after = list(encoder.blocks)[:-tuned], list(encoder.blocks)[-tuned:]
+    blocks = [Tuner(block, modalities) for block in before]
+    blocks += [TUNERS[name](block, modalities, **options) for block in after]
     encoder.blocks = nn.ModuleList(blocks)
-    patterns = {pattern for block in blocks for pattern in block.sam_trained}
     for n, p in sam.items():
-        p.requires_grad_(any(fnmatchcase(n, pattern) for pattern in patterns))
+        p.requires_grad_(is_trained_of_sam(n, encoder.blocks))
     encoder.tuner = name
     encoder.added_names = [n for n, _ in encoder.named_parameters() if n not in sam]
     return encoder
 
 
+def is_trained_of_sam(name: str, blocks: nn.ModuleList) -> bool:
+    """Whether a parameter of SAM's is trained: one of a block by what that block declares, any
+    other by what any block does."""
+    part, number, *_ = name.split(".", 2) + [""]
+    asked = [blocks[int(number)]] if part == "blocks" else blocks
+    return any(fnmatchcase(name, p) for block in asked for p in getattr(block, "sam_trained", ()))
+
+
 def tuner_names(encoder: ImageEncoderViT) -> list[str]:
     """The names of the parameters that the encoder's tuner trains: its own, and those of SAM's that
     it declares."""
-    patterns = {p for block in encoder.blocks for p in getattr(block, "sam_trained", ())}
-    added = set(encoder.added_names)
-    return [
-        n
-        for n, _ in encoder.named_parameters()
-        if n in added or any(fnmatchcase(n, pattern) for pattern in patterns)
-    ]
+    names, added = [n for n, _ in encoder.named_parameters()], set(encoder.added_names)
+    return [n for n in names if n in added or is_trained_of_sam(n, encoder.blocks)]

@@ -45,11 +45,12 @@ class Inside:
     place: tuple[int, int]  # row and column of the token whose attention is shown
     attention: list[dict]  # see `query_attention`
     added: np.ndarray  # (blocks, M): the norm of what the tuner adds over that of the frozen block
-    mixing: dict[str, list[list[float]]]  # layer that mixes -> for each block M weights
+    mixing: dict[str, list[list[float]]]  # layer that mixes -> for each tuned block M weights
     skip_weights: list[float]  # of the decoder's fusions, coarsest first; [] without skips
     heat: dict[int, np.ndarray]  # class -> (2, M, h, w), before tuning and after
     variants: dict[str, np.ndarray]  # what is different -> logits (K, H, W)
-    drawings: dict[str, list[list[tuple]]]  # of the first block and of the fusion: `parts_in_order`
+    drawings: dict[str, list[list[tuple]]]  # of a block and of the fusion: `parts_in_order`
+    drawn: int  # which block: the first that is tuned
     parameters: dict[str, tuple[int, int]]  # part of the network -> (all, trained)
 
     @property
@@ -72,6 +73,7 @@ def look_inside(model: MFNet, encoder: str, rasters: dict[str, Tensor]) -> Insid
     firsts = {bool(blocks[i].attn.window): i for i in reversed(sam)}  # with windows, and without
     counts = logits[0].argmax(dim=0).flatten().bincount()
     shown = [k for k in counts.argsort(descending=True).tolist() if counts[k]][:CLASSES]
+    drawn = first_tuned(model)
     heat = [class_heat(model, x["maps"], shown, logits.shape[-2:]) for x in (before, seen)]
     return Inside(
         list(rasters),
@@ -87,9 +89,10 @@ def look_inside(model: MFNet, encoder: str, rasters: dict[str, Tensor]) -> Insid
         dict(zip(shown, map(np.stack, zip(*heat)))),
         other_ways(model, rasters),
         {
-            "block": parts_in_order(blocks[0], lambda: blocks[0](streams[0])),
+            "block": parts_in_order(blocks[drawn], lambda: blocks[drawn](streams[drawn])),
             "fusion": parts_in_order(model.fusion, lambda: model.fusion(seen["maps"])),
         },
+        drawn,
         parameters_by_part(model),
     )
 
@@ -161,8 +164,13 @@ def query_attention(index: int, block: Block, x: Tensor, place: tuple[int, int])
     return found | {"padding": max(0.0, 1 - float(found["with"].sum()))}
 
 
+def first_tuned(model: MFNet) -> int:
+    """The number of the first block in which something is trained; 0 if there is none."""
+    return next((i for i, b in enumerate(model.image_encoder.blocks) if is_trained(b)), 0)
+
+
 def learned_mixing(model: MFNet) -> dict[str, list[list[float]]]:
-    """The layers of a block that mix -> for each block the M weights; {} if none does."""
+    """The layers of a block that mix -> for each block that does the M weights; {} if none does."""
     found: dict[str, list[list[float]]] = {}
     for block in model.image_encoder.blocks:
         for layer, weights in block.mixing_weights().items():

@@ -99,8 +99,8 @@ def tuner_stage(inside: Inside, tuner: str, code: list[str]) -> Stage:
     )
     rows, added = inside.drawings["block"], inside.added
     trained = [name for row in rows for name, _, _, is_trained in row if is_trained]
-    see = "block 0 in the order of its calls; a dot marks what is trained. Trained parts: "
-    see += f"{', '.join(trained) or 'none'}."
+    see = f"block {inside.drawn} in the order of its calls; a dot marks what is trained. "
+    see += f"Trained parts: {', '.join(trained) or 'none'}."
     wrong = "a part of the tuner is missing, or a dot stands where it trains nothing."
     stage.show(draw_boxes(rows, "A block of the encoder"), see, wrong)
     block, m = np.unravel_index(added.argmax(), added.shape)
@@ -132,14 +132,19 @@ def mixing_stage(inside: Inside) -> Stage:
     lines = {}
     for layer, blocks in inside.mixing.items():
         for m, name in enumerate(inside.names):
-            lines[f"{layer.split('.')[-1]} {name}".strip()] = [weights[m] for weights in blocks]
+            lines[f"{layer.removeprefix('mlp.')} {name}".strip()] = [
+                weights[m] for weights in blocks
+            ]
     off, name, block, w = max(
         (abs(w - 0.5), name, i, w) for name, weights in lines.items() for i, w in enumerate(weights)
     )
-    points, reach = {name: list(enumerate(ws)) for name, ws in lines.items()}, max(0.05, off)
+    first = len(inside.added) - len(next(iter(lines.values())))  # the tuned blocks are the last
+    points = {name: list(enumerate(ws, first)) for name, ws in lines.items()}
+    reach = max(0.05, off)
     chart = line_chart("mixing weights", points, 0.5 - reach, 0.5 + reach, "block")
-    rows = [[str(i), *(f"{w:.3f}" for w in ws)] for i, ws in enumerate(zip(*lines.values()))]
-    see = f"the middle is the start. Farthest from it: {name} in block {block}, w = {w:.3f}. "
+    rows = [[str(i), *(f"{w:.3f}" for w in ws)] for i, ws in enumerate(zip(*lines.values()), first)]
+    see = f"the middle is the start. Farthest from it: {name} in block {block + first}, "
+    see += f"w = {w:.3f}. "
     if off <= SAME:
         see = "all weights are where they start, at 0.5. "
     see += "Above 0.5 a modality keeps more of its own, and at 1 it hears nothing of the others."

@@ -51,7 +51,8 @@ PAPER_TRAINED: dict[tuple[str, str], tuple[int, float]] = {
     ("adapter", "vit_h"): (107_220_702, 111.28),
 }
 
-PAPER_OPTIONS = {"mixing": True, "rank": 4, "alpha": 1.0, "ratio": 0.25}  # of its tuners
+# Of its tuners.
+PAPER_OPTIONS = {"mixing": True, "rank": 4, "alpha": 1.0, "ratio": 0.25, "blocks": "all"}
 
 
 def tuner_options(settings: dict) -> dict:

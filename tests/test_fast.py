@@ -279,7 +279,7 @@ def test_a_window_that_is_filled_up_is_the_softmax_of_all_pairs_with_the_copies(
     windows = (
         fast.cut_windows(t, h, w) for t in (queries, k[None, :h, :w, None], v[None, :h, :w, None])
     )
-    found = fast.windowed_attention(*windows, rows, cols, padding[:, None])
+    found = fast.windowed_attention(*windows, rows, cols, padding[:, None, None])
     assert_close(found[0, 0], expected)
 
 

@@ -288,9 +288,9 @@ def test_exactly_the_tuner_fusion_and_decoder_are_trained(tuner, fusion, modalit
     assert counts["total"] == sum(
         counts[part] for part in ("encoder", "tuner", "fusion", "decoder")
     )
-    assert bool(counts["tuner"]) == (tuner not in ("frozen", "full")) and bool(
-        counts["fusion"]
-    ) == (fusion == "dfm")
+    of_sam_alone = ("frozen", "full", "bitfit", "norm", "partial")
+    assert bool(counts["tuner"]) == (tuner not in of_sam_alone)
+    assert bool(counts["fusion"]) == (fusion == "dfm")
 
 
 @every_tuner

@@ -17,14 +17,17 @@ import torch
 import tuners
 from engine.console import Parser
 from geodata import synthetic
+from geodata.layouts import LAYOUTS
 from mfnet import build_mfnet, trained_names
+from sam_vit import SIZES
 
 ROOT = Path(tuners.__file__).resolve().parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {"README.md": README} | {
     f"docs/{path.name}": path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")
 }
-LESSON, TUNER = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+(LESSON,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+OF_EXTENDING = re.findall(r"```python\n(.*?)```", PAGES["docs/extending.md"], re.DOTALL)
 SCRIPTS = (
     *("train", "evaluate", "predict", "explain", "benchmark", "data"),
     *("geodata.synthetic", "engine.checkpoints"),
@@ -52,13 +55,16 @@ COMMANDS = sorted({command for text in PAGES.values() for command in commands(te
 
 
 @pytest.fixture(autouse=True)
-def a_folder_with_the_readme_s_tuner(tmp_path, monkeypatch):
-    (tmp_path / "scaleshift.py").write_text(TUNER, encoding="utf-8")
+def a_folder_with_the_files_of_docs_extending(tmp_path, monkeypatch):
+    for name, text in zip(("scaleshift.py", "mytown.py", "tiny.py"), OF_EXTENDING, strict=True):
+        (tmp_path / name).write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    known, modules = dict(tuners.TUNERS), set(sys.modules)
+    tables, modules = (tuners.TUNERS, LAYOUTS, SIZES), set(sys.modules)
+    known = [dict(table) for table in tables]
     yield
-    tuners.TUNERS.clear()
-    tuners.TUNERS.update(known)
+    for table, before in zip(tables, known):
+        table.clear()
+        table.update(before)
     for name in sys.modules.keys() - modules:
         if name.startswith("plugin"):
             del sys.modules[name]
@@ -115,8 +121,8 @@ def test_the_page_about_a_window_is_written_as_the_readme_says(folder_of_a_run):
 @pytest.mark.parametrize(
     "options, trained", [({}, {"scale", "shift"}), ({"shift": False}, {"scale"})]
 )
-def test_the_tuner_of_the_readme_trains_its_own_parameters_and_no_others(options, trained):
-    exec(TUNER, {})
+def test_the_tuner_of_docs_extending_trains_its_own_parameters_and_no_others(options, trained):
+    exec(OF_EXTENDING[0], {})
     model = build_mfnet("vit_t", "scaleshift", **options)
     model(torch.rand(1, 3, 64, 64), torch.rand(1, 64, 64)).sum().backward()
     found = {n for n, p in model.named_parameters() if p.grad is not None}

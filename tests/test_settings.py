@@ -28,7 +28,7 @@ def test_the_recipe_of_vaihingen_is_the_paper_s():
     settings, given_by_hand, args = parse_settings(["--data", "vaihingen"])
     paper = dict(
         encoder="vit_l", weights="auto", tuner="adapter", modalities="image+dsm", fusion="dfm",
-        tuner_option={"ratio": 0.25, "mixing": True}, crop=256, augment="flips",
+        tuner_option={"ratio": 0.25, "mixing": True, "blocks": "all"}, crop=256, augment="flips",
         batch_size=10, epochs=50, steps=1000, optimizer="sgd", lr=0.01, weight_decay=5e-4,
         schedule="multistep", eval_stride=32, select_stride=0, precision="fp32",
     )  # fmt: skip
@@ -202,7 +202,7 @@ def test_help_shows_the_defaults_of_the_chosen_data_set_in_five_groups(data, rat
     assert f"learning rate at its highest [{rate}]" in text
     for group in ("network", "data", "training", "score", "machine"):
         assert f" {group}: --" in text
-    assert "[adapter: ratio=0.25, mixing=True]" in text
+    assert "[adapter: ratio=0.25, mixing=True, blocks=all]" in text
 
 
 # --------------------------------------------------------------------------- options of the tuner
@@ -215,13 +215,16 @@ def test_the_options_of_a_tuner_are_filled_in_and_kept(tuner):
 
 def test_an_option_is_read_in_the_type_of_its_default():
     s = parsed("--tuner lora --tuner-option rank=2 --tuner-option mixing=false")
-    assert s.tuner_option == {"rank": 2, "alpha": 1.0, "mixing": False}
+    assert s.tuner_option == {"rank": 2, "alpha": 1.0, "mixing": False, "blocks": "all"}
+    assert parsed("--tuner ssf --tuner-option blocks=2").tuner_option["blocks"] == "2"
+    assert parsed("--tuner partial").tuner_option == {"blocks": "2"}
 
 
 @pytest.mark.parametrize(
     "words, parts",
     [
         ("--tuner frozen --tuner-option rank=2", ["frozen", "none"]),
+        ("--tuner frozen --tuner-option blocks=late", ["frozen", "none"]),
         ("--tuner adapter --tuner-option rank=2", ["adapter", "ratio=0.25", "mixing=True"]),
         ("--tuner lora --tuner-option rank=two", ["rank"]),
         ("--tuner lora --tuner-option rank", ["rank"]),
@@ -263,8 +266,8 @@ OLD = dict(
 @pytest.mark.parametrize(
     "tuner, options",
     [
-        ("lora", {"rank": 2, "alpha": 1.0, "mixing": False}),
-        ("adapter", {"ratio": 0.25, "mixing": False}),
+        ("lora", {"rank": 2, "alpha": 1.0, "mixing": False, "blocks": "all"}),
+        ("adapter", {"ratio": 0.25, "mixing": False, "blocks": "all"}),
         ("frozen", {}),
     ],
 )

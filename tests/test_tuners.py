@@ -208,8 +208,15 @@ def test_exactly_the_tuners_own_parameters_are_trained(name, M):
     trained = [n for n, p in encoder.named_parameters() if p.requires_grad]
     sam = list(dict(small_encoder().named_parameters()))
     added = [n for n in dict(encoder.named_parameters()) if n not in sam]
-    assert trained == tuner_names(encoder) == {"frozen": [], "full": sam}.get(name, added)
-    assert bool(added) == (name not in ("frozen", "full"))
+    of_sam = {
+        "frozen": [],
+        "full": sam,
+        "bitfit": [n for n in sam if n.endswith(".bias")],
+        "norm": [n for n in sam if ".norm1." in n or ".norm2." in n],
+        "partial": [n for n in sam if n.startswith("blocks.")],  # both of them
+    }
+    assert trained == tuner_names(encoder) == of_sam.get(name, added)
+    assert bool(added) == (name not in of_sam)
 
 
 @every_tuner
@@ -327,7 +334,8 @@ def test_a_tuner_trains_the_parameters_of_sam_that_it_names(norm_tuning, both):
 
 
 def test_options_are_the_constructors_with_their_defaults(norm_tuning):
-    assert tuner_options("norms") == {"both": False, "scale": 1.0, "note": "", "depth": 3}
+    own = {"both": False, "scale": 1.0, "note": "", "depth": 3}
+    assert tuner_options("norms") == {**own, "blocks": "all"}
     assert tuner_options("frozen") == {}
 
 
@@ -352,7 +360,9 @@ def test_an_option_that_cannot_be_is_refused_in_a_line(norm_tuning, text):
     assert len(str(refused.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("name, known", [("adapter", "ratio=0.25, mixing=True"), ("full", "none")])
+@pytest.mark.parametrize(
+    "name, known", [("adapter", "ratio=0.25, mixing=True"), ("full", "blocks=all")]
+)
 def test_an_unknown_option_is_refused_with_the_list(name, known):
     with pytest.raises(ValueError, match=f"no option 'rank'.*{known}"):
         apply_tuner(small_encoder(), name, 2, rank=3)
