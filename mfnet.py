@@ -346,10 +346,7 @@ PUBLISHED_NAMES = (
     (r"^fpn1y\.", r"fusion.pyramids.1.up4."),
     (r"^fpn2x\.0\.", r"fusion.pyramids.0.up2."),
     (r"^fpn2y\.0\.", r"fusion.pyramids.1.up2."),
-    (r"^fusion1\.", r"fusion.levels.0."),
-    (r"^fusion2\.", r"fusion.levels.1."),
-    (r"^fusion3\.", r"fusion.levels.2."),
-    (r"^fusion4\.", r"fusion.levels.3."),
+    *((rf"^fusion{i + 1}\.", rf"fusion.levels.{i}.") for i in range(4)),
     (r"\.se_rgb\.", r".se.0."),
     (r"\.se_depth\.", r".se.1."),
     (r"\.attn\.qkv\.0\.weight$", r".attn.qkv.weight"),
@@ -359,11 +356,7 @@ PUBLISHED_NAMES = (
     (r"\.ca\.3\.0\.", r".ca.2."),
     (r"(segmentation_head\.2)\.0\.", r"\1."),
 )
-
-
-PUBLISHED_UNUSED = re.compile(
-    r"^sam\.(prompt_encoder|mask_decoder)\.|^sam\.pixel_|\.relative_position_index$"
-)
+UNUSED = r"^sam\.(prompt_encoder|mask_decoder)\.|^sam\.pixel_|\.relative_position_index$"
 
 
 def load_published_weights(model: MFNet, state_dict: dict[str, Tensor]) -> LoadReport:
@@ -373,12 +366,10 @@ def load_published_weights(model: MFNet, state_dict: dict[str, Tensor]) -> LoadR
     `module.` of a DataParallel is accepted. Raises WeightsError with both differences, and changes
     nothing, if it does not fit.
     """
-    expected = model.state_dict()
-    report = LoadReport()
-    given: dict[str, Tensor] = {}
+    expected, given, report = model.state_dict(), {}, LoadReport()
     for name, tensor in state_dict.items():
         name = name.removeprefix("module.")
-        if PUBLISHED_UNUSED.search(name):
+        if re.search(UNUSED, name):
             report.ignored.append(name)
             continue
         ours = name.removeprefix("sam.")

@@ -48,18 +48,14 @@ class WeightsError(ValueError):
 # --------------------------------------------------------------------------- leaf -> block -> model
 
 
-class LayerNorm2d(nn.Module):
+class LayerNorm2d(nn.LayerNorm):
     """Layer norm over the channels of (B, C, H, W)."""
 
-    def __init__(self, channels: int, eps: float = 1e-6):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.eps = eps
+    def __init__(self, channels: int):
+        super().__init__(channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.bias, self.eps)
-        return x.movedim(-1, 1)
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 class PatchEmbed(nn.Module):
@@ -261,16 +257,14 @@ class LoadReport:
 
 def check_keys_match(expected: dict[str, Tensor], given: dict[str, Tensor], what: str) -> None:
     """Raises WeightsError with every difference unless names and shapes of both are the same."""
-    missing = [n for n in expected if n not in given]
-    unexpected = [n for n in given if n not in expected]
-    misshapen = [
-        f"{n} {tuple(given[n].shape)} instead of {tuple(expected[n].shape)}"
-        for n in expected
-        if n in given and given[n].shape != expected[n].shape
-    ]
-    if missing or unexpected or misshapen:
-        lists = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
-        lists = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in lists if names]
+    pairs = {n: (tuple(given[n].shape), tuple(t.shape)) for n, t in expected.items() if n in given}
+    wrong = {
+        "missing": [n for n in expected if n not in given],
+        "unexpected": [n for n in given if n not in expected],
+        "of another shape": [f"{n} {a} instead of {b}" for n, (a, b) in pairs.items() if a != b],
+    }
+    lists = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in wrong.items() if names]
+    if lists:
         raise WeightsError(f"{what} does not fit: {'; '.join(lists)}")
 
 
@@ -321,14 +315,8 @@ def first_line(error: BaseException) -> str:
 
 
 # What stands beside the image encoder in a whole SAM: expected in the file, not needed here.
-OTHER_PARTS = (
-    "prompt_encoder.",
-    "mask_decoder.",
-    "shared_image_embedding.",
-    "pixel_mean",
-    "pixel_std",
-)
-
+OTHER_PARTS = ("prompt_encoder.", "mask_decoder.", "shared_image_embedding.")
+OTHER_PARTS += ("pixel_mean", "pixel_std")
 
 # Hugging Face's spelling of the same names, as (theirs, Meta's), applied in this order.
 HUGGING_FACE_NAMES = (
@@ -380,13 +368,11 @@ def load_sam_weights(
     given, ignored = sam_names(state)
     expected = {n: t for n, t in encoder.state_dict().items() if n not in encoder.added_names}
     report = LoadReport(ignored=ignored)
-    for name, tensor in given.items():
-        if name not in expected or tensor.shape == expected[name].shape:
-            continue
-        resized = resize_table(name, tensor, expected[name].shape)
-        if resized is not None:
-            given[name] = resized
-            report.resized.append(f"{name}: {tuple(tensor.shape)} -> {tuple(resized.shape)}")
+    for name in (name for name in given if name in expected):
+        old, new = given[name].shape, expected[name].shape
+        given[name] = resize_table(name, given[name], new)
+        if given[name].shape != old:
+            report.resized.append(f"{name}: {tuple(old)} -> {tuple(given[name].shape)}")
     check_keys_match(expected, given, what)
     with torch.no_grad():
         for name, target in expected.items():
@@ -400,12 +386,12 @@ def load_sam_weights(
     return report
 
 
-def resize_table(name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
-    """Positions of another grid or tables of another length, resized; None if that cannot help."""
-    if tensor.ndim != len(shape) or tensor.shape[-1] != shape[-1]:
-        return None
+def resize_table(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+    """Positions of another grid or tables of another length, resized; else the tensor as it is."""
+    if tensor.ndim != len(shape) or tensor.shape[-1] != shape[-1] or tensor.shape == shape:
+        return tensor
     if name == "pos_embed":
         return resize_positions(tensor, shape[1:3])
     if ".rel_pos_" in name and tensor.shape[0] % 2:  # 2n - 1 offsets
         return F.interpolate(tensor.float().T[None], size=shape[0], mode="linear")[0].T
-    return None
+    return tensor
