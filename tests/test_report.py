@@ -243,7 +243,7 @@ def test_text_has_a_contrast_of_4_5_on_every_colour(color):
 
 
 def test_pages_and_panels_load_no_network():
-    rooms = ("report", "panels", "paper", "encoder_stages", "decoder_stages")
+    rooms = ("report", "panels", "paper", "stages")
     modules = ", ".join(f"reports.{name}" for name in rooms)
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     root = Path(__file__).resolve().parent.parent
