@@ -396,12 +396,10 @@ def stack_modalities(given: dict[str, Tensor], expected: dict[str, Tensor]) -> d
     out = dict(given)
     for name, target in expected.items():
         pair = [given.get(f"{name}:{m}") for m in "xy"]
-        if all(t is not None and t.shape == published_shape(target.shape[1:]) for t in pair):
+        if any(t is None for t in pair):
+            continue
+        ours = target[0].shape  # (slices, rows, columns), in theirs (slices * rows, columns); or ()
+        if all(t.shape == target[0].reshape(-1, *ours[2:]).shape for t in pair):
             del out[f"{name}:x"], out[f"{name}:y"]
-            out[name] = torch.stack([t.reshape(target.shape[1:]) for t in pair])
+            out[name] = torch.stack([t.reshape(ours) for t in pair])
     return out
-
-
-def published_shape(shape: torch.Size) -> tuple[int, ...]:
-    """Of one modality's tensor: (slices, rows, columns) -> (slices * rows, columns), () -> (1,)."""
-    return (shape[0] * shape[1], shape[2]) if len(shape) == 3 else (1,)
