@@ -54,10 +54,6 @@ class Dataset:
     held_out: tuple[str, ...] = ()  # tiles of `train` that are the split `val`
 
     @property
-    def palette(self) -> list[tuple[int, int, int]]:
-        return [color for _, color in self.classes]
-
-    @property
     def class_names(self) -> list[str]:
         return [name for name, _ in self.classes]
 

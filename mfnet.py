@@ -14,15 +14,13 @@ classes, `s` side of a window.
 
 from __future__ import annotations
 
-import re
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from dfm import DeepFusionModule, SumFusion
-from sam_vit import ImageEncoderViT, LoadReport, WeightsError, build_image_encoder, check_keys_match
+from sam_vit import ImageEncoderViT, LoadReport, build_image_encoder, check_keys_match, our_names
 from tuners import apply_tuner, tuner_names
 
 MIN_SIZE = 64  # pixels: below it the coarsest level has less than two rows to reflect
@@ -333,6 +331,7 @@ def count_parameters(model: MFNet) -> dict[str, int]:
 # (published, ours); x is the image's, y the height's. `lora_Ax` and its like are collected into one
 # tensor of ours.
 PUBLISHED_NAMES = (
+    (r"^sam\.", ""),
     (r"\.attn\.rel_([hw])$", r".attn.rel_pos_\1"),
     (r"\.Img_Adapter\.D_fc", r".attn_adapters.0.fc"),
     (r"\.DSM_Adapter\.D_fc", r".attn_adapters.1.fc"),
@@ -364,27 +363,12 @@ def load_published_weights(model: MFNet, state_dict: dict[str, Tensor]) -> LoadR
 
     The published network holds its encoder twice, as `image_encoder.*` and `sam.image_encoder.*`;
     `module.` of a DataParallel is accepted. Raises WeightsError with both differences, and changes
-    nothing, if it does not fit.
-    """
-    expected, given, report = model.state_dict(), {}, LoadReport()
-    for name, tensor in state_dict.items():
-        name = name.removeprefix("module.")
-        if re.search(UNUSED, name):
-            report.ignored.append(name)
-            continue
-        ours = name.removeprefix("sam.")
-        for pattern, replacement in PUBLISHED_NAMES:
-            ours = re.sub(pattern, replacement, ours)
-        if ours in given:
-            if not torch.equal(given[ours], tensor):
-                raise WeightsError(f"the state dict holds {ours} twice, with different values")
-            report.ignored.append(name)
-        given[ours] = tensor
-    report.loaded = list(given)
-    given = stack_modalities(given, expected)
-    check_keys_match(expected, given, "the published state dict")
+    nothing, if it does not fit."""
+    renamed, ignored = our_names(state_dict, PUBLISHED_NAMES, UNUSED)
+    given = stack_modalities(renamed, model.state_dict())
+    check_keys_match(model.state_dict(), given, "the published state dict")
     model.load_state_dict(given)
-    return report
+    return LoadReport(loaded=list(renamed), ignored=ignored)
 
 
 def stack_modalities(given: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:

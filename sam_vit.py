@@ -22,6 +22,7 @@ and everything after it channels-first.
 from __future__ import annotations
 
 import pickle
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -315,37 +316,39 @@ def first_line(error: BaseException) -> str:
 
 
 # What stands beside the image encoder in a whole SAM: expected in the file, not needed here.
-OTHER_PARTS = ("prompt_encoder.", "mask_decoder.", "shared_image_embedding.")
-OTHER_PARTS += ("pixel_mean", "pixel_std")
+OTHER_PARTS = r"^(prompt_encoder|mask_decoder|shared_image_embedding)\.|^pixel_(mean|std)"
 
-# Hugging Face's spelling of the same names, as (theirs, Meta's), applied in this order.
-HUGGING_FACE_NAMES = (
-    ("patch_embed.projection.", "patch_embed.proj."),
-    ("neck.conv1.", "neck.0."),
-    ("neck.layer_norm1.", "neck.1."),
-    ("neck.conv2.", "neck.2."),
-    ("neck.layer_norm2.", "neck.3."),
-    ("layers.", "blocks."),
-    (".layer_norm1.", ".norm1."),
-    (".layer_norm2.", ".norm2."),
+# Meta's names without their prefix for the prefixes and for Hugging Face's spelling, in this order.
+META_NAMES = (
+    (r"^(image|vision)_encoder\.", ""),
+    (r"^patch_embed\.projection\.", "patch_embed.proj."),
+    (r"^neck\.conv1\.", "neck.0."),
+    (r"^neck\.layer_norm1\.", "neck.1."),
+    (r"^neck\.conv2\.", "neck.2."),
+    (r"^neck\.layer_norm2\.", "neck.3."),
+    (r"^layers\.", "blocks."),
+    (r"\.layer_norm([12])\.", r".norm\1."),
 )
 
 
-def sam_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Any known spelling -> (tensors by Meta's names without prefix, names of other parts)."""
-    encoder, ignored = {}, []
+def our_names(
+    state: dict[str, Tensor], names: tuple[tuple[str, str], ...], unused: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """A checkpoint -> (its tensors by the names that `names`, pairs of a pattern and ours, give
+    them, the names of what is left out: what matches `unused`, and a second copy of a tensor).
+    Raises WeightsError for two copies that differ."""
+    renamed, ignored = {}, []
     for name, tensor in state.items():
-        short = name.removeprefix("module.")
-        if short.startswith(OTHER_PARTS):
-            ignored.append(short)
-            continue
-        short = short.removeprefix("image_encoder.").removeprefix("vision_encoder.")
-        for theirs, ours in HUGGING_FACE_NAMES:
-            short = short.replace(theirs, ours)
-        if short in encoder:
-            raise WeightsError(f"the checkpoint holds {short} twice, the second time as {name}")
-        encoder[short] = tensor
-    return encoder, ignored
+        ours = name = name.removeprefix("module.")
+        for pattern, replacement in names:
+            ours = re.sub(pattern, replacement, ours)
+        if re.search(unused, name) or ours in renamed and torch.equal(renamed[ours], tensor):
+            ignored.append(name)
+        elif ours in renamed:
+            raise WeightsError(f"the state dict holds {ours} twice, with different values")
+        else:
+            renamed[ours] = tensor
+    return renamed, ignored
 
 
 def load_sam_weights(
@@ -365,7 +368,7 @@ def load_sam_weights(
         raise ValueError(f"relative_positions is 'sam' or 'zero', not {relative_positions!r}")
     what = str(source) if isinstance(source, (str, Path)) else "the state dict"
     state = read_state_dict(source) if isinstance(source, (str, Path)) else source
-    given, ignored = sam_names(state)
+    given, ignored = our_names(state, META_NAMES, OTHER_PARTS)
     expected = {n: t for n, t in encoder.state_dict().items() if n not in encoder.added_names}
     report = LoadReport(ignored=ignored)
     for name in (name for name in given if name in expected):
