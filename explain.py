@@ -78,9 +78,8 @@ def choose_tile(args: Namespace, s: Settings, classes: list, run: Path) -> Tile:
     """The rasters that were named, or a test tile of the run's data set. Raises DataError."""
     if args.image or args.dsm:
         return tile_of_files(s, "given", args.image, args.dsm, classes, str(run))
-    tiles = {
-        tile.name: tile for tile in open_from_settings(s).tiles("test", MODALITIES[s.modalities])
-    }
+    found = open_from_settings(s).tiles("test", MODALITIES[s.modalities])
+    tiles = {tile.name: tile for tile in found}
     name = next(iter(tiles)) if args.tile is None else args.tile
     if name not in tiles:
         raise DataError(f"--tile {name}: no test tile; there are {', '.join(tiles)}")
