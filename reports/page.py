@@ -129,6 +129,7 @@ def svg(title: str, width: float, height: float, drawn: list[str]) -> str:
 
 
 def text_at(x: float, y: float, text: str, look: str = "") -> str:
+    """Text inside an SVG, as HTML; `look`: further attributes."""
     return f'<text x="{x:g}" y="{y:g}"{look}>{text}</text>'
 
 
@@ -178,9 +179,8 @@ def draw_boxes(rows: list[list[Box]], title: str) -> str:
             drawn.append(f'<path d="M{across / 2} {top - 14}v10m-3-4l3 4l3-4"/>')
         for j, (name, kind, lines, trained) in enumerate(row):
             left = 2 + j * (width + gap)
-            edge = (
-                f'stroke="{COLORS[1] if trained else "var(--rule)"}" stroke-width="2" fill="none"'
-            )
+            color = COLORS[1] if trained else "var(--rule)"
+            edge = f'stroke="{color}" stroke-width="2" fill="none"'
             place = f'x="{left:g}" y="{top}" width="{width:g}" height="{height}" rx="4"'
             drawn.append(f"<rect {place} {edge}/>")
             head = f'<tspan font-weight="600">{html.escape(name)}</tspan> {html.escape(kind)}'
