@@ -26,16 +26,15 @@ from data import open_from_settings, tile_of_files
 from engine.checkpoints import load_model, newest_run
 from engine.console import Parser, run_script
 from engine.device import autocast, pick_device, store_frozen_weights
-from engine.inside import Inside, first_tuned, look_inside
+from engine.inside import first_tuned, look_inside
 from engine.settings import Settings
-from geodata.layouts import MODALITIES, Classes
+from geodata.layouts import MODALITIES
 from geodata.rasters import DataError
 from geodata.tiles import LoadedTile, Tile
 from mfnet import MIN_SIZE, MFNet
-from reports import decoder_stages as later
-from reports import encoder_stages as first
-from reports.lesson import Stage, write_lesson
+from reports.lesson import write_lesson
 from reports.method import equations
+from reports.stages import walk
 from sam_vit import WeightsError
 
 METHOD = Path(__file__).resolve().parent / "docs/method.md"
@@ -79,9 +78,8 @@ def choose_tile(args: Namespace, s: Settings, classes: list, run: Path) -> Tile:
     """The rasters that were named, or a test tile of the run's data set. Raises DataError."""
     if args.image or args.dsm:
         return tile_of_files(s, "given", args.image, args.dsm, classes, str(run))
-    tiles = {
-        tile.name: tile for tile in open_from_settings(s).tiles("test", MODALITIES[s.modalities])
-    }
+    found = open_from_settings(s).tiles("test", MODALITIES[s.modalities])
+    tiles = {tile.name: tile for tile in found}
     name = next(iter(tiles)) if args.tile is None else args.tile
     if name not in tiles:
         raise DataError(f"--tile {name}: no test tile; there are {', '.join(tiles)}")
@@ -107,23 +105,6 @@ def find_function(name: str) -> Callable:
     """`dfm.py:Pyramid.forward` -> the function."""
     file, path = name.split(".py:")
     return attrgetter(path)(importlib.import_module(file.replace("/", ".")))
-
-
-def walk(
-    inside: Inside, cut: LoadedTile, classes: Classes, tuner: str, code_of_tuner: list[str]
-) -> list[Stage]:
-    return [
-        first.patch_stage(inside, cut, classes),
-        first.attention_stage(inside),
-        first.tuner_stage(inside, tuner, code_of_tuner),
-        first.mixing_stage(inside),
-        first.feature_stage(inside),
-        later.fusion_stage(inside),
-        later.decoder_stage(inside),
-        later.class_stage(inside, cut.labels, classes),
-        later.heat_stage(inside, classes),
-        later.other_stage(inside, cut.labels, classes),
-    ]
 
 
 def main() -> None:

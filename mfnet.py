@@ -14,8 +14,6 @@ classes, `s` side of a window.
 
 from __future__ import annotations
 
-import re
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -23,7 +21,7 @@ from torch import Tensor
 
 import zoo  # noqa: F401  # whose tuners join TUNERS
 from dfm import DeepFusionModule, SumFusion
-from sam_vit import ImageEncoderViT, LoadReport, WeightsError, build_image_encoder, check_keys_match
+from sam_vit import ImageEncoderViT, LoadReport, build_image_encoder, check_keys_match, our_names
 from tuners import apply_tuner, tuner_names
 
 MIN_SIZE = 64  # pixels: below it the coarsest level has less than two rows to reflect
@@ -334,6 +332,7 @@ def count_parameters(model: MFNet) -> dict[str, int]:
 # (published, ours); x is the image's, y the height's. `lora_Ax` and its like are collected into one
 # tensor of ours.
 PUBLISHED_NAMES = (
+    (r"^sam\.", ""),
     (r"\.attn\.rel_([hw])$", r".attn.rel_pos_\1"),
     (r"\.Img_Adapter\.D_fc", r".attn_adapters.0.fc"),
     (r"\.DSM_Adapter\.D_fc", r".attn_adapters.1.fc"),
@@ -347,10 +346,7 @@ PUBLISHED_NAMES = (
     (r"^fpn1y\.", r"fusion.pyramids.1.up4."),
     (r"^fpn2x\.0\.", r"fusion.pyramids.0.up2."),
     (r"^fpn2y\.0\.", r"fusion.pyramids.1.up2."),
-    (r"^fusion1\.", r"fusion.levels.0."),
-    (r"^fusion2\.", r"fusion.levels.1."),
-    (r"^fusion3\.", r"fusion.levels.2."),
-    (r"^fusion4\.", r"fusion.levels.3."),
+    *((rf"^fusion{i + 1}\.", rf"fusion.levels.{i}.") for i in range(4)),
     (r"\.se_rgb\.", r".se.0."),
     (r"\.se_depth\.", r".se.1."),
     (r"\.attn\.qkv\.0\.weight$", r".attn.qkv.weight"),
@@ -360,11 +356,7 @@ PUBLISHED_NAMES = (
     (r"\.ca\.3\.0\.", r".ca.2."),
     (r"(segmentation_head\.2)\.0\.", r"\1."),
 )
-
-
-PUBLISHED_UNUSED = re.compile(
-    r"^sam\.(prompt_encoder|mask_decoder)\.|^sam\.pixel_|\.relative_position_index$"
-)
+UNUSED = r"^sam\.(prompt_encoder|mask_decoder)\.|^sam\.pixel_|\.relative_position_index$"
 
 
 def load_published_weights(model: MFNet, state_dict: dict[str, Tensor]) -> LoadReport:
@@ -372,29 +364,12 @@ def load_published_weights(model: MFNet, state_dict: dict[str, Tensor]) -> LoadR
 
     The published network holds its encoder twice, as `image_encoder.*` and `sam.image_encoder.*`;
     `module.` of a DataParallel is accepted. Raises WeightsError with both differences, and changes
-    nothing, if it does not fit.
-    """
-    expected = model.state_dict()
-    report = LoadReport()
-    given: dict[str, Tensor] = {}
-    for name, tensor in state_dict.items():
-        name = name.removeprefix("module.")
-        if PUBLISHED_UNUSED.search(name):
-            report.ignored.append(name)
-            continue
-        ours = name.removeprefix("sam.")
-        for pattern, replacement in PUBLISHED_NAMES:
-            ours = re.sub(pattern, replacement, ours)
-        if ours in given:
-            if not torch.equal(given[ours], tensor):
-                raise WeightsError(f"the state dict holds {ours} twice, with different values")
-            report.ignored.append(name)
-        given[ours] = tensor
-    report.loaded = list(given)
-    given = stack_modalities(given, expected)
-    check_keys_match(expected, given, "the published state dict")
+    nothing, if it does not fit."""
+    renamed, ignored = our_names(state_dict, PUBLISHED_NAMES, UNUSED)
+    given = stack_modalities(renamed, model.state_dict())
+    check_keys_match(model.state_dict(), given, "the published state dict")
     model.load_state_dict(given)
-    return report
+    return LoadReport(loaded=list(renamed), ignored=ignored)
 
 
 def stack_modalities(given: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -406,12 +381,10 @@ def stack_modalities(given: dict[str, Tensor], expected: dict[str, Tensor]) -> d
     out = dict(given)
     for name, target in expected.items():
         pair = [given.get(f"{name}:{m}") for m in "xy"]
-        if all(t is not None and t.shape == published_shape(target.shape[1:]) for t in pair):
+        if any(t is None for t in pair):
+            continue
+        ours = target[0].shape  # (slices, rows, columns), in theirs (slices * rows, columns); or ()
+        if all(t.shape == target[0].reshape(-1, *ours[2:]).shape for t in pair):
             del out[f"{name}:x"], out[f"{name}:y"]
-            out[name] = torch.stack([t.reshape(target.shape[1:]) for t in pair])
+            out[name] = torch.stack([t.reshape(ours) for t in pair])
     return out
-
-
-def published_shape(shape: torch.Size) -> tuple[int, ...]:
-    """Of one modality's tensor: (slices, rows, columns) -> (slices * rows, columns), () -> (1,)."""
-    return (shape[0] * shape[1], shape[2]) if len(shape) == 3 else (1,)

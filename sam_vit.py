@@ -22,6 +22,7 @@ and everything after it channels-first.
 from __future__ import annotations
 
 import pickle
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,18 +49,14 @@ class WeightsError(ValueError):
 # --------------------------------------------------------------------------- leaf -> block -> model
 
 
-class LayerNorm2d(nn.Module):
+class LayerNorm2d(nn.LayerNorm):
     """Layer norm over the channels of (B, C, H, W)."""
 
-    def __init__(self, channels: int, eps: float = 1e-6):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.eps = eps
+    def __init__(self, channels: int):
+        super().__init__(channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.bias, self.eps)
-        return x.movedim(-1, 1)
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 class PatchEmbed(nn.Module):
@@ -261,16 +258,14 @@ class LoadReport:
 
 def check_keys_match(expected: dict[str, Tensor], given: dict[str, Tensor], what: str) -> None:
     """Raises WeightsError with every difference unless names and shapes of both are the same."""
-    missing = [n for n in expected if n not in given]
-    unexpected = [n for n in given if n not in expected]
-    misshapen = [
-        f"{n} {tuple(given[n].shape)} instead of {tuple(expected[n].shape)}"
-        for n in expected
-        if n in given and given[n].shape != expected[n].shape
-    ]
-    if missing or unexpected or misshapen:
-        lists = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
-        lists = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in lists if names]
+    pairs = {n: (tuple(given[n].shape), tuple(t.shape)) for n, t in expected.items() if n in given}
+    wrong = {
+        "missing": [n for n in expected if n not in given],
+        "unexpected": [n for n in given if n not in expected],
+        "of another shape": [f"{n} {a} instead of {b}" for n, (a, b) in pairs.items() if a != b],
+    }
+    lists = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in wrong.items() if names]
+    if lists:
         raise WeightsError(f"{what} does not fit: {'; '.join(lists)}")
 
 
@@ -321,43 +316,39 @@ def first_line(error: BaseException) -> str:
 
 
 # What stands beside the image encoder in a whole SAM: expected in the file, not needed here.
-OTHER_PARTS = (
-    "prompt_encoder.",
-    "mask_decoder.",
-    "shared_image_embedding.",
-    "pixel_mean",
-    "pixel_std",
+OTHER_PARTS = r"^(prompt_encoder|mask_decoder|shared_image_embedding)\.|^pixel_(mean|std)"
+
+# Meta's names without their prefix for the prefixes and for Hugging Face's spelling, in this order.
+META_NAMES = (
+    (r"^(image|vision)_encoder\.", ""),
+    (r"^patch_embed\.projection\.", "patch_embed.proj."),
+    (r"^neck\.conv1\.", "neck.0."),
+    (r"^neck\.layer_norm1\.", "neck.1."),
+    (r"^neck\.conv2\.", "neck.2."),
+    (r"^neck\.layer_norm2\.", "neck.3."),
+    (r"^layers\.", "blocks."),
+    (r"\.layer_norm([12])\.", r".norm\1."),
 )
 
 
-# Hugging Face's spelling of the same names, as (theirs, Meta's), applied in this order.
-HUGGING_FACE_NAMES = (
-    ("patch_embed.projection.", "patch_embed.proj."),
-    ("neck.conv1.", "neck.0."),
-    ("neck.layer_norm1.", "neck.1."),
-    ("neck.conv2.", "neck.2."),
-    ("neck.layer_norm2.", "neck.3."),
-    ("layers.", "blocks."),
-    (".layer_norm1.", ".norm1."),
-    (".layer_norm2.", ".norm2."),
-)
-
-
-def sam_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Any known spelling -> (tensors by Meta's names without prefix, names of other parts)."""
-    encoder, ignored = {}, []
+def our_names(
+    state: dict[str, Tensor], names: tuple[tuple[str, str], ...], unused: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """A checkpoint -> (its tensors by the names that `names`, pairs of a pattern and ours, give
+    them, the names of what is left out: what matches `unused`, and a second copy of a tensor).
+    Raises WeightsError for two copies that differ."""
+    renamed, ignored = {}, []
     for name, tensor in state.items():
-        short = name.removeprefix("module.")
-        if short.startswith(OTHER_PARTS):
-            ignored.append(short)
-            continue
-        short = short.removeprefix("image_encoder.").removeprefix("vision_encoder.")
-        for theirs, ours in HUGGING_FACE_NAMES:
-            short = short.replace(theirs, ours)
-        if short in encoder:
-            raise WeightsError(f"the checkpoint holds {short} twice, the second time as {name}")
-        encoder[short] = tensor
-    return encoder, ignored
+        ours = name = name.removeprefix("module.")
+        for pattern, replacement in names:
+            ours = re.sub(pattern, replacement, ours)
+        if re.search(unused, name) or ours in renamed and torch.equal(renamed[ours], tensor):
+            ignored.append(name)
+        elif ours in renamed:
+            raise WeightsError(f"the state dict holds {ours} twice, with different values")
+        else:
+            renamed[ours] = tensor
+    return renamed, ignored
 
 
 def load_sam_weights(
@@ -377,16 +368,14 @@ def load_sam_weights(
         raise ValueError(f"relative_positions is 'sam' or 'zero', not {relative_positions!r}")
     what = str(source) if isinstance(source, (str, Path)) else "the state dict"
     state = read_state_dict(source) if isinstance(source, (str, Path)) else source
-    given, ignored = sam_names(state)
+    given, ignored = our_names(state, META_NAMES, OTHER_PARTS)
     expected = {n: t for n, t in encoder.state_dict().items() if n not in encoder.added_names}
     report = LoadReport(ignored=ignored)
-    for name, tensor in given.items():
-        if name not in expected or tensor.shape == expected[name].shape:
-            continue
-        resized = resize_table(name, tensor, expected[name].shape)
-        if resized is not None:
-            given[name] = resized
-            report.resized.append(f"{name}: {tuple(tensor.shape)} -> {tuple(resized.shape)}")
+    for name in (name for name in given if name in expected):
+        old, new = given[name].shape, expected[name].shape
+        given[name] = resize_table(name, given[name], new)
+        if given[name].shape != old:
+            report.resized.append(f"{name}: {tuple(old)} -> {tuple(given[name].shape)}")
     check_keys_match(expected, given, what)
     with torch.no_grad():
         for name, target in expected.items():
@@ -400,12 +389,12 @@ def load_sam_weights(
     return report
 
 
-def resize_table(name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
-    """Positions of another grid or tables of another length, resized; None if that cannot help."""
-    if tensor.ndim != len(shape) or tensor.shape[-1] != shape[-1]:
-        return None
+def resize_table(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+    """Positions of another grid or tables of another length, resized; else the tensor as it is."""
+    if tensor.ndim != len(shape) or tensor.shape[-1] != shape[-1] or tensor.shape == shape:
+        return tensor
     if name == "pos_embed":
         return resize_positions(tensor, shape[1:3])
     if ".rel_pos_" in name and tensor.shape[0] % 2:  # 2n - 1 offsets
         return F.interpolate(tensor.float().T[None], size=shape[0], mode="linear")[0].T
-    return None
+    return tensor

@@ -19,18 +19,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
 
+import sam_vit
 from mfnet import SIZE_STEP, MFNet, as_three_channels, reflect_pad, round_up
-from sam_vit import (
-    Attention,
-    Block,
-    build_image_encoder,
-    decomposed_rel_pos,
-    get_rel_pos,
-    resize_positions,
-    window_partition,
-    window_unpartition,
-)
+from sam_vit import Attention, Block
 
 CLASSES = 3  # how many classes have heat maps: those with the most predicted pixels
 
@@ -46,7 +39,7 @@ class Inside:
     attention: list[dict]  # see `query_attention`
     added: np.ndarray  # (blocks, M): the norm of what the tuner adds over that of the frozen block
     mixing: dict[str, list[list[float]]]  # layer that mixes -> for each tuned block M weights
-    skip_weights: list[float]  # of the decoder's fusions, coarsest first; [] without skips
+    skip_weights: list[float]  # the skip's share in the decoder's fusions, coarsest first
     heat: dict[int, np.ndarray]  # class -> (2, M, h, w), before tuning and after
     variants: dict[str, np.ndarray]  # what is different -> logits (K, H, W)
     drawings: dict[str, list[list[tuple]]]  # of a block and of the fusion: `parts_in_order`
@@ -65,16 +58,21 @@ def look_inside(model: MFNet, encoder: str, rasters: dict[str, Tensor]) -> Insid
     inputs, M, blocks = list(rasters.values()), model.modalities, model.image_encoder.blocks
     bare, seen, before = without_tuner(model, encoder), {}, {}
     logits, _ = model(*inputs, seen=seen), bare(*inputs, seen=before)
-    tokens, positions = patch_tokens(model, inputs)
+    x = torch.cat([as_three_channels(raster) for raster in inputs])
+    x = reflect_pad(x, *(round_up(n, SIZE_STEP) for n in x.shape[-2:]))
+    tokens = model.image_encoder.patch_embed(x)
+    positions = sam_vit.resize_positions(model.image_encoder.pos_embed, tokens.shape[1:3])
     streams = [tokens + positions, *seen["blocks"][:-1]]  # what enters each block
     frozen = [block(x) for block, x in zip(bare.image_encoder.blocks, streams)]
     place = tuple(n * 5 // 8 for n in tokens.shape[1:3])
     sam = [i for i, block in enumerate(blocks) if isinstance(block.attn, Attention)]
     firsts = {bool(blocks[i].attn.window): i for i in reversed(sam)}  # with windows, and without
+    firsts = [firsts[windowed] for windowed in (True, False) if windowed in firsts]
     counts = logits[0].argmax(dim=0).flatten().bincount()
     shown = [k for k in counts.argsort(descending=True).tolist() if counts[k]][:CLASSES]
     drawn = first_tuned(model)
     heat = [class_heat(model, x["maps"], shown, logits.shape[-2:]) for x in (before, seen)]
+    mixing = [item for block in blocks for item in block.mixing_weights().items()]
     return Inside(
         list(rasters),
         {name: as_arrays(value) for name, value in seen.items() if name != "blocks"},
@@ -82,9 +80,9 @@ def look_inside(model: MFNet, encoder: str, rasters: dict[str, Tensor]) -> Insid
         tokens.float().cpu().numpy(),
         as_arrays(positions),
         place,
-        [query_attention(i, blocks[i], streams[i], place) for _, i in sorted(firsts.items())[::-1]],
+        [query_attention(i, blocks[i], streams[i], place) for i in firsts],
         np.array([norms(y - x, M) / norms(x, M) for y, x in zip(seen["blocks"], frozen)]),
-        learned_mixing(model),
+        {layer: [w.tolist() for other, w in mixing if other == layer] for layer, _ in mixing},
         skip_weights(model.decoder),
         dict(zip(shown, map(np.stack, zip(*heat)))),
         other_ways(model, rasters),
@@ -111,25 +109,14 @@ def norms(x: Tensor, M: int) -> np.ndarray:
     return x.float().reshape(M, -1).norm(dim=1).cpu().numpy()
 
 
-# ------------------------------------------------------------------------------------- the encoder
-
-
 def without_tuner(model: MFNet, encoder: str) -> MFNet:
     """The same network, of the same tensors, without what the tuner added to the encoder."""
     tuned = model.image_encoder
     base = {n: t for n, t in tuned.state_dict().items() if n not in tuned.added_names}
     with torch.device("meta"):
-        bare = build_image_encoder(encoder)
+        bare = sam_vit.build_image_encoder(encoder)
     bare.load_state_dict(base, assign=True)
     return MFNet(bare, model.fusion, model.decoder, model.modalities).eval()
-
-
-def patch_tokens(model: MFNet, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Tokens (M, h, w, C) before the positions are added, and the positions (1, h, w, C)."""
-    x = torch.cat([as_three_channels(raster) for raster in inputs])
-    x = reflect_pad(x, *(round_up(n, SIZE_STEP) for n in x.shape[-2:]))
-    tokens = model.image_encoder.patch_embed(x)
-    return tokens, resize_positions(model.image_encoder.pos_embed, tokens.shape[1:3])
 
 
 def query_attention(index: int, block: Block, x: Tensor, place: tuple[int, int]) -> dict:
@@ -138,29 +125,24 @@ def query_attention(index: int, block: Block, x: Tensor, place: tuple[int, int])
     "padding", the share of padded tokens; "window", rows and columns; "block", its number."""
     attn, (h, w) = block.attn, x.shape[1:3]
     rows, cols = (attn.window, attn.window) if attn.window else (h, w)
-    windows = window_partition(block.norm1(x), rows, cols)
-    qkv = attn.qkv(windows).unflatten(-1, (3, attn.num_heads, -1))
-    q, k, _ = qkv.permute(3, 0, 4, 1, 2, 5)  # each (N, heads, rows, cols, d)
-    tables = get_rel_pos(attn.rel_pos_h, rows), get_rel_pos(attn.rel_pos_w, cols)
+    qkv = attn.qkv(sam_vit.window_partition(block.norm1(x), rows, cols))
+    q, k, _ = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(3, 0, 4, 1, 2, 5)
+    rel_h = sam_vit.get_rel_pos(attn.rel_pos_h, rows)
+    rel_w = sam_vit.get_rel_pos(attn.rel_pos_w, cols)
     (y, top), (x, left) = (divmod(n, side) for n, side in zip(place, (rows, cols)))
     window, query = y * -(-w // cols) + x, top * cols + left  # of the first modality
-    bias = decomposed_rel_pos(q, *tables)[window, :, query]  # (heads, rows * cols)
+    bias = sam_vit.decomposed_rel_pos(q, rel_h, rel_w)[window, :, query]  # (heads, rows * cols)
     q, k = (t[window].flatten(1, 2) for t in (q, k))  # (heads, rows * cols, d)
     products = (q[:, query : query + 1] * q.shape[-1] ** -0.5 @ k.mT)[:, 0]
-
-    def on_grid(values: Tensor) -> np.ndarray:
-        """What is (rows * cols,) in the query's window as (h, w), 0 outside."""
-        grid = values.new_zeros(len(windows), rows * cols)
-        grid[window] = values
-        return as_arrays(window_unpartition(grid.view(-1, rows, cols, 1), h, w))[..., 0]
-
-    found = {
-        "block": index,
-        "window": (rows, cols),
-        "inside": on_grid(torch.ones_like(bias[0])) > 0,
-    }
+    box = np.s_[y * rows : (y + 1) * rows, x * cols : (x + 1) * cols]  # may end beyond the grid
+    found = {"block": index, "window": (rows, cols), "inside": np.zeros((h, w), bool)}
+    found["inside"][box] = True
     for name, logits in (("with", products + bias), ("without", products)):
-        found[name] = on_grid(logits.softmax(dim=-1).mean(dim=0))
+        weights = (
+            logits.softmax(dim=-1).mean(dim=0).view(rows, cols)[: h - y * rows, : w - x * cols]
+        )
+        found[name] = np.zeros((h, w), np.float32)
+        found[name][box] = weights.float().cpu()
     return found | {"padding": max(0.0, 1 - float(found["with"].sum()))}
 
 
@@ -169,20 +151,8 @@ def first_tuned(model: MFNet) -> int:
     return next((i for i, b in enumerate(model.image_encoder.blocks) if is_trained(b)), 0)
 
 
-def learned_mixing(model: MFNet) -> dict[str, list[list[float]]]:
-    """The layers of a block that mix -> for each block that does the M weights; {} if none does."""
-    found: dict[str, list[list[float]]] = {}
-    for block in model.image_encoder.blocks:
-        for layer, weights in block.mixing_weights().items():
-            found.setdefault(layer, []).append(weights.tolist())
-    return found
-
-
-# ------------------------------------------------------------------------------- behind the encoder
-
-
 def skip_weights(decoder: nn.Module) -> list[float]:
-    """The share of the skip in each fusion of the decoder."""
+    """The share of the skip in each fusion of the decoder; [] without skips."""
     fusions = [f for f in (decoder.p3, decoder.p2, decoder.p1) if hasattr(f, "weights")]
     pairs = [F.relu(fusion.weights).tolist() for fusion in fusions]
     return [skip / (skip + below + 1e-8) for skip, below in pairs]
@@ -239,25 +209,19 @@ def parts_in_order(module: nn.Module, run: Callable[[], object]) -> list[list[tu
     """The children of a module in the order in which `run` calls them, then its own parameters,
     each as (name, class, lines, whether something in it is trained). Members of a list of modules
     share rows, two by two."""
-    units: dict[str, nn.Module] = {}
+    names: dict[nn.Module, str] = {}
     for name, child in module.named_children():
         members = child.named_children() if isinstance(child, nn.ModuleList) else ()
-        units |= {f"{name}.{n}": member for n, member in members} or {name: child}
-    called: dict[str, None] = {}  # an ordered set
-    hooks = [
-        unit.register_forward_pre_hook(lambda *_, name=name: called.setdefault(name))
-        for name, unit in units.items()
-    ]
-    run()
-    for hook in hooks:
-        hook.remove()
+        names |= {member: f"{name}.{n}" for n, member in members} or {child: name}
+    called: dict[nn.Module, None] = {}  # an ordered set
+    with register_module_forward_pre_hook(lambda part, _: called.setdefault(part)):
+        run()
     rows = []
-    for _, names in groupby(called, lambda name: name.split(".")[0]):
-        parts = [
-            (name, type(units[name]).__name__, part_lines(units[name]), is_trained(units[name]))
-            for name in names
+    for _, alike in groupby(filter(names.get, called), lambda part: names[part].split(".")[0]):
+        boxes = [
+            (names[part], type(part).__name__, part_lines(part), is_trained(part)) for part in alike
         ]
-        rows += [parts[i : i + 2] for i in range(0, len(parts), 2)]
+        rows += [boxes[i : i + 2] for i in range(0, len(boxes), 2)]
     for name, p in module.named_parameters(recurse=False):
         few = ", ".join(f"{v:.3f}" for v in p.flatten()[:4].tolist())
         rows.append([(name, "parameter", [few], p.requires_grad)])
@@ -268,10 +232,10 @@ def is_trained(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
 
 
-def part_lines(unit: nn.Module) -> list[str]:
+def part_lines(part: nn.Module) -> list[str]:
     """A line for each parameter but biases, with its shape, and for each part that has none."""
     lines = []
-    for path, module in unit.named_modules():
+    for path, module in part.named_modules():
         own = dict(module.named_parameters(recurse=False))
         for name, p in own.items():
             if name != "bias":

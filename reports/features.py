@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from reports.panels import INK, SURE, UNSURE
+from reports.panels import INK
 
 MORE, LESS = np.array((27, 120, 55)), np.array((118, 42, 131))  # than the middle, which is white
 MARK = (230, 0, 126)
@@ -16,8 +16,7 @@ MARK = (230, 0, 126)
 
 def contributions(parts: list[np.ndarray]) -> np.ndarray:
     """M parts (C, h, w) of a level -> (M, h, w) in 0 to 1, which sum to 1: the norm of a modality's
-    part over the sum of all norms; equal where nothing is added.
-    """
+    part over the sum of all norms; equal where nothing is added."""
     norms = np.stack([np.linalg.norm(part.astype(np.float64), axis=0) for part in parts])
     total = norms.sum(axis=0)
     return np.where(total > 0, norms / np.where(total > 0, total, 1), 1 / len(parts))
@@ -53,19 +52,12 @@ def shared_colors(maps: list[np.ndarray]) -> list[np.ndarray]:
 
 def tint(values: np.ndarray, middle: float, reach: float | None = None) -> np.ndarray:
     """(h, w) -> (h, w, 3) uint8: white at `middle`, MORE or LESS in full `reach` away from it, by
-    default where the values lie farthest from it.
-    """
+    default where the values lie farthest from it."""
     offset = values - middle
     reach = np.abs(offset).max() if reach is None else reach
     strength = np.clip(offset / max(reach, 1e-12), -1, 1)[..., None]
     colors = 255 + np.abs(strength) * (np.where(strength > 0, MORE, LESS) - 255)
     return colors.round().astype(np.uint8)
-
-
-def shade(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """(h, w) -> (h, w, 3) uint8: white at `low` and below, dark from `high` on."""
-    level = np.clip((values - low) / max(high - low, 1e-12), 0, 1)[..., None]
-    return np.rint(np.array(SURE) + level * (np.array(UNSURE) - SURE)).astype(np.uint8)
 
 
 def enlarge(pixels: np.ndarray, size: tuple[int, int]) -> tuple[int, np.ndarray]:
@@ -88,9 +80,8 @@ def grid(pixels: np.ndarray, stride: int) -> np.ndarray:
 def outline(pixels: np.ndarray, place: tuple[int, int], stride: int) -> np.ndarray:
     """(H, W, 3) with the border of the patch at `place`, in places of `stride` pixels, drawn in."""
     drawn, (y, x) = pixels.copy(), (stride * n for n in place)
-    patch = drawn[y : y + stride, x : x + stride]
-    patch[[0, 1, -2, -1]] = MARK
-    patch[:, [0, 1, -2, -1]] = MARK
+    patch, edges = drawn[y : y + stride, x : x + stride], [0, 1, -2, -1]
+    patch[edges] = patch[:, edges] = MARK
     return drawn
 
 

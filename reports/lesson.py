@@ -1,10 +1,7 @@
 """Stages of equation, code, shapes and pictures, and the page that they make.
 
-`encoder_stages.py` and `decoder_stages.py` draw the arrays of `engine/inside.py`. Every figure says
-what to see in it and what would be wrong if it looked otherwise. What it says is computed from the
-numbers, so that it holds for any tuner, for mixing weights of 1 and for a network that has learned
-nothing.
-"""
+`stages.py` draws the arrays of `engine/inside.py`. Every figure says what to see in it and what
+would be wrong if it looked otherwise."""
 
 from __future__ import annotations
 
@@ -37,8 +34,8 @@ class Stage:
     def show(self, drawing: str, see: str, wrong: str) -> None:
         """Adds a drawing (HTML) with its caption."""
         caption = f"<b>See:</b> {html.escape(see)} <b>Wrong if:</b> {html.escape(wrong)}"
-        drawn = f'<figure class="plate">{drawing}<figcaption>{caption}</figcaption></figure>'
-        self.figures.append(drawn)
+        framed = f'<figure class="plate">{drawing}<figcaption>{caption}</figcaption></figure>'
+        self.figures.append(framed)
 
 
 def side_by_side(pictures: dict[str, np.ndarray], size: tuple[int, int]) -> str:
@@ -69,8 +66,7 @@ def write_lesson(
 ) -> None:
     """Writes the page: `equations` as of `reports.method`, `functions` by the names in the stages'
     `code`, `parameters` (all, trained) by part of the network. Raises DataError."""
-    shown: dict[int, str] = {}  # an equation stands where it is computed first
-    sections = {"": note(words)}
+    sections, shown = {"": note(words)}, {}  # an equation stands where it is computed first
     for i, stage in enumerate(stages, 1):
         parts = [f"<p>{html.escape(stage.words)}</p>"]
         for name in stage.code:
@@ -79,18 +75,17 @@ def write_lesson(
             parts.append(code_block(name, functions[name]))
             shown |= new
         if stage.shape:
-            what, dimensions, part = stage.shape
-            count = (
-                "; {:,} parameters, {:,} of them trained".format(*parameters[part]) if part else ""
-            )
-            parts.append(note(f"Here: {what}, {dimensions}{count}."))
+            what, here, part = stage.shape
+            if part:
+                here += "; {:,} parameters, {:,} of them trained".format(*parameters[part])
+            parts.append(note(f"Here: {what}, {here}."))
         sections[f"{i}. {stage.heading}"] = "".join(parts + stage.figures)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_page(path, title, sections)
     except OSError as error:
-        reason = f"cannot be written ({one_line(error)})"
-        raise DataError(f"--out {path.parent}: {reason}; give another folder") from error
+        why = f"cannot be written ({one_line(error)}); give another folder"
+        raise DataError(f"--out {path.parent}: {why}") from error
 
 
 def code_block(name: str, function: Callable) -> str:

@@ -1,4 +1,4 @@
-"""A page of HTML that needs no network and no script: text, tables, a line chart, pictures inside.
+"""A page of HTML that needs no network and no script: text, tables, charts and pictures inside.
 
 It is readable on a phone, in a dark scheme and in print."""
 
@@ -66,10 +66,8 @@ COLORS = ("#3987c2", "#d95f02", "#2ca02c", "#a57bc9", "#a8756a", "#d971b8")  # o
 
 def write_page(path: Path, title: str, sections: dict[str, str]) -> None:
     """Writes a page, whole or not at all; `sections` are HTML by heading, "" for the first one."""
-    body = "".join(
-        (f"<h2>{html.escape(name)}</h2>" if name else "") + content
-        for name, content in sections.items()
-    )
+    heads = {name: f"<h2>{html.escape(name)}</h2>" if name else "" for name in sections}
+    body = "".join(heads[name] + content for name, content in sections.items())
     title = html.escape(title)
     text = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -86,8 +84,7 @@ def note(text: str) -> str:
 
 def percent(*values: float | None) -> str:
     """The mean of values of 0 to 1 in percent, from two on with the standard deviation of a sample;
-    - where there is none.
-    """
+    - where there is none."""
     known = [100 * value for value in values if value is not None]
     deviation = f" +- {statistics.stdev(known):.2f}" if len(known) > 1 else ""
     return f"{statistics.fmean(known):.2f}{deviation}" if known else "-"
@@ -118,23 +115,31 @@ def figure(caption: str, picture: Image.Image, format: str = "PNG") -> str:
 
 def legend(colors: dict[str, str]) -> str:
     """Squares of CSS colours, by the text beside them."""
-    keys = (
-        f'<span class="key"><span style="background:{color}"></span>{html.escape(text)}</span> '
-        for text, color in colors.items()
-    )
+    key = '<span class="key"><span style="background:{}"></span>{}</span> '
+    keys = [key.format(color, html.escape(text)) for text, color in colors.items()]
     return f'<p class="note">{"".join(keys)}</p>'
+
+
+# ---------------------------------------------------------------------------------------- drawings
+
+
+def svg(title: str, width: float, height: float, drawn: list[str]) -> str:
+    label = f'role="img" aria-label="{html.escape(title)}"'
+    return f'<svg viewBox="0 0 {width} {height}" width="{width}" {label}>{"".join(drawn)}</svg>'
+
+
+def text_at(x: float, y: float, text: str, look: str = "") -> str:
+    """Text inside an SVG, as HTML; `look`: further attributes."""
+    return f'<text x="{x:g}" y="{y:g}"{look}>{text}</text>'
 
 
 def line_chart(
     title: str, lines: dict[str, list[tuple[float, float]]], low: float, high: float, x_name: str
 ) -> str:
     """Lines of (x, y) by name as inline SVG, over y from `low` to `high` with a tick in the middle;
-    points that are not finite are left out. A legend where there is more than one.
-    """
-    width, left, right, top, bottom = 360, 46, 352, 30, 190
-    lines = {
-        name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in lines.items()
-    }
+    points that are not finite are left out. A legend where there is more than one."""
+    left, right, top, bottom = 46, 352, 30, 190
+    lines = {n: [(x, y) for x, y in points if math.isfinite(y)] for n, points in lines.items()}
     xs = [x for points in lines.values() for x, _ in points] or [0]
     first, last = min(xs), max(xs)
 
@@ -142,22 +147,44 @@ def line_chart(
         u, v = (x - first) / ((last - first) or 1), (y - low) / ((high - low) or 1)
         return left + u * (right - left), bottom - v * (bottom - top)
 
-    drawn = [f'<text x="{left}" y="16" font-weight="600">{html.escape(title)}</text>']
+    drawn, end = [text_at(left, 16, html.escape(title), ' font-weight="600"')], ' text-anchor="end"'
     for y in (low, (low + high) / 2, high):
         height = place(first, y)[1]
         drawn.append(f'<path d="M{left} {height:g}H{right}"/>')
-        drawn.append(f'<text x="{left - 6}" y="{height + 4:g}" text-anchor="end">{y:.3g}</text>')
+        drawn.append(text_at(left - 6, height + 4, f"{y:.3g}", end))
     colors = dict(zip(lines, itertools.cycle(COLORS)))
     for name, points in lines.items():
-        places = [f"{x:.1f},{y:.1f}" for x, y in (place(x, y) for x, y in points)]
+        places = ["{:.1f},{:.1f}".format(*place(*point)) for point in points]
         drawn.append(f'<polyline points="{" ".join(places)}" stroke="{colors[name]}"/>')
-        drawn += [
-            '<circle cx="{}" cy="{}" r="2.5" fill="{}"/>'.format(*xy.split(","), colors[name])
-            for xy in places
-        ]
-    foot = f'y="{bottom + 17}"'
-    drawn.append(f'<text x="{left}" {foot}>{html.escape(x_name)} {first:g}</text>')
-    drawn.append(f'<text x="{right}" {foot} text-anchor="end">{last:g}</text>')
-    label = f'role="img" aria-label="{html.escape(title)}"'
-    svg = f'<svg viewBox="0 0 {width} 215" width="{width}" {label}>{"".join(drawn)}</svg>'
-    return f"<div>{svg}{legend(colors) if len(lines) > 1 else ''}</div>"
+        dot = f'<circle cx="{{}}" cy="{{}}" r="2.5" fill="{colors[name]}"/>'
+        drawn += [dot.format(*xy.split(",")) for xy in places]
+    drawn.append(text_at(left, bottom + 17, f"{html.escape(x_name)} {first:g}"))
+    drawn.append(text_at(right, bottom + 17, f"{last:g}", end))
+    return f"<div>{svg(title, 360, 215, drawn)}{legend(colors) if len(lines) > 1 else ''}</div>"
+
+
+Box = tuple[str, str, list[str], bool]  # name, class, a line for each of its parts, is it trained
+
+
+def draw_boxes(rows: list[list[Box]], title: str) -> str:
+    """The parts of a module in the order of its calls: rows of boxes, from top to bottom with an
+    arrow between; orange where something is trained, grey where all is frozen or there are no
+    parameters."""
+    across, gap, line = 358, 6, 13  # pixels; a phone shows the drawing at its own size
+    drawn, top = [], 2
+    for i, row in enumerate(rows):
+        height = 22 + line * max(len(lines) for _, _, lines, _ in row)
+        width = (across - 4 - gap * (len(row) - 1)) / len(row)
+        if i:
+            drawn.append(f'<path d="M{across / 2} {top - 14}v10m-3-4l3 4l3-4"/>')
+        for j, (name, kind, lines, trained) in enumerate(row):
+            left = 2 + j * (width + gap)
+            color = COLORS[1] if trained else "var(--rule)"
+            edge = f'stroke="{color}" stroke-width="2" fill="none"'
+            place = f'x="{left:g}" y="{top}" width="{width:g}" height="{height}" rx="4"'
+            drawn.append(f"<rect {place} {edge}/>")
+            head = f'<tspan font-weight="600">{html.escape(name)}</tspan> {html.escape(kind)}'
+            for k, text in enumerate([head, *map(html.escape, lines)]):
+                drawn.append(text_at(left + 6, top + 15 + line * k, text, ' font-size="10"'))
+        top += height + 16
+    return svg(title, across, top - 12, drawn)

@@ -23,8 +23,7 @@ def save_panel(
     path: Path, tile: LoadedTile, pred: np.ndarray, confidence: np.ndarray, classes: Classes
 ) -> None:
     """Writes the panel of a tile as a PNG: its rasters, labels (H, W), prediction (H, W), errors
-    and confidence (H, W) in percent, with a legend of the classes.
-    """
+    and confidence (H, W) in percent, with a legend of the classes."""
     palette = [color for _, color in classes]
     columns = {title: shrunk(pixels) for title, pixels in raster_pictures(tile).items()}
     flat = {"prediction": labels_to_colors(pred, palette)}
@@ -53,17 +52,14 @@ def shrunk(pixels: np.ndarray, way: Resampling = Resampling.BOX) -> Image.Image:
     """(H, W, 3) uint8 as a picture whose sides are at most MAX_SIDE."""
     H, W = pixels.shape[:2]
     factor = min(1.0, MAX_SIDE / max(H, W))
-    return Image.fromarray(pixels).resize(
-        (max(1, round(W * factor)), max(1, round(H * factor))), way
-    )
+    size = max(1, round(W * factor)), max(1, round(H * factor))
+    return Image.fromarray(pixels).resize(size, way)
 
 
 def assemble(columns: dict[str, Image.Image], classes: Classes) -> Image.Image:
     """Puts the columns side by side, their titles above, the legend of the classes below."""
     w, h = next(iter(columns.values())).size
-    size = min(
-        max(w // 24, 11), 22
-    )  # pixels of a line: readable when a wide panel is shown smaller
+    size = min(max(w // 24, 11), 22)  # of a line: readable when a wide panel is shown smaller
     font = ImageFont.load_default(size)
     gap, line = size // 2 + 2, 2 * size
     step = max(w, *(round(font.getlength(title)) for title in columns)) + gap
@@ -87,8 +83,7 @@ def assemble(columns: dict[str, Image.Image], classes: Classes) -> Image.Image:
 
 def visible(tile: LoadedTile) -> np.ndarray:
     """(H, W, 3) uint8 of the image as the network takes it; what is not in 0 to 1, as by SAM's
-    mean, stretched to it.
-    """
+    mean, stretched to it."""
     pixels = tile.scale.image_input(tile.image).transpose(1, 2, 0)
     if pixels.min() < 0 or pixels.max() > 1:
         pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min())
@@ -96,9 +91,7 @@ def visible(tile: LoadedTile) -> np.ndarray:
 
 
 def shade_heights(dsm: np.ndarray) -> np.ndarray:
-    """(H, W) metres -> (H, W, 3) grey: bright is high, with a light from the upper left for the
-    relief.
-    """
+    """(H, W) metres -> (H, W, 3) grey: bright is high, lit from the upper left."""
     low, high = np.percentile(dsm, (1, 99))
     level = np.clip((dsm - low) / max(high - low, 1e-6), 0, 1)
     dy, dx = np.gradient(dsm) if min(dsm.shape) > 1 else (np.zeros_like(dsm), np.zeros_like(dsm))
@@ -117,9 +110,11 @@ def error_map(pred: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 def shade_confidence(confidence: np.ndarray, K: int) -> np.ndarray:
     """(H, W) percent -> (H, W, 3): from dark where all K classes are as likely to light where one
-    is certain.
-    """
-    lowest = 100 / K if K > 1 else 0
-    level = np.clip((np.arange(256) - lowest) / (100 - lowest), 0, 1)[:, None]
-    colors = np.array(UNSURE) + level * (np.array(SURE) - UNSURE)
-    return np.rint(colors).astype(np.uint8)[confidence]
+    is certain."""
+    return shade(100.0 - np.arange(256), 0, 100 - 100 / K if K > 1 else 100)[confidence]
+
+
+def shade(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """(...) -> (..., 3) uint8: white at `low` and below, dark from `high` on."""
+    level = np.clip((values - low) / max(high - low, 1e-12), 0, 1)[..., None]
+    return np.rint(np.array(SURE) + level * (np.array(UNSURE) - SURE)).astype(np.uint8)

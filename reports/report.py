@@ -15,7 +15,6 @@ from reports.files import MEANS, in_a_line, read_files
 from reports.page import figure, line_chart, note, percent, table, write_page
 from reports.paper import paper_scores
 
-OTHER_LABELS = ("full_labels", "eroded_labels")
 FULL_BLUE = np.array((31, 119, 180))  # a cell of the confusion that holds a whole row
 RANDOM = (
     '<p class="banner">The encoder is random: SAM&rsquo;s weights were not loaded, and these '
@@ -26,8 +25,7 @@ LISTED_APART = {"classes", "version", "parameters", "base", "command", "date"}  
 
 def write_report(run: Path) -> None:
     """Writes report.html of a run's folder from its scores.json, and from config.json, log.jsonl
-    and pictures/ as far as they are there. Raises DataError in one line.
-    """
+    and pictures/ as far as they are there. Raises DataError in one line."""
     config, scores, log = read_files(run)
     if not scores:
         again = f"python evaluate.py --run {run}"
@@ -74,8 +72,7 @@ def origin(config: dict) -> str:
 
 def averaged(scores: dict, config: dict) -> list[int]:
     """The classes that mF1 and mIoU average: the data set's scored ones, as far as they occur; []
-    where the mean does not confirm it, as of a data set that is not known here.
-    """
+    where the mean does not confirm it, as of a data set that is not known here."""
     layout, rows = LAYOUTS.get(config.get("data")), scores["per_class"]
     scored = layout.scored if layout else range(len(rows))
     found = [k for k in scored if k < len(rows) and rows[k]["iou"] is not None]
@@ -83,26 +80,23 @@ def averaged(scores: dict, config: dict) -> list[int]:
     return found if found and math.isclose(total / len(found), scores["miou"] or 0) else []
 
 
-def mean_labels(scores: dict, config: dict) -> list[str]:
+def mean_labels(scores: dict, config: dict) -> dict[str, str]:
     count = len(averaged(scores, config))
     of = f" ({count} classes)" if count else ""
-    return [name + of if key in ("mf1", "miou") else name for key, name in MEANS.items()]
+    return {key: name + of * (key in ("mf1", "miou")) for key, name in MEANS.items()}
 
 
 def big_numbers(scores: dict, config: dict) -> str:
-    labels = dict(zip(MEANS, mean_labels(scores, config)))
-    boxes = (
-        f"<div><b>{percent(scores[key])}</b>{labels[key]}, %</div>" for key in ("miou", "mf1", "oa")
-    )
+    labels, box = mean_labels(scores, config), "<div><b>{}</b>{}, %</div>"
+    boxes = [box.format(percent(scores[key]), labels[key]) for key in ("miou", "mf1", "oa")]
     return f'<div class="numbers">{"".join(boxes)}</div>'
 
 
 def score_tables(scores: dict, config: dict) -> str:
     """The means, also by the other labels, with the paper's row where it has one; the classes."""
+    others = [name for name in ("full_labels", "eroded_labels") if name in scores]
     parts = {"this run": scores}
-    for name in OTHER_LABELS:
-        if name in scores:
-            parts[f"this run, {name.replace('_', ' ')}"] = scores[name]
+    parts |= {f"this run, {name.replace('_', ' ')}": scores[name] for name in others}
     means = [[name, *(percent(part[k]) for k in MEANS)] for name, part in parts.items()]
     if config and (paper := paper_scores(config)):
         name = "the paper (best epoch on the test tiles)"
@@ -114,13 +108,11 @@ def score_tables(scores: dict, config: dict) -> str:
     ]
     inside = averaged(scores, config)
     convention = "; ".join([scores["convention"], *scores.get("notes", [])])
+    head = ["class", "IoU", "F1", "precision", "recall", "pixels"]
+    dim = ["" if row in inside or not inside else ' class="dim"' for row in range(len(classes))]
     return (
-        table(["percent", *mean_labels(scores, config)], means)
-        + table(
-            ["class", "IoU", "F1", "precision", "recall", "pixels"],
-            classes,
-            lambda row, column: ' class="dim"' if inside and row not in inside else "",
-        )
+        table(["percent", *mean_labels(scores, config).values()], means)
+        + table(head, classes, lambda row, _: dim[row])
         + note(f"{convention}; {scores['pixels']:,} pixels.")
     )
 
@@ -159,15 +151,13 @@ def training_section(log: list[dict]) -> str:
     charts = [line_chart("loss", {"": losses}, 0, top, "epoch")]
     scored = [(e["epoch"], 100 * e["miou"]) for e in log if e.get("miou") is not None]
     if scored:
-        values = [value for _, value in scored]
-        low, high = 10 * math.floor(min(values) / 10), 10 * math.ceil(max(values) / 10)
-        title = "mIoU during training, %"
+        low, high = min(value for _, value in scored), max(value for _, value in scored)
+        low, high, title = 10 * (low // 10), 10 * math.ceil(high / 10), "mIoU during training, %"
         charts.append(line_chart(title, {"": scored}, low, max(high, low + 10), "epoch"))
-    seconds, last = sum(entry["seconds"] for entry in log), log[-1]
-    memory = last.get("peak_memory_mb")
+    seconds, memory = sum(entry["seconds"] for entry in log), log[-1].get("peak_memory_mb")
     words = (
-        f"{len(log)} epochs in {seconds:,.0f} s, {last['images_per_second']:.3g} images/s at last, "
-        f"peak memory {'unknown' if memory is None else f'{memory:,.0f} MB'}."
+        f"{len(log)} epochs in {seconds:,.0f} s, {log[-1]['images_per_second']:.3g} images/s at "
+        f"last, peak memory {'unknown' if memory is None else f'{memory:,.0f} MB'}."
     )
     return f'<div class="charts">{"".join(charts)}</div>{note(words)}'
 
@@ -175,14 +165,13 @@ def training_section(log: list[dict]) -> str:
 def pictures(folder: Path, prefix: str) -> str:
     """The panels of a folder whose names begin with `prefix`, at most 1600 pixels wide."""
     found = []
-    for path in sorted(folder.glob("*.png")):
-        if path.name.startswith(prefix):
-            caption = path.stem.replace("_", " tile ", 1)
-            try:
-                with Image.open(path) as panel:
-                    panel = panel.convert("RGB")
-                panel.thumbnail((1600, 1600))
-                found.append(f'<div class="wide">{figure(caption, panel, "JPEG")}</div>')
-            except (OSError, SyntaxError) as error:  # Pillow's, of damaged PNGs
-                found.append(note(f"{caption}: cannot be read ({in_a_line(error)})"))
+    for path in sorted(path for path in folder.glob("*.png") if path.name.startswith(prefix)):
+        caption = path.stem.replace("_", " tile ", 1)
+        try:
+            with Image.open(path) as picture:
+                panel = picture.convert("RGB")
+            panel.thumbnail((1600, 1600))
+            found.append(f'<div class="wide">{figure(caption, panel, "JPEG")}</div>')
+        except (OSError, SyntaxError) as error:  # Pillow's, of damaged PNGs
+            found.append(note(f"{caption}: cannot be read ({in_a_line(error)})"))
     return "".join(found) or note("There are no pictures of these tiles in this folder.")

@@ -19,7 +19,7 @@ from geodata.rasters import DataError
 from geodata.scaling import TileScale
 from geodata.tiles import LoadedTile
 from reports.page import figure, percent, table
-from reports.panels import save_panel
+from reports.panels import save_panel, shade_confidence
 from reports.report import text_on, write_report
 
 CLASSES = (("ground", (255, 255, 255)), ("<b>roof</b>", (0, 0, 255)))
@@ -243,7 +243,7 @@ def test_text_has_a_contrast_of_4_5_on_every_colour(color):
 
 
 def test_pages_and_panels_load_no_network():
-    rooms = ("report", "panels", "paper", "encoder_stages", "decoder_stages")
+    rooms = ("report", "panels", "paper", "stages")
     modules = ", ".join(f"reports.{name}" for name in rooms)
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     root = Path(__file__).resolve().parent.parent
@@ -258,6 +258,13 @@ def test_a_caption_is_text_and_the_picture_is_exact():
     assert page.tags == ["figure", "img", "figcaption"] and page.text == '<b>"a"'
     found = base64.b64decode(page.links[0].removeprefix("data:image/png;base64,"))
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(found))), pixels)
+
+
+def test_a_sure_pixel_is_white_and_a_guess_dark():
+    shades = shade_confidence(np.array([[10, 25, 62, 63, 100]], np.uint8), 4)[0].astype(int)
+    assert shades[[0, 1, 4]].tolist() == [[8, 48, 107], [8, 48, 107], [255, 255, 255]]
+    assert np.abs(shades[2:4].mean(axis=0) - (shades[0] + shades[4]) / 2).max() < 1
+    assert (shade_confidence(np.full((1, 1), 100, np.uint8), 1) == 255).all()
 
 
 def test_a_class_is_never_drawn_in_the_mean_colour_of_two(tmp_path):
