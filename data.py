@@ -4,8 +4,7 @@
 
 A data set is a table of `geodata/layouts.py`: classes, splits, and where the files of a tile lie.
 `open_dataset` finds the files of a split and complains in one line about those that are missing.
-Below it, each one idea, the modules of `geodata/`; what users need of them is importable from here,
-also where this module itself does not use it.
+Below it, each one idea, the modules of `geodata/`; what users need of them is importable from here.
 """
 
 from __future__ import annotations
