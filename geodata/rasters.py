@@ -96,7 +96,7 @@ def _of_page(path: Path, tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> Ra
     dtype = np.dtype("u1") if page.dtype.kind == "b" else np.dtype(page.dtype)
     subsampling = page.subsampling or (2, 2)
     codec = Codec(
-        path, int(page.compression), int(page.predictor), page.bitspersample,
+        path, page.compression, int(page.predictor), page.bitspersample,
         dtype.newbyteorder(tiff.byteorder), 1 if separate else page.samplesperpixel,
         photometric, page.jpegtables, tuple(int(n) for n in subsampling), page.is_tiled,
     )  # fmt: skip
