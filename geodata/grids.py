@@ -10,9 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import tifffile
 
-from geodata.rasters import GEO_TAGS, TIFF, feet, open_raster
+from geodata.rasters import GEO_TAGS, feet, open_raster
 from geodata.slices import STRIP, DataError, Raster, View, ranges
 
 SAME = 0.01  # of a pixel: files that are written on one grid differ by rounding alone
@@ -74,7 +73,7 @@ def read_grid(source: Path | Raster) -> Grid | None:
     world file. Raises DataError by file."""
     raster = source if isinstance(source, Raster) else open_raster(source)
     geo = raster.geo
-    scale, tie, matrix = (geo.get(code) for code in GEO_TAGS[:3])
+    scale, tie, matrix = (geo.get(code) for code in (33550, 33922, 34264))
     if "GeoTransform" in geo:
         left, step_x, turn_x, top, turn_y, down = geo["GeoTransform"]
     elif scale and tie and len(tie) == 6:
@@ -132,12 +131,10 @@ def geo_tags(path: Path) -> list[tuple]:
     """The tags that say where a raster lies, as tifffile writes them (code, type, count, value,
     True); [] without."""
     raster = open_raster(path)
-    with open(path, "rb") as file:
-        is_tiff = file.read(4) in TIFF
-    if is_tiff and any(code in raster.geo for code in GEO_TAGS[1:3]):
-        with tifffile.TiffFile(path) as tiff:
-            tags = [tiff.pages[0].tags[code] for code in GEO_TAGS if code in raster.geo]
-            return [(tag.code, tag.dtype, tag.count, tag.value, True) for tag in tags]
+    if 33922 in raster.geo or 34264 in raster.geo:
+        kept = {code: raster.geo[code] for code in GEO_TAGS if code in raster.geo}
+        sizes = {code: 0 if GEO_TAGS[code] == "s" else np.size(kept[code]) for code in kept}
+        return [(code, GEO_TAGS[code], sizes[code], value, True) for code, value in kept.items()]
     grid = read_grid(raster)
     if grid is None:
         return []

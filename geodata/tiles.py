@@ -20,7 +20,7 @@ from geodata.labels import Legend, listed
 from geodata.layouts import IGNORE, Classes, Layout
 from geodata.rasters import open_raster
 from geodata.scaling import Scaling, TileScale, fill, height_limits, measure, metres, valid_heights
-from geodata.slices import DataError, Held, Raster, View, row_strips, strip_boxes
+from geodata.slices import DataError, Raster, View, row_strips, strip_boxes
 
 MUCH = 0.05  # the share of pixels without height that is told in percent
 FAR = 1.5  # times the pixel size of training, or the span of its heights, that is told
@@ -223,7 +223,7 @@ class Tile:
         except DataError as error:
             path = self.paths["dsm"]
             raise DataError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-        if isinstance(raster, Held):
+        if raster.held is not None:
             dsm = replace(dsm, nbytes=raster.nbytes)
         self.missing_heights, self.height_limits = missing, (low, high)
         if missing:
