@@ -18,7 +18,7 @@ from geodata.crops import CropDataset, CropOrder, draw_crop, sliding_windows
 from geodata.labels import colors_to_labels, labels_to_colors
 from geodata.layouts import ISPRS_CLASSES
 from geodata.rasters import DataError, read_raster
-from geodata.scaling import fill_missing_heights, height_range, image_input, scale_heights
+from geodata.scaling import height_range, image_input, scale_heights
 from geodata.tiles import LoadedTile, Tile
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -105,16 +105,23 @@ holes = st.sampled_from(
 metres = st.floats(240, 300, width=32)
 
 
+@one_folder
 @given(
     hnp.arrays(np.float32, (4, 5), elements=metres),
     st.lists(st.tuples(st.integers(0, 18), holes), max_size=12),
 )
-def test_missing_heights_read_as_the_lowest_and_enter_neither_end_of_the_range(dsm, missing):
+def test_missing_heights_read_as_the_lowest_and_enter_neither_end_of_the_range(
+    tmp_path, dsm, missing
+):
     damaged, valid = dsm.copy(), np.ones(dsm.shape, bool)
     for place, value in missing:
         damaged.flat[place], valid.flat[place] = value, False
-    found, count = fill_missing_heights(damaged, nodata=77.0)
-    assert count == (~valid).sum() and height_range(found) == (dsm[valid].min(), dsm[valid].max())
+    tags = [(NODATA_TAG, "s", 0, "77", True)]
+    path = write(tmp_path / "a.tif", damaged, extratags=tags)
+    tile = Tile("a", {"dsm": path}, TWO_CLASSES)
+    found = tile.read_dsm()
+    assert tile.missing_heights == (~valid).sum()
+    assert height_range(found) == tile.height_limits == (dsm[valid].min(), dsm[valid].max())
     assert np.array_equal(found, np.where(valid, dsm, dsm[valid].min()))
 
 
