@@ -212,11 +212,11 @@ class View:
         return self.read(tuple(slice(part.start, part.stop) for part in ranges(box, self.shape)))
 
 
-def view_of(source, function: Callable, *arguments, dtype: type, shape: tuple = ()) -> View:
-    """`function(source[box], *arguments)` behind slices; of the source's shape, if of no other."""
-    read = partial(_read_by, source, function, arguments)
-    return View(shape or source.shape, np.dtype(dtype), read)
+def view_of(source: Raster | View, function: Callable, *more, dtype: type | None = None) -> View:
+    """`function(source[box], *more)` behind slices, of the source's type unless one is given."""
+    read = partial(_read_by, source, function, more)
+    return View(source.shape, source.dtype if dtype is None else np.dtype(dtype), read)
 
 
-def _read_by(source, function: Callable, arguments: tuple, box: Box) -> np.ndarray:
-    return function(source[box], *arguments)
+def _read_by(source: Raster | View, function: Callable, more: tuple, box: Box) -> np.ndarray:
+    return function(source[box], *more)

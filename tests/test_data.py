@@ -18,7 +18,7 @@ from geodata.crops import CropDataset, CropOrder, draw_crop, sliding_windows
 from geodata.labels import colors_to_labels, labels_to_colors
 from geodata.layouts import ISPRS_CLASSES
 from geodata.rasters import DataError, read_raster
-from geodata.scaling import height_range, image_input, scale_heights
+from geodata.scaling import TileScale, height_range, image_input, scale_heights
 from geodata.tiles import LoadedTile, Tile
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -142,7 +142,7 @@ def test_a_height_file_s_missing_pixels_are_filled_and_noted(tmp_path, value, ta
     tags = [(NODATA_TAG, "s", 0, tag, True)] if tag else []
     tile = Tile("a", {"dsm": write(tmp_path / "a.tif", dsm, extratags=tags)}, TWO_CLASSES)
     found = tile.load(("dsm",))
-    assert found.dsm[2, 3] == 241 and found.heights == (241, 250)
+    assert found.dsm[2, 3] == 241 and found.scale.heights == (241, 250)
     assert len(tile.notes) == 1 and "1 pixels without height" in tile.notes[0]
 
 
@@ -519,7 +519,11 @@ def numbered_tile(h, w, name="a"):
     """Every raster tells the pixel's place; no label is 255."""
     places = np.arange(h * w, dtype=np.uint8).reshape(h, w)
     return LoadedTile(
-        name, np.stack([places] * 3, -1), places.astype(np.float32), places, (0, h * w - 1)
+        name,
+        np.stack([places] * 3, -1),
+        places.astype(np.float32),
+        places,
+        TileScale((0, h * w - 1)),
     )
 
 
@@ -564,7 +568,9 @@ def test_a_sample_is_the_crop_flipped_alike_in_all_rasters_and_what_pads_it_is_n
     assert np.array_equal(labels, expected)
     scored = labels != 255
     assert torch.allclose(image[:, scored], labels[scored] / 255.0, rtol=0, atol=1e-6)
-    assert torch.allclose(dsm[scored], labels[scored] / max(tile.heights[1], 1), rtol=0, atol=1e-6)
+    assert torch.allclose(
+        dsm[scored], labels[scored] / max(tile.scale.heights[1], 1), rtol=0, atol=1e-6
+    )
     assert 0 <= min(image.min(), dsm.min()) and max(image.max(), dsm.max()) <= 1
 
 

@@ -262,7 +262,7 @@ def test_heights_of_left_out_segments_are_no_data_in_training_and_in_prediction(
     loaded, opened = (
         getattr(Tile("a", {"dsm": path}, TWO_CLASSES), way)(("dsm",)) for way in ("load", "open")
     )
-    assert loaded.heights == opened.heights and loaded.heights[0] > 20
+    assert loaded.scale.heights == opened.scale.heights and loaded.scale.heights[0] > 20
     assert np.array_equal(loaded.dsm, opened.dsm[0:H, 0:W])
 
 
@@ -296,8 +296,8 @@ def test_masked_heights_and_pixels_are_no_data(tmp_path, beside):
     dsm = np.random.default_rng(0).uniform(21, 39, (H, W)).astype(np.float32)
     dsm[~mask] = 0
     tile = Tile("a", {"dsm": write_masked(tmp_path / "d.tif", dsm, mask, beside)}, TWO_CLASSES)
-    assert tile.load(("dsm",)).heights[0] > 20 and tile.missing_heights == 600
-    assert tile.open(("dsm",)).heights[0] > 20
+    assert tile.load(("dsm",)).scale.heights[0] > 20 and tile.missing_heights == 600
+    assert tile.open(("dsm",)).scale.heights[0] > 20
     assert np.array_equal(tile.without_data()(slice(5, 25)), ~mask[5:25])  # a run on heights alone
     image = np.full((H, W, 3), 9, np.uint8)
     tile = Tile("a", {"image": write_masked(tmp_path / "i.tif", image, mask, beside)}, TWO_CLASSES)
@@ -395,4 +395,4 @@ def test_holes_of_lerc_are_holes(tmp_path, bands):
     assert np.array_equal(read_raster(path), squeezed(array), equal_nan=True)
     if bands == 1:
         tile = Tile("a", {"dsm": path}, TWO_CLASSES)
-        assert tile.load(("dsm",)).heights[0] >= 20 and tile.missing_heights == 81
+        assert tile.load(("dsm",)).scale.heights[0] >= 20 and tile.missing_heights == 81
