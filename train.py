@@ -87,7 +87,7 @@ def loader(run: Run) -> torch.utils.data.DataLoader:
         last_pixel=s.crop_range == "full",
         rotations=s.augment == "flips+rotations",
     )
-    order = CropOrder(s.epochs, s.steps, s.batch_size, first, 1, run.team.rank, run.team.world)
+    order = CropOrder(s.epochs, s.steps, s.batch_size, first, run.team.rank, run.team.world)
     return torch.utils.data.DataLoader(
         crops,
         batch_sampler=order,

@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 
 from geodata.layouts import IGNORE
-from geodata.slices import DataError, View, row_strips
+from geodata.slices import DataError, row_strips
 from geodata.tiles import LoadedTile, Tile
 
 
@@ -29,11 +29,10 @@ def load_tiles(
     used = sum(size for size, _ in fixed)
     if used > budget:
         raise DataError(
-            f"{max(fixed)[1]}: only TIFFs that are uncompressed or in small tiles or strips can "
-            f"be read crop by crop, and "
-            f"the {len(fixed)} files that are none take {used / 1e9:.3g} GB, more than "
-            f"--memory-gb {memory_gb:g}; "
-            f"raise it, or rewrite them: gdal_translate -co TILED=YES IN OUT.tif"
+            f"{max(fixed)[1]}: only TIFFs that are uncompressed or in small tiles or strips can be "
+            f"read crop by crop, and the {len(fixed)} files that are none take {used / 1e9:.3g} "
+            f"GB, more than --memory-gb {memory_gb:g}; raise it, or rewrite them: "
+            f"gdal_translate -co TILED=YES IN OUT.tif"
         )
     for kind in kinds:
         for tile, chosen in zip(tiles, held):
@@ -41,8 +40,8 @@ def load_tiles(
                 chosen.add(kind)
                 used += tile.memory(kind)
     loaded = [tile.load(modalities, chosen) for tile, chosen in zip(tiles, held)]
-    scored = any((strip != IGNORE).any() for tile in loaded for strip in row_strips(tile.labels))
-    if tiles and not scored:
+    strips = (strip for tile in loaded for strip in row_strips(tile.labels))
+    if tiles and not any((strip != IGNORE).any() for strip in strips):
         raise DataError(
             f"{tiles[0].paths['labels']}: no pixel of any training tile is scored; all labels are "
             f"the value that is ignored"
@@ -55,20 +54,18 @@ def fingerprint(tiles: list[LoadedTile]) -> str:
     on other data."""
     code = 0
     for tile in tiles:
-        for raster in (tile.image, tile.dsm, tile.labels):
-            if raster is not None:
-                H, W = raster.shape[:2]
-                code = zlib.crc32(f"{tile.name}{raster.shape}".encode(), code)
-                for row in range(0, H, max(1, H // 1000)):
-                    code = zlib.crc32(np.ascontiguousarray(raster[row : row + 1, 0:W]), code)
+        for raster in tile.rasters():
+            H, W = raster.shape[:2]
+            code = zlib.crc32(f"{tile.name}{raster.shape}".encode(), code)
+            for row in range(0, H, max(1, H // 1000)):
+                code = zlib.crc32(np.ascontiguousarray(raster[row : row + 1, 0:W]), code)
     return f"{code:08x}"
 
 
 def memory_line(loaded: list[LoadedTile]) -> str:
     """How much memory tiles take, and how much of them stays in files."""
-    rasters = [r for tile in loaded for r in (tile.image, tile.dsm, tile.labels)]
-    mapped = sum(isinstance(r, View) and not r.nbytes for r in rasters)
-    files = f", {mapped} rasters are read crop by crop from their files" if mapped else ""
+    in_files = sum(not raster.nbytes for tile in loaded for raster in tile.rasters())
+    files = f", {in_files} rasters are read crop by crop from their files" if in_files else ""
     size = sum(tile.nbytes() for tile in loaded) / 1e6
     return f"{len(loaded)} tiles take {size:,.1f} MB of memory{files}"
 
@@ -77,9 +74,5 @@ def facts_of(tiles: list[Tile]) -> dict:
     """What is kept with a run about its training tiles, once they are loaded."""
     pixels = sorted(size for tile in tiles if (size := tile.pixel_size()))
     limits = [tile.height_limits for tile in tiles if tile.height_limits]
-    return {
-        "pixel": pixels[len(pixels) // 2] if pixels else None,
-        "heights": [min(low for low, _ in limits), max(high for _, high in limits)]
-        if limits
-        else None,
-    }
+    ends = [min(low for low, _ in limits), max(high for _, high in limits)] if limits else None
+    return {"pixel": pixels[len(pixels) // 2] if pixels else None, "heights": ends}

@@ -377,5 +377,8 @@ class LoadedTile:
     def size(self) -> tuple[int, int]:
         return next(a for a in (self.image, self.dsm) if a is not None).shape[:2]
 
+    def rasters(self) -> list[np.ndarray | View]:
+        return [raster for raster in (self.image, self.dsm, self.labels) if raster is not None]
+
     def nbytes(self) -> int:
-        return sum(a.nbytes for a in (self.image, self.dsm, self.labels) if a is not None)
+        return sum(raster.nbytes for raster in self.rasters())
