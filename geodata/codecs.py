@@ -63,9 +63,9 @@ class Codec:
             return f"packed by the unknown compression {self.compression}; rewrite it: {REWRITE}"
         if self.dtype.byteorder == ">":  # programs do not agree what that means
             return f"compressed by {name} in big-endian order; rewrite it: {REWRITE}"
-        if find_spec("imagecodecs") is None:
-            return f"compressed by {name}; pip install imagecodecs, or rewrite it: {REWRITE}"
-        return None
+        if find_spec("imagecodecs"):
+            return None
+        return f"compressed by {name}; pip install imagecodecs, or rewrite it: {REWRITE}"
 
     def unpack(self, data: bytes, h: int, w: int, index: int, most: int) -> np.ndarray:
         """Segment `index` as (h, w, S) in the file's type; one of strips may hold up to `most`

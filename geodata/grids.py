@@ -157,10 +157,10 @@ def same_grid(one: Grid, other: Grid, size: tuple[int, int]) -> bool:
 def _one_system(one: Grid, other: Grid) -> bool:
     """False where both files name their systems and these differ, by number or in a parameter;
     what is not named is taken for the same."""
-    known = None not in (one.system, other.system)
-    kinds = None not in (one.projected, other.projected) and one.projected != other.projected
-    if known or kinds:
-        return one.system == other.system and not kinds
+    if None not in (one.projected, other.projected) and one.projected != other.projected:
+        return False
+    if None not in (one.system, other.system):
+        return one.system == other.system
     theirs = dict(other.parameters)
     shared = [(value, theirs[key]) for key, value in one.parameters if key in theirs]
     return all(abs(a - b) <= 1e-9 * max(1, abs(a)) for a, b in shared) and one.unit == other.unit
@@ -180,36 +180,29 @@ def places_in(
     return found
 
 
-def check_overlap(
-    source: Grid, target: Grid, shape: tuple[int, ...], size: tuple[int, int]
-) -> None:
-    """Raises DataError when a raster of `shape` cannot be laid on a target of `size`."""
-    if not _one_system(source, target):
+def on_grid(source: View, source_grid: Grid, target: Grid, size: tuple[int, int], lay) -> View:
+    """A raster (h, w) on the target's grid of `size`, slice by slice, by `lay`: `resample` or
+    `nearest`. Raises DataError where it cannot be laid there."""
+    if not _one_system(source_grid, target):
         one, other = (
             f"EPSG:{g.system}" if g.system else "degrees" if g.projected is False else "parameters"
-            for g in (source, target)
+            for g in (source_grid, target)
         )
         raise DataError(
             f"lies in another coordinate system ({one}) than the image ({other}); warp it: "
             f"gdalwarp -t_srs SYSTEM IN OUT.tif"
         )
-    if not (source.north_up and target.north_up):
+    if not (source_grid.north_up and target.north_up):
         raise DataError(
             "lies on another grid than the image, and one of them is rotated or goes south; warp "
             "it: gdalwarp IN OUT.tif"
         )
-    if not all(inside.any() for _, inside in places_in(source, target, shape, size)):
+    along = places_in(source_grid, target, source.shape, size)
+    if not all(inside.any() for _, inside in along):
         raise DataError(
             "does not overlap the image: by their georeferences they show different places; check "
             "them with gdalinfo"
         )
-
-
-def on_grid(source, source_grid: Grid, target: Grid, size: tuple[int, int], lay) -> View:
-    """A raster (h, w, ...) on the target's grid of `size`, slice by slice, by `lay`: `resample` or
-    `nearest`. Raises DataError as `check_overlap`."""
-    check_overlap(source_grid, target, source.shape, size)
-    along = places_in(source_grid, target, source.shape, size)
 
     def read(box: Box) -> np.ndarray:
         parts, needed = ranges(box, size), []
@@ -221,7 +214,7 @@ def on_grid(source, source_grid: Grid, target: Grid, size: tuple[int, int], lay)
         part_of = target.moved(*(part.start for part in parts))
         return lay(source[tuple(needed)], moved, part_of, tuple(map(len, parts)))
 
-    return View((*size, *source.shape[2:]), source.dtype, read)
+    return View(size, source.dtype, read)
 
 
 def nearest(array: np.ndarray, source: Grid, target: Grid, size: tuple[int, int]) -> np.ndarray:

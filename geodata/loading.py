@@ -20,26 +20,25 @@ def load_tiles(
     labels last. Raises DataError when the files that cannot be read crop by crop are larger than
     that, and when no pixel of any tile is scored."""
     kinds = ("labels", *reversed(modalities))  # the smallest, and the dearest to decode, first
-    budget, held, fixed = memory_gb * 1e9, [set() for _ in tiles], []
-    for kind in kinds:
-        for tile, chosen in zip(tiles, held):
-            if kind in tile.paths and not tile.stays_in_file(kind):
-                chosen.add(kind)
-                fixed.append((tile.memory(kind), str(tile.paths[kind])))
-    used = sum(size for size, _ in fixed)
+    rasters = [(i, kind) for kind in kinds for i, tile in enumerate(tiles) if kind in tile.paths]
+    sizes = {(i, kind): tiles[i].memory(kind) for i, kind in rasters}
+    held = {(i, kind) for i, kind in rasters if not tiles[i].stays_in_file(kind)}
+    budget, used = memory_gb * 1e9, sum(sizes[raster] for raster in held)
     if used > budget:
+        i, kind = max(sorted(held), key=sizes.get)
         raise DataError(
-            f"{max(fixed)[1]}: only TIFFs that are uncompressed or in small tiles or strips can be "
-            f"read crop by crop, and the {len(fixed)} files that are none take {used / 1e9:.3g} "
-            f"GB, more than --memory-gb {memory_gb:g}; raise it, or rewrite them: "
+            f"{tiles[i].paths[kind]}: only TIFFs that are uncompressed or in small tiles or strips "
+            f"can be read crop by crop, and the {len(held)} files that are none take "
+            f"{used / 1e9:.3g} GB, more than --memory-gb {memory_gb:g}; raise it, or rewrite them: "
             f"gdal_translate -co TILED=YES IN OUT.tif"
         )
-    for kind in kinds:
-        for tile, chosen in zip(tiles, held):
-            if kind in tile.paths and kind not in chosen and used + tile.memory(kind) <= budget:
-                chosen.add(kind)
-                used += tile.memory(kind)
-    loaded = [tile.load(modalities, chosen) for tile, chosen in zip(tiles, held)]
+    for raster in rasters:
+        if raster not in held and used + sizes[raster] <= budget:
+            held.add(raster)
+            used += sizes[raster]
+    loaded = [
+        tile.load(modalities, {kind for j, kind in held if j == i}) for i, tile in enumerate(tiles)
+    ]
     strips = (strip for tile in loaded for strip in row_strips(tile.labels))
     if tiles and not any((strip != IGNORE).any() for strip in strips):
         raise DataError(

@@ -52,8 +52,13 @@ def open_raster(path: Path) -> Raster:
             raster = _open_picture(path)
         else:
             raise DataError(f"{path}: no TIFF, PNG or JPEG; convert it: {CONVERT}")
-        _read_sidecar(raster)
-        raster.mask = raster.mask or _mask_beside(raster)
+        _read_sidecar(raster, path.with_name(path.name + ".aux.xml"))
+        mask = path.with_name(path.name + ".msk")
+        if raster.mask is None and mask.is_file():
+            raster.mask = _open_tiff(mask)
+            if raster.mask.shape[:2] != raster.shape[:2]:
+                sizes = f"{raster.mask.shape[:2]} pixels for {raster.shape[:2]}"
+                raise DataError(f"{mask}: a mask of {sizes}; delete it, or make it anew")
         return raster
     except DataError:
         raise
@@ -198,9 +203,9 @@ def _items(text: object) -> dict[str, str]:
     return {e.get("role"): e.text for e in root.iter("Item") if e.get("sample", "0") == "0"}
 
 
-def _read_sidecar(raster: Raster) -> None:
+def _read_sidecar(raster: Raster, path: Path) -> None:
     """What GDAL says in a file of its own (.aux.xml), as far as the raster does not say it."""
-    path, told = _beside(raster, ".aux.xml"), {}
+    told = {}
     if path.is_file():
         root = ElementTree.parse(path).getroot()
         band = root.find("PAMRasterBand[@band='1']")
@@ -226,20 +231,6 @@ def feet(geo: dict, key: str, part: int) -> float:
     parts = str(geo.get("GTCitationGeoKey", "")).split(" + ")
     named = re.search(r"\((ft|ftUS)\)", parts[part]) if part < len(parts) else None
     return FEET[named[1]] if named else 1.0
-
-
-def _mask_beside(raster: Raster) -> Raster | None:
-    """The mask that GDAL keeps in a file of its own (.msk)."""
-    path, size = _beside(raster, ".msk"), raster.shape[:2]
-    mask = _open_tiff(path) if path.is_file() else None
-    if mask and mask.shape[:2] != size:
-        sizes = f"{mask.shape[:2]} pixels for {size}"
-        raise DataError(f"{path}: a mask of {sizes}; delete it, or make it anew")
-    return mask
-
-
-def _beside(raster: Raster, ending: str) -> Path:
-    return raster.path.with_name(raster.path.name + ending)
 
 
 @contextmanager
