@@ -192,8 +192,7 @@ def _head_of_strip(w: int, h: int, compression: int, tags: tuple) -> bytes:
 
 @contextmanager
 def open_picture(file, *formats: str) -> Iterator[Image.Image]:
-    """A file as Pillow reads it, of any size: an orthophoto is larger than what Pillow takes for an
-    attack."""
+    """A file as Pillow reads it, of any size: it takes an orthophoto for an attack."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with Image.open(file, formats=formats) as image:

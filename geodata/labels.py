@@ -112,14 +112,11 @@ class Legend:
 
     def unknown(self, raw: np.ndarray, decoded: np.ndarray) -> dict:
         """Value or colour -> pixels, of those that fit no class."""
-        values = raw[decoded == -1]
-        if raw.ndim == 3 and raw.shape[2] >= 3:
+        values, colours = raw[decoded == -1], raw.ndim == 3 and raw.shape[2] >= 3
+        if colours:  # as one number each, which are sorted ten times faster than rows
             values = values[:, :3].astype(np.int32) @ (65536, 256, 1)
-            found, counts = np.unique(values, return_counts=True)
-            found = zip(found >> 16, found >> 8 & 255, found & 255)
-            return {tuple(map(int, color)): int(n) for color, n in zip(found, counts)}
-        found, counts = np.unique(values.ravel(), return_counts=True)
-        return dict(zip(found.tolist(), counts.tolist()))
+        found = zip(*(part.tolist() for part in np.unique(values, return_counts=True)))
+        return {(v >> 16, v >> 8 & 255, v & 255) if colours else v: n for v, n in found}
 
     def finish(self, decoded: np.ndarray) -> np.ndarray:
         """What `decode` gave -> (H, W) uint8 labels."""

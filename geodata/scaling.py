@@ -44,11 +44,8 @@ class Scaling:
     images: str = "unit"
 
     def __post_init__(self):
-        heights, images = (
-            ("--heights", self.heights, HEIGHTS),
-            ("--image-scaling", self.images, IMAGES),
-        )
-        for flag, value, names in (heights, images):
+        heights = "--heights", self.heights, HEIGHTS
+        for flag, value, names in (heights, ("--image-scaling", self.images, IMAGES)):
             if value not in names and fixed_range(value) is None:
                 raise DataError(f"{flag} {value}: give {', '.join(names)}, or a range LOW:HIGH")
 
@@ -70,7 +67,7 @@ class TileScale:
     clip_heights: bool = False
     ground: np.ndarray | None = None  # (h, w) metres, one value for `cell` x `cell` pixels
     cell: int = 1
-    image: tuple[np.ndarray, np.ndarray] | None = None  # per band: becomes 0; span that becomes 1
+    image: tuple[np.ndarray, np.ndarray] | None = None  # (C,) what becomes 0; span from 0 to 1
     clip_image: bool = False
     eight_bits: tuple[str, ...] = ()  # "heights", "image": truncated to 255ths
 
@@ -149,9 +146,8 @@ def _measure_image(choice: str, image: np.ndarray, valid: Callable | None) -> di
         if not ends:
             raise DataError("the image holds no pixel with data; leave the tile out")
         low, high = (np.stack(values).astype(np.float64) for values in zip(*ends))
-        low, high = low.min(axis=0), high.max(axis=0)
-        span = np.where(high > low, high - low, 1)
-        return dict(image=(low, span), clip_image=valid is not None)
+        low, span = low.min(axis=0), high.max(axis=0) - low.min(axis=0)
+        return dict(image=(low, np.where(span > 0, span, 1)), clip_image=valid is not None)
     # differs: the published code scales each image and band of MMHunan by itself, which is `minmax`
     # (docs/method.md 3.10)
     ends = fixed_range(choice)
@@ -252,10 +248,8 @@ def local_ground(dsm: np.ndarray, width: float) -> tuple[np.ndarray, int]:
 
     It is computed on the lowest heights of cells of `cell` x `cell` pixels, 32 of which span the
     square."""
-    cell = max(1, round(width / CELLS))
-    span = 2 * (round(width / cell) // 2) + 1
-    H, W = dsm.shape
-    starts = np.arange(0, W, cell)
+    (H, W), cell = dsm.shape, max(1, round(width / CELLS))
+    span, starts = 2 * (round(width / cell) // 2) + 1, np.arange(0, W, cell)
     lowest = np.empty((-(-H // cell), len(starts)), np.float32)
     for i in range(len(lowest)):
         lowest[i] = np.minimum.reduceat(dsm[i * cell : (i + 1) * cell, 0:W].min(axis=0), starts)

@@ -122,11 +122,10 @@ class Tile:
         """The image behind slices, checked. Raises DataError by file."""
         raster = self.raster("image")
         if raster.bands < 3:
-            expand = "; expand its colour table: gdal_translate -expand rgb IN OUT.tif"
-            raise DataError(
-                f"{raster.path}: an image of three or more bands is needed, not {raster.shape}"
-                f"{expand if raster.colours == 'palette' else ''}"
-            )
+            palette = raster.colours == "palette"
+            expand = "; expand its colour table: gdal_translate -expand rgb IN OUT.tif" * palette
+            wanted = f"an image of three or more bands is needed, not {raster.shape}"
+            raise DataError(f"{raster.path}: {wanted}{expand}")
         if max(self.bands) >= raster.bands:
             missing = f"band {max(self.bands) + 1} is asked for; see --bands"
             raise DataError(f"{raster.path}: has {raster.bands} bands, and {missing}")
