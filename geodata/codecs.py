@@ -56,8 +56,9 @@ class Codec:
             if self.predictor == 1 or known and self.compression not in (NONE, PACKBITS):
                 return None
             return f"packed with predictor {self.predictor}; rewrite it: {REWRITE}"
-        if self.compression == JPEG and self.bits == 8 and self.samples <= 4:
-            return None
+        if self.compression == JPEG and self.bits == 8:
+            many = f"compressed by JPEG in {self.samples} bands; rewrite it: {REWRITE}"
+            return None if self.samples in (1, 3, 4) else many
         name = getattr(self.compression, "name", None)
         if name is None:
             return f"packed by the unknown compression {self.compression}; rewrite it: {REWRITE}"
@@ -120,7 +121,7 @@ class Codec:
             tags[347] = self.tables
         if self.photometric == tifffile.PHOTOMETRIC.YCBCR:
             tags[530] = self.subsampling
-        if self.samples in (2, 4):
+        if self.samples == 4:
             tags[338] = 2  # read as it is: Pillow drops a fourth sample of no meaning
         return _by_libtiff(data, w, h, JPEG, tuple(tags.items())).reshape(h, w, self.samples)
 

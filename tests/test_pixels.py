@@ -106,7 +106,7 @@ def test_slices_and_the_whole_are_what_was_written(
     assert valid is None if nodata is None else np.array_equal(valid, (array != nodata).any(-1))
 
 
-@pytest.mark.parametrize("mode, bands", [("L", 1), ("RGB", 3)])
+@pytest.mark.parametrize("mode, bands", [("L", 1), ("RGB", 3), ("RGBA", 4)])
 @pytest.mark.parametrize("rows", [8, 64])
 def test_jpeg_segments_are_what_the_whole_file_is(tmp_path, mode, bands, rows):
     array = squeezed(pixels("u1", bands))
@@ -117,6 +117,11 @@ def test_jpeg_segments_are_what_the_whole_file_is(tmp_path, mode, bands, rows):
     raster = open_raster(path)
     assert np.array_equal(raster[:, :], wanted)
     assert np.array_equal(raster[10:30, 7:50], wanted[10:30, 7:50])
+
+
+def test_jpeg_of_two_bands_is_refused_with_the_command_that_helps(tmp_path):
+    Image.fromarray(pixels("u1", 2), "LA").save(tmp_path / "a.tif", compression="jpeg")
+    refused(tmp_path / "a.tif", "JPEG in 2 bands; rewrite it: gdal_translate", open_raster)
 
 
 @pytest.mark.skipif(find_spec("imagecodecs") is not None, reason="imagecodecs reads it")
@@ -184,6 +189,15 @@ def test_premultiplied_alpha_is_left_as_it_is(tmp_path):
     patch(path, PhotometricInterpretation=2, ExtraSamples=(1,))
     found = open_raster(path)
     assert np.array_equal(found[:, :], array) and found.alpha == 3
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.png"])
+def test_pixels_that_alpha_makes_clear_are_no_data(tmp_path, name):
+    array = pixels("u1", 4)
+    array[..., 3], array[:9, :5, 3] = 255, 0
+    Image.fromarray(array, "RGBA").save(tmp_path / name)
+    missing = Tile("a", {"image": tmp_path / name}, TWO_CLASSES).without_data()(slice(0, H))
+    assert missing[:9, :5].all() and missing.sum() == 45
 
 
 def test_cmyk_is_refused(tmp_path):
