@@ -32,7 +32,7 @@ from geodata.layouts import (
 )
 from geodata.loading import facts_of, fingerprint, load_tiles, memory_line
 from geodata.rasters import DataError, one_line, open_raster, read_raster
-from geodata.scaling import Scaling, fill_missing_heights, height_range, image_input, scale_heights
+from geodata.scaling import Scaling, height_range, image_input, scale_heights
 from geodata.tiles import LoadedTile, Tile
 
 

@@ -81,7 +81,7 @@ def loader(run: Run) -> torch.utils.data.DataLoader:
     modalities, first = MODALITIES[s.modalities], run.trainer.progress.step
     last_pixel, rotations = s.crop_range == "full", s.augment == "flips+rotations"
     crops = CropDataset(run.tiles, s.crop, s.seed, modalities, last_pixel, rotations)
-    order = CropOrder(s.epochs, s.steps, s.batch_size, first, 1, run.team.rank, run.team.world)
+    order = CropOrder(s.epochs, s.steps, s.batch_size, first, run.team.rank, run.team.world)
     return torch.utils.data.DataLoader(
         crops,
         batch_sampler=order,

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import io
 import lzma
-import struct
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Iterator
@@ -23,11 +22,14 @@ from typing import Iterator
 import numpy as np
 import tifffile
 from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 NONE, DEFLATE, JPEG, PACKBITS, LERC = 1, (8, 32946), 7, 32773, 34887
 LZW, LZMA, ZSTD = 5, 34925, 50000
 BY_BYTES = (NONE, *DEFLATE, LZW, PACKBITS, LZMA, ZSTD)  # bytes in, bytes out
 FLOATING_POINT = 3  # the predictor for floats
+REWRITE = "gdal_translate -co COMPRESS=DEFLATE IN.tif OUT.tif"
+SIZE = b"SIZE"  # stands in the head of a strip where its bytes are counted
 
 
 @dataclass(frozen=True)
@@ -35,39 +37,36 @@ class Codec:
     """How the segments of a TIFF are packed."""
 
     path: Path
-    compression: int
+    compression: int  # of tifffile.COMPRESSION where it is known
     predictor: int
     bits: int
     dtype: np.dtype  # of a sample in the file, with its byte order
     samples: int  # S: all bands, or 1 where the file holds band after band
     photometric: int
-    tables: bytes | None = None  # those that all JPEG segments share
-    subsampling: tuple[int, int] = (1, 1)  # of JPEG's chroma
-    tiled: bool = False
+    tables: bytes | None  # those that all JPEG segments share
+    subsampling: tuple[int, int]  # of JPEG's chroma
+    tiled: bool
 
     def problem(self) -> str | None:
         """Why segments cannot be decoded, with what helps; None where they can."""
-        name = tifffile.COMPRESSION(self.compression).name if self.compression in _NAMES else None
-        if self.compression in BY_BYTES[:-1] or self.compression == ZSTD and libtiff_knows_zstd():
+        if self.compression in BY_BYTES and (self.compression != ZSTD or libtiff_knows_zstd()):
             floats = self.dtype.kind == "f" and self.bits == 8 * self.dtype.itemsize
-            if self.predictor == 1:
-                return None
+            known = {2: self.bits in (8, 16, 32, 64), FLOATING_POINT: floats}.get(self.predictor)
             # Of what is packed by none or PackBits, some programs undo a predictor and some do not.
-            if self.compression not in (NONE, PACKBITS):
-                if self.predictor == 2 and self.bits in (8, 16, 32, 64):
-                    return None
-                if self.predictor == FLOATING_POINT and floats:
-                    return None
+            if self.predictor == 1 or known and self.compression not in (NONE, PACKBITS):
+                return None
             return f"packed with predictor {self.predictor}; rewrite it: {REWRITE}"
-        if self.compression == JPEG and self.bits == 8 and self.samples <= 4:
-            return None
+        if self.compression == JPEG and self.bits == 8:
+            many = f"compressed by JPEG in {self.samples} bands; rewrite it: {REWRITE}"
+            return None if self.samples in (1, 3, 4) else many
+        name = getattr(self.compression, "name", None)
         if name is None:
             return f"packed by the unknown compression {self.compression}; rewrite it: {REWRITE}"
         if self.dtype.byteorder == ">":  # programs do not agree what that means
             return f"compressed by {name} in big-endian order; rewrite it: {REWRITE}"
-        if find_spec("imagecodecs") is None:
-            return f"compressed by {name}; pip install imagecodecs, or rewrite it: {REWRITE}"
-        return None
+        if find_spec("imagecodecs"):
+            return None
+        return f"compressed by {name}; pip install imagecodecs, or rewrite it: {REWRITE}"
 
     def unpack(self, data: bytes, h: int, w: int, index: int, most: int) -> np.ndarray:
         """Segment `index` as (h, w, S) in the file's type; one of strips may hold up to `most`
@@ -83,17 +82,23 @@ class Codec:
             raise ValueError(
                 f"a segment holds {len(raw)} bytes of pixels where the header declares {row * h}"
             )
-        raw = np.frombuffer(raw, np.uint8, row * h)
-        if self.predictor == FLOATING_POINT:
-            return self._unpredict_floats(raw.reshape(h, -1, self.samples), w)
-        if self.bits < 8 * self.dtype.itemsize:
-            return self._unpack_bits(raw.reshape(h, row), w)
+        raw, native = np.frombuffer(raw, np.uint8, row * h), self.dtype.newbyteorder("=")
+        if self.predictor == FLOATING_POINT:  # planes of bytes, the most significant one first
+            summed = np.cumsum(raw.reshape(h, -1, self.samples), axis=1, dtype=np.uint8)
+            planes = summed.reshape(h, self.dtype.itemsize, -1).transpose(0, 2, 1)
+            big_endian = np.ascontiguousarray(planes).view(self.dtype.newbyteorder(">"))
+            return big_endian.reshape(h, w, self.samples)
+        if self.bits < 8 * self.dtype.itemsize:  # the highest bit first, rows padded to bytes
+            bits = np.unpackbits(raw.reshape(h, row), axis=1)[:, : w * self.samples * self.bits]
+            bits = bits.reshape(h, w, self.samples, self.bits)
+            return bits @ (1 << np.arange(self.bits)[::-1]).astype(native)
         pixels = raw.view(self.dtype).reshape(h, w, self.samples)
         if self.predictor == 1:
             return pixels
         whole = np.dtype(f"u{self.dtype.itemsize}")  # differences are of bits, of floats too
-        native = pixels.astype(self.dtype.newbyteorder("="), copy=False).view(whole)
-        return np.cumsum(native, axis=1, dtype=whole).view(self.dtype.newbyteorder("="))
+        return np.cumsum(pixels.astype(native, copy=False).view(whole), axis=1, dtype=whole).view(
+            native
+        )
 
     def _bytes(self, data: bytes, row: int, h: int) -> bytes:
         if self.compression == NONE:
@@ -104,39 +109,24 @@ class Codec:
             return lzma.decompress(data)
         if self.compression == ZSTD and not libtiff_knows_zstd():
             return tifffile.TIFF.DECOMPRESSORS[ZSTD](data)
-        return np.asarray(_by_libtiff(data, row, h, self.compression)).tobytes()
-
-    def _unpredict_floats(self, raw: np.ndarray, w: int) -> np.ndarray:
-        """(h, n, S) bytes: differences of the planes of bytes, the most significant one first."""
-        h, size = len(raw), self.dtype.itemsize
-        planes = np.cumsum(raw, axis=1, dtype=np.uint8).reshape(h, size, -1)
-        pixels = np.ascontiguousarray(planes.transpose(0, 2, 1)).view(self.dtype.newbyteorder(">"))
-        return pixels.reshape(h, w, self.samples)
-
-    def _unpack_bits(self, raw: np.ndarray, w: int) -> np.ndarray:
-        """(h, bytes of a row): samples of fewer bits than their type, the highest bit first."""
-        bits = np.unpackbits(raw, axis=1)[:, : w * self.samples * self.bits]
-        bits = bits.reshape(len(raw), w, self.samples, self.bits)
-        native = self.dtype.newbyteorder("=")
-        return bits @ (1 << np.arange(self.bits)[::-1]).astype(native)
+        return _by_libtiff(data, row, h, self.compression).tobytes()
 
     def _jpeg(self, data: bytes, h: int, w: int) -> np.ndarray:
         with open_picture(io.BytesIO(data), "JPEG") as picture:  # of its own header
             if picture.size != (w, h):
                 raise ValueError(f"a JPEG segment of {picture.size} pixels for one of {w, h}")
         photometric = self.photometric if self.samples > 2 else 1  # a band is grey by itself
-        tags = {262: (photometric,), 277: (self.samples,), 258: (8,) * self.samples}
+        tags = {258: (8,) * self.samples, 262: photometric, 277: self.samples}
         if self.tables:
             tags[347] = self.tables
         if self.photometric == tifffile.PHOTOMETRIC.YCBCR:
             tags[530] = self.subsampling
-        if self.samples in (2, 4):
-            tags[338] = (2,)  # read as it is: Pillow drops a fourth sample of no meaning
-        pixels = np.asarray(_by_libtiff(data, w, h, JPEG, tags))
-        return pixels.reshape(h, w, self.samples)
+        if self.samples == 4:
+            tags[338] = 2  # read as it is: Pillow drops a fourth sample of no meaning
+        return _by_libtiff(data, w, h, JPEG, tuple(tags.items())).reshape(h, w, self.samples)
 
     def _by_tifffile(self, data: bytes, h: int, w: int, index: int) -> np.ndarray:
-        if self.compression == LERC:
+        if self.compression == LERC:  # of which tifffile drops the mask
             import imagecodecs
 
             pixels, valid = imagecodecs.lerc_decode(data, masks=True)
@@ -146,12 +136,7 @@ class Codec:
                 pixels[np.broadcast_to(valid == 0, pixels.shape)] = np.nan
             return pixels
         with tifffile.TiffFile(self.path) as tiff:
-            pixels = tiff.pages[0].decode(data, index, jpegtables=self.tables)[0]
-        return pixels[0, :h, :w]
-
-
-_NAMES = {int(code) for code in tifffile.COMPRESSION}
-REWRITE = "gdal_translate -co COMPRESS=DEFLATE IN.tif OUT.tif"
+            return tiff.pages[0].decode(data, index, jpegtables=self.tables)[0][0, :h, :w]
 
 
 @cache
@@ -187,39 +172,28 @@ def lzw_size(data: bytes) -> int:
     return total
 
 
-def _by_libtiff(
-    data: bytes, w: int, h: int, compression: int, tags: dict | None = None
-) -> Image.Image:
-    """Packed bytes as a TIFF of one strip, read by Pillow: (h, w) bytes, unless `tags` (code ->
-    shorts or bytes) say otherwise."""
-    tags = {258: (8,), 262: (1,), 277: (1,)} | (tags or {})
-    tags |= {256: w, 257: h, 259: (compression,), 278: h, 279: len(data), 273: 0}
-    after = 8 + 2 + 12 * len(tags) + 4
-    entries, tail = [], b""
-    for code, value in sorted(tags.items()):
-        if isinstance(value, int):
-            entries.append((code, 4, 1, struct.pack("<I", value)))
-            continue
-        raw = value if isinstance(value, bytes) else struct.pack(f"<{len(value)}H", *value)
-        field = raw.ljust(4, b"\0")
-        if len(raw) > 4:
-            field, tail = struct.pack("<I", after + len(tail)), tail + raw + b"\0" * (len(raw) % 2)
-        entries.append((code, 7 if isinstance(value, bytes) else 3, len(value), field))
-    start = struct.pack("<I", after + len(tail))
-    directory = b"".join(
-        struct.pack("<HHI", code, kind, count) + (start if code == 273 else field)
-        for code, kind, count, field in entries
-    )
-    head = b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + directory + b"\0\0\0\0"
-    with open_picture(io.BytesIO(head + tail + data), "TIFF") as picture:
-        picture.load()
-        return picture
+def _by_libtiff(data: bytes, w: int, h: int, compression: int, tags: tuple = ()) -> np.ndarray:
+    """Packed bytes as a TIFF of one strip, read by Pillow: (h, w) bytes, unless `tags`, (code,
+    value) each, say otherwise."""
+    head = _head_of_strip(w, h, compression, tags)
+    size = len(data).to_bytes(4, "little")
+    with open_picture(io.BytesIO(head.replace(SIZE, size, 1) + data), "TIFF") as picture:
+        return np.asarray(picture)
+
+
+@lru_cache
+def _head_of_strip(w: int, h: int, compression: int, tags: tuple) -> bytes:
+    directory, file = ImageFileDirectory_v2(), io.BytesIO()
+    about = {256: w, 257: h, 258: 8, 259: compression, 262: 1, 273: 0, 277: 1, 278: h}
+    for code, value in (about | {279: int.from_bytes(SIZE, "little")} | dict(tags)).items():
+        directory[code] = value
+    directory.save(file)
+    return file.getvalue()
 
 
 @contextmanager
 def open_picture(file, *formats: str) -> Iterator[Image.Image]:
-    """A file as Pillow reads it, of any size: an orthophoto is larger than what Pillow takes for an
-    attack."""
+    """A file as Pillow reads it, of any size: it takes an orthophoto for an attack."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with Image.open(file, formats=formats) as image:
@@ -241,10 +215,10 @@ def png_depth(path: Path) -> int:
 
 
 def picture_pixels(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A PNG or JPEG of `shape` as (h, w, S) uint8 or uint16."""
     with open_picture(path, "PNG", "JPEG") as image:
         pixels = np.asarray(image)
-    if pixels.dtype != bool and image.mode == "L":
+    if image.mode == "L":
         pixels = pixels // np.uint8(GREY_STEPS.get(png_depth(path), 1))
-    return pixels.astype(np.uint16 if image.mode.startswith("I") else np.uint8).reshape(
-        *shape[:2], -1
-    )
+    dtype = np.uint16 if image.mode.startswith("I") else np.uint8
+    return pixels.astype(dtype).reshape(*shape[:2], -1)

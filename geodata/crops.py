@@ -3,8 +3,7 @@
 Every random choice is a function of (seed, epoch, index): crops and flips have no state, so any
 number of workers and any resumed run draws the same samples.
 
-Shapes: `H, W` pixels of a tile, `h, w` pixels of a crop or window.
-"""
+Shapes: `H, W` pixels of a tile, `h, w` pixels of a crop or window."""
 
 from __future__ import annotations
 
@@ -20,7 +19,6 @@ from geodata.slices import DataError
 
 if TYPE_CHECKING:
     from geodata.tiles import LoadedTile
-
 
 # ------------------------------------------------------------------------------- crops for training
 
@@ -50,7 +48,6 @@ def draw_crop(
 
     differs: the paper says rotations and flips; the published code flips only, and so do we unless
     asked.
-
     differs: the published code never draws a tile's last row and column; here every position that
     fits is drawn, unless `last_pixel` is False."""
     rng = np.random.default_rng((seed, epoch, index))
@@ -60,49 +57,40 @@ def draw_crop(
     return Crop(tile, top, left, *flips, rotations and bool(rng.integers(2)))
 
 
+@dataclass
 class CropDataset(torch.utils.data.Dataset):
     """Training samples; the index is the pair (epoch, index)."""
 
-    def __init__(
-        self,
-        tiles: list[LoadedTile],
-        crop: int,
-        seed: int,
-        modalities: tuple[str, ...],
-        last_pixel: bool = True,
-        rotations: bool = False,
-    ):
-        self.tiles, self.crop, self.seed, self.modalities = tiles, crop, seed, modalities
-        self.last_pixel, self.rotations = last_pixel, rotations
-        self.sizes = [tile.size for tile in tiles]
+    tiles: list[LoadedTile]
+    crop: int
+    seed: int
+    modalities: tuple[str, ...]
+    last_pixel: bool = True
+    rotations: bool = False
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], Tensor]:
         """([image (3, h, w), dsm (h, w)] as the modalities ask, labels (h, w) int64).
 
-        A tile smaller than the crop is continued by reflection; what was added is never scored.
-        """
-        c = draw_crop(self.seed, *key, self.sizes, self.crop, self.last_pixel, self.rotations)
+        A tile smaller than the crop is continued by reflection; what was added is never scored."""
+        sizes, rasters = [tile.size for tile in self.tiles], []
+        c = draw_crop(self.seed, *key, sizes, self.crop, self.last_pixel, self.rotations)
         tile = self.tiles[c.tile]
         cut = np.s_[c.top : c.top + self.crop, c.left : c.left + self.crop]
-        rasters = []
         for kind in self.modalities:
-            scale = tile.scale
-            raster = (
-                scale.image_input(tile.image[cut])
-                if kind == "image"
-                else scale.height_input(tile.dsm[cut], cut)
-            )
-            rasters.append(_tensor(_fit(raster, self.crop, "reflect"), c))
-        return rasters, _tensor(
-            _fit(tile.labels[cut], self.crop, "constant", constant_values=IGNORE), c
-        ).long()
+            if kind == "image":
+                raster = tile.scale.image_input(tile.image[cut])
+            else:
+                raster = tile.scale.height_input(tile.dsm[cut], cut)
+            rasters.append(_tensor(_fit(raster, self.crop, mode="reflect"), c))
+        labels = _fit(tile.labels[cut], self.crop, mode="constant", constant_values=IGNORE)
+        return rasters, _tensor(labels, c).long()
 
 
-def _fit(array: np.ndarray, size: int, mode: str, **options) -> np.ndarray:
+def _fit(array: np.ndarray, size: int, **options) -> np.ndarray:
     """(..., h, w) -> (..., size, size), padded below and on the right."""
     h, w = array.shape[-2:]
     widths = [(0, 0)] * (array.ndim - 2) + [(0, size - h), (0, size - w)]
-    return np.pad(array, widths, mode, **options) if (h, w) != (size, size) else array
+    return np.pad(array, widths, **options) if (h, w) != (size, size) else array
 
 
 def _tensor(array: np.ndarray, crop: Crop) -> Tensor:
@@ -111,36 +99,26 @@ def _tensor(array: np.ndarray, crop: Crop) -> Tensor:
     return torch.from_numpy((array.swapaxes(-1, -2) if crop.turned else array).copy())
 
 
+@dataclass
 class CropOrder(torch.utils.data.Sampler):
     """Batches of (epoch, index): `steps` batches of `batch` samples an epoch, from step `first` of
-    the run on.
+    the run on; of each batch only the share of process `rank` of `world`."""
 
-    Of each batch only the share of process `rank` of `world` is listed, and that in `parts` batches
-    of their own."""
-
-    def __init__(
-        self,
-        epochs: int,
-        steps: int,
-        batch: int,
-        first: int = 0,
-        parts: int = 1,
-        rank: int = 0,
-        world: int = 1,
-    ):
-        self.epochs, self.steps, self.batch, self.first = epochs, steps, batch, first
-        self.parts, self.rank, self.world = parts, rank, world
+    epochs: int
+    steps: int
+    batch: int
+    first: int = 0
+    rank: int = 0
+    world: int = 1
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        size = self.batch // (self.parts * self.world)
-        for step in range(self.first, self.epochs * self.steps):
-            epoch, start = step // self.steps, step % self.steps * self.batch
-            for part in range(self.parts):
-                offset = start + (part * self.world + self.rank) * size
-                yield [(epoch, offset + i) for i in range(size)]
+        size = self.batch // self.world
+        for step in range(self.first, len(self) + self.first):
+            epoch, start = step // self.steps, step % self.steps * self.batch + self.rank * size
+            yield [(epoch, index) for index in range(start, start + size)]
 
     def __len__(self) -> int:
-        return (self.epochs * self.steps - self.first) * self.parts
+        return self.epochs * self.steps - self.first
 
 
 # --------------------------------------------------------------------------- windows for prediction

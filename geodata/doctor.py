@@ -20,10 +20,10 @@ MARKERS = (-9999, -999, -99, 999, 9999)  # heights that often stand for no data
 
 def check_dataset(dataset, modalities: tuple[str, ...]) -> bool:
     """Prints the findings of the training and the test split -> whether training can run."""
-    if dataset.ignore_index < len(dataset.classes):
-        ignored = dataset.class_names[dataset.ignore_index] if dataset.ignore_index >= 0 else None
-        if ignored and dataset.layout is None:
-            print(f"SUSPICIOUS: classes.json ignores {dataset.ignore_index}, the class {ignored}")
+    ignored = dataset.ignore_index
+    if dataset.layout is None and 0 <= ignored < len(dataset.classes):
+        name = dataset.class_names[ignored]
+        print(f"SUSPICIOUS: classes.json ignores {ignored}, the class {name}")
     return all([check_split(dataset, split, modalities) for split in ("train", "test")])
 
 
@@ -36,10 +36,8 @@ def check_split(dataset, split: str, modalities: tuple[str, ...]) -> bool:
         return False
     absent = set(missing)
     whole = [tile for tile in tiles if not absent & set(tile.paths.values())]
-    print(
-        f"{split}: {len(whole)} of {len(tiles)} tiles are complete"
-        + (f", {len(missing)} files missing" if missing else "")
-    )
+    gone = f", {len(missing)} files missing" if missing else ""
+    print(f"{split}: {len(whole)} of {len(tiles)} tiles are complete{gone}")
     for path in missing[:LISTED]:
         print(f"  missing {path}")
     if len(missing) > LISTED:
@@ -65,13 +63,9 @@ def check_split(dataset, split: str, modalities: tuple[str, ...]) -> bool:
 
 def check_tile(tile: Tile, modalities: tuple[str, ...]) -> tuple[str, list[str], np.ndarray]:
     """(what there is, what looks wrong, labels) of a tile. Raises DataError for one that cannot be
-    used.
-    """
+    used."""
     line, remarks = [f"{tile.size[0]} x {tile.size[1]}"], []
-    if "dsm" in modalities and "dsm" not in tile.paths:
-        raise DataError(
-            f"tile {tile.name} has no heights; add them, or check with --modalities image"
-        )
+    tile.check_modalities(modalities)
     if "image" in modalities:
         more, looks_wrong = _look_at_image(tile)
         line.append(more)
@@ -90,17 +84,15 @@ def check_tile(tile: Tile, modalities: tuple[str, ...]) -> tuple[str, list[str],
                 f"stands for no data, say so: gdal_edit.py -a_nodata {value:g} FILE"
             )
     labels = tile.read_labels()
-    present = np.unique(labels[labels != IGNORE])
-    line.append(
-        f"{len(present)} classes, {100 * float((labels == IGNORE).mean()):.2f} % not scored"
-    )
+    present, ignored = np.unique(labels[labels != IGNORE]), float((labels == IGNORE).mean())
+    line.append(f"{len(present)} classes, {100 * ignored:.2f} % not scored")
     return ", ".join(line), remarks + _look_at_labels(tile, labels, present), labels
 
 
 def _look_at_image(tile: Tile) -> tuple[str, list[str]]:
     raster, image, remarks = tile.raster("image"), tile.read_image(), []
-    valid = (lambda box: raster.valid(box, raster[box])) if raster.has_holes else None
-    ends = [(p.min(), p.max(), (p == 0).all(axis=1).sum()) for p in data_pixels(image, valid)]
+    pixels = data_pixels(image, raster.valid)
+    ends = [(p.min(), p.max(), (p == 0).all(axis=1).sum()) for p in pixels]
     low, high = min((e[0] for e in ends), default=0), max((e[1] for e in ends), default=0)
     dark = sum(e[2] for e in ends) / image[..., 0].size
     if high == low:
@@ -122,23 +114,19 @@ def _look_at_labels(tile: Tile, labels: np.ndarray, present: np.ndarray) -> list
         holds = f"{names[0]} alone" if names else "no scored pixel"
         remarks.append(f"SUSPICIOUS: the labels hold {holds}")
     if tile.unknown_labels:
-        unknown = tile.unknown_values()
-        share = tile.unknown_labels / labels.size
+        unknown, share = tile.unknown_values(), tile.unknown_labels / labels.size
         word = "SUSPICIOUS: " if share > MUCH else ""
-        remarks.append(
-            f"{word}{100 * share:.1f} % of the label pixels fit no class: {listed(unknown)}"
-        )
+        named = f"{100 * share:.1f} % of the label pixels fit no class: {listed(unknown)}"
+        remarks.append(word + named)
         if set(unknown) == {K} and tile.codes is None:
             remarks.append(
                 f"SUSPICIOUS: labels up to {K}, and the classes are 0 to {K - 1}; if they are "
-                f"counted "
-                f"from 1, subtract it: gdal_calc.py -A IN --calc A-1 --outfile OUT.tif"
+                f"counted from 1, subtract it: gdal_calc.py -A IN --calc A-1 --outfile OUT.tif"
             )
     if raster.bands >= 3:
-        raw = raster[:, :][..., :3].reshape(-1, 3)
-        exact = np.zeros(len(raw), bool)
+        raw, exact = raster[:, :][..., :3], False
         for color in tile.legend.palette:
-            exact |= (raw == color).all(axis=1)
+            exact |= (raw == color).all(axis=-1)
         if (share := exact.mean()) < 0.5:
             remarks.append(
                 f"SUSPICIOUS: {100 * share:.1f} % of the label pixels have the exact colour of a "
@@ -147,35 +135,21 @@ def _look_at_labels(tile: Tile, labels: np.ndarray, present: np.ndarray) -> list
     elif tile.codes is None and (share := float((labels == 0).mean())) > MOST:
         remarks.append(
             f"SUSPICIOUS: {100 * share:.1f} % of the labels are 0, {tile.classes[0][0]}; if that "
-            f"is "
-            f"the background of gdal_rasterize, burn it with -init {IGNORE}"
+            f"is the background of gdal_rasterize, burn it with -init {IGNORE}"
         )
     return remarks
 
 
 def print_classes(dataset, split: str, counts: np.ndarray) -> None:
     """The pixels of each class, beside the paper's where they are known."""
-    counts = counts[: len(dataset.classes)]
-    total = int(counts.sum())
-    known = (
-        dataset.name == "vaihingen"
-        and split == "test"
-        and dataset.splits == "paper"
-        and not dataset.full_labels
-    )
-    print(
-        f"  {'class':<16} {'pixels':>13} {'share':>8}"
-        + ("  of the paper's test tiles" if known else "")
-    )
-    names, constants = (
-        [*dataset.class_names, "all"],
-        [*VAIHINGEN_TEST_PIXELS, sum(VAIHINGEN_TEST_PIXELS)],
-    )
-    for i, (name, count) in enumerate(zip(names, [*counts.tolist(), total])):
-        share = 100 * count / total if total else 0
-        beside = (
-            f"{constants[i]:>13,}  {'the same' if constants[i] == count else 'DIFFERENT'}"
-            if known
-            else ""
-        )
-        print(f"  {name:<16} {count:>13,} {share:>6.2f} %{beside}")
+    counts = counts[: len(dataset.classes)].tolist()
+    known = dataset.name == "vaihingen" and split == "test" and dataset.splits == "paper"
+    known = known and not dataset.full_labels
+    beside = "  of the paper's test tiles" if known else ""
+    print(f"  {'class':<16} {'pixels':>13} {'share':>8}{beside}")
+    names, total = [*dataset.class_names, "all"], sum(counts)
+    for i, (name, count) in enumerate(zip(names, [*counts, total])):
+        if known:
+            wanted = [*VAIHINGEN_TEST_PIXELS, sum(VAIHINGEN_TEST_PIXELS)][i]
+            beside = f"{wanted:>13,}  {'the same' if wanted == count else 'DIFFERENT'}"
+        print(f"  {name:<16} {count:>13,} {100 * count / max(total, 1):>6.2f} %{beside}")

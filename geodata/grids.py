@@ -10,10 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import tifffile
 
-from geodata.rasters import GEO_TAGS, TIFF, feet, open_raster
-from geodata.slices import STRIP, DataError, Raster, View, ranges
+from geodata.rasters import GEO_TAGS, feet, open_raster
+from geodata.slices import Box, DataError, Raster, View, ranges, strip_boxes
 
 SAME = 0.01  # of a pixel: files that are written on one grid differ by rounding alone
 USER_DEFINED = 32767
@@ -74,7 +73,7 @@ def read_grid(source: Path | Raster) -> Grid | None:
     world file. Raises DataError by file."""
     raster = source if isinstance(source, Raster) else open_raster(source)
     geo = raster.geo
-    scale, tie, matrix = (geo.get(code) for code in GEO_TAGS[:3])
+    scale, tie, matrix = (geo.get(code) for code in (33550, 33922, 34264))
     if "GeoTransform" in geo:
         left, step_x, turn_x, top, turn_y, down = geo["GeoTransform"]
     elif scale and tie and len(tie) == 6:
@@ -87,23 +86,21 @@ def read_grid(source: Path | Raster) -> Grid | None:
         left, top = x - (step_x + turn_x) / 2, y - (down + turn_y) / 2
     else:
         return None
-    if not np.isfinite((left, step_x, turn_x, top, turn_y, down)).all() or not (
-        step_x * down - turn_x * turn_y
-    ):
+    place = (left, step_x, turn_x, top, turn_y, down)
+    if not np.isfinite(place).all() or step_x * down == turn_x * turn_y:
         raise DataError(
             f"{raster.path}: its pixels measure {step_x} x {-down}; georeference it again: "
             f"gdal_edit.py -a_ullr ULX ULY LRX LRY FILE"
         )
     if geo.get("GTRasterTypeGeoKey") == 2 and "GeoTransform" not in geo:
         left, top = left - (step_x + turn_x) / 2, top - (down + turn_y) / 2  # of the pixel's middle
-    projected = {1: True, 2: False}.get(geo.get("GTModelTypeGeoKey"))
-    unit = feet(geo, "ProjLinearUnitsGeoKey", 0)
     parameters = tuple(
         (key, float(value))
         for key, value in geo.items()
         if isinstance(key, str) and PROJECTION.match(key) and isinstance(value, (int, float))
     )
-    turn = (float(turn_x), float(turn_y))
+    projected = {1: True, 2: False}.get(geo.get("GTModelTypeGeoKey"))
+    turn, unit = (float(turn_x), float(turn_y)), feet(geo, "ProjLinearUnitsGeoKey", 0)
     return Grid(left, top, step_x, -down, _system(geo), projected, turn, unit, parameters)
 
 
@@ -132,12 +129,10 @@ def geo_tags(path: Path) -> list[tuple]:
     """The tags that say where a raster lies, as tifffile writes them (code, type, count, value,
     True); [] without."""
     raster = open_raster(path)
-    with open(path, "rb") as file:
-        is_tiff = file.read(4) in TIFF
-    if is_tiff and any(code in raster.geo for code in GEO_TAGS[1:3]):
-        with tifffile.TiffFile(path) as tiff:
-            tags = [tiff.pages[0].tags[code] for code in GEO_TAGS if code in raster.geo]
-            return [(tag.code, tag.dtype, tag.count, tag.value, True) for tag in tags]
+    if 33922 in raster.geo or 34264 in raster.geo:
+        kept = [(code, kind) for code, kind in GEO_TAGS.items() if code in raster.geo]
+        counts = [0 if kind == "s" else np.size(raster.geo[code]) for code, kind in kept]
+        return [(*tag, n, raster.geo[tag[0]], True) for tag, n in zip(kept, counts)]
     grid = read_grid(raster)
     if grid is None:
         return []
@@ -162,101 +157,87 @@ def same_grid(one: Grid, other: Grid, size: tuple[int, int]) -> bool:
 def _one_system(one: Grid, other: Grid) -> bool:
     """False where both files name their systems and these differ, by number or in a parameter;
     what is not named is taken for the same."""
-    known = None not in (one.system, other.system)
-    kinds = None not in (one.projected, other.projected) and one.projected != other.projected
-    if known or kinds:
-        return one.system == other.system and not kinds
+    if None not in (one.projected, other.projected) and one.projected != other.projected:
+        return False
+    if None not in (one.system, other.system):
+        return one.system == other.system
     theirs = dict(other.parameters)
     shared = [(value, theirs[key]) for key, value in one.parameters if key in theirs]
     return all(abs(a - b) <= 1e-9 * max(1, abs(a)) for a, b in shared) and one.unit == other.unit
 
 
-def places_in(source: Grid, target: Grid, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """The fractional rows (H,) and columns (W,) of the source at which the middles of the target's
-    pixels lie. Both grids go north."""
-    y, x = ((np.arange(n) + 0.5) * step for n, step in zip(size, (target.step_y, target.step_x)))
-    rows = (source.top - target.top + y) / source.step_y - 0.5
-    return rows, (target.left - source.left + x) / source.step_x - 0.5
-
-
-def check_overlap(
+def places_in(
     source: Grid, target: Grid, shape: tuple[int, ...], size: tuple[int, int]
-) -> None:
-    """Raises DataError when a raster of `shape` cannot be laid on a target of `size`."""
-    if not _one_system(source, target):
-        names = [
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The fractional rows (H,) of a source of `shape` at which the middles of the target's pixels
+    lie, and which of them lie in it; the same of the columns (W,). Both grids go north."""
+    starts = source.top - target.top, target.left - source.left
+    steps = (target.step_y, source.step_y), (target.step_x, source.step_x)
+    found = []
+    for start, (step, own), n, length in zip(starts, steps, size, shape):
+        places = (start + (np.arange(n) + 0.5) * step) / own - 0.5
+        found.append((places, (places >= -0.5) & (places <= length - 0.5)))
+    return found
+
+
+def on_grid(source: View, source_grid: Grid, target: Grid, size: tuple[int, int], lay) -> View:
+    """A raster (h, w) on the target's grid of `size`, slice by slice, by `lay`: `resample` or
+    `nearest`. Raises DataError where it cannot be laid there."""
+    if not _one_system(source_grid, target):
+        one, other = (
             f"EPSG:{g.system}" if g.system else "degrees" if g.projected is False else "parameters"
-            for g in (source, target)
-        ]
-        raise DataError(
-            "lies in another coordinate system ({}) than the image ({}); warp it: "
-            "gdalwarp -t_srs SYSTEM IN OUT.tif".format(*names)
+            for g in (source_grid, target)
         )
-    if not (source.north_up and target.north_up):
+        raise DataError(
+            f"lies in another coordinate system ({one}) than the image ({other}); warp it: "
+            f"gdalwarp -t_srs SYSTEM IN OUT.tif"
+        )
+    if not (source_grid.north_up and target.north_up):
         raise DataError(
             "lies on another grid than the image, and one of them is rotated or goes south; warp "
             "it: gdalwarp IN OUT.tif"
         )
-    for places, n in zip(places_in(source, target, size), shape):
-        if not _inside(places, n).any():
-            raise DataError(
-                "does not overlap the image: by their georeferences they show different places; "
-                "check them with gdalinfo"
-            )
+    along = places_in(source_grid, target, source.shape, size)
+    if not all(inside.any() for _, inside in along):
+        raise DataError(
+            "does not overlap the image: by their georeferences they show different places; check "
+            "them with gdalinfo"
+        )
 
-
-def _inside(places: np.ndarray, n: int) -> np.ndarray:
-    return (places >= -0.5) & (places <= n - 0.5)
-
-
-def on_grid(source, source_grid: Grid, target: Grid, size: tuple[int, int], lay) -> View:
-    """A raster (h, w, ...) on the target's grid of `size`, slice by slice, by `lay`: `resample` or
-    `nearest`. Raises DataError as `check_overlap`."""
-    check_overlap(source_grid, target, source.shape, size)
-    places = places_in(source_grid, target, size)
-
-    def read(box):
+    def read(box: Box) -> np.ndarray:
         parts, needed = ranges(box, size), []
-        for part, along, n in zip(parts, places, source.shape):
-            inside = along[part.start : part.stop]
-            inside = inside[_inside(inside, n)]
-            low, high = (int(inside[0]) - 1, int(inside[-1]) + 3) if len(inside) else (0, 1)
+        for part, (places, inside), n in zip(parts, along, source.shape):
+            here = places[part.start : part.stop][inside[part.start : part.stop]]
+            low, high = (int(here[0]) - 1, int(here[-1]) + 3) if len(here) else (0, 1)
             needed.append(slice(max(low, 0), min(high, n)))
         moved = source_grid.moved(*(part.start for part in needed))
         part_of = target.moved(*(part.start for part in parts))
-        return lay(source[tuple(needed)], moved, part_of, tuple(len(part) for part in parts))
+        return lay(source[tuple(needed)], moved, part_of, tuple(map(len, parts)))
 
-    return View((*size, *source.shape[2:]), source.dtype, read)
+    return View(size, source.dtype, read)
 
 
-def nearest(
-    array: np.ndarray, source: Grid, target: Grid, size: tuple[int, int], outside: int = 255
-) -> np.ndarray:
-    """Labels (h, w) on the target's grid -> (H, W); `outside` where the source does not reach."""
-    places = places_in(source, target, size)
+def nearest(array: np.ndarray, source: Grid, target: Grid, size: tuple[int, int]) -> np.ndarray:
+    """Labels (h, w) on the target's grid -> (H, W); 255 where the source does not reach."""
+    (rows, above), (columns, beside) = places_in(source, target, array.shape, size)
     rows, columns = (
-        np.clip(np.floor(along + 0.5), 0, n - 1).astype(np.intp)
-        for along, n in zip(places, array.shape)
+        np.clip(np.floor(places + 0.5), 0, n - 1).astype(np.intp)
+        for places, n in zip((rows, columns), array.shape)
     )
-    inside = [_inside(along, n) for along, n in zip(places, array.shape)]
-    out = array[rows[:, None], columns]
-    out[~(inside[0][:, None] & inside[1])] = outside
-    return out
+    return np.where(above[:, None] & beside, array[rows[:, None], columns], array.dtype.type(255))
 
 
 def resample(array: np.ndarray, source: Grid, target: Grid, size: tuple[int, int]) -> np.ndarray:
     """Heights (h, w) float32, NaN where missing, laid bilinearly on the target's grid -> (H, W)
     float32. A pixel is the weighted mean of its valid neighbours, NaN where there is none, and
     outside the source."""
-    rows, columns = places_in(source, target, size)
-    inside = [_inside(along, n) for along, n in zip((rows, columns), array.shape)]
+    (rows, above), (columns, beside) = places_in(source, target, array.shape, size)
     valid = np.isfinite(array)
     known, weights = np.where(valid, array, 0).astype(np.float32), valid.astype(np.float32)
     out = np.full(size, np.nan, np.float32)
-    for top in range(0, size[0], STRIP):
-        strip = slice(top, top + STRIP)
+    for strip, _ in strip_boxes(size):
         weight = bilinear(weights, rows[strip], columns)
-        here = (weight > 1e-6) & inside[0][strip, None] & inside[1]
+        here = (weight > 1e-6) & above[strip, None] & beside
         out[strip][here] = bilinear(known, rows[strip], columns)[here] / weight[here]
     return out
 
@@ -264,12 +245,11 @@ def resample(array: np.ndarray, source: Grid, target: Grid, size: tuple[int, int
 def bilinear(array: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """(h, w) at fractional places -> (len(rows), len(columns)) float32; places beyond the edge take
     its value."""
-    for axis, places in ((0, rows), (1, columns)):
+    for axis, places in enumerate((rows, columns)):
         last = array.shape[axis] - 1
         places = np.clip(places, 0, last)
         low = np.minimum(places.astype(np.intp), max(last - 1, 0))
-        share = (places - low).astype(np.float32)
-        share = share[:, None] if axis == 0 else share
+        share = np.expand_dims((places - low).astype(np.float32), 1 - axis)
         high = np.minimum(low + 1, last)
         array = array.take(low, axis) * (1 - share) + array.take(high, axis) * share
     return array

@@ -12,6 +12,7 @@ from geodata.layouts import IGNORE, Classes
 from geodata.slices import Raster, row_strips
 
 LISTED = 8  # unknown values that are named
+UNKNOWN = 254  # stands for colours of no class; palettes have at most 64
 
 
 def colors_to_labels(
@@ -30,8 +31,7 @@ def colors_to_labels(
     K = len(colors)
     distances = np.abs(colors[:, None] - colors[None]).max(axis=-1) + 256 * np.eye(K, dtype=int)
     widest = (int(distances.min()) - 1) // 2 if K > 1 else 255
-    if tolerance is None:
-        tolerance = widest
+    tolerance = widest if tolerance is None else tolerance
     if tolerance > widest or widest < 0:
         raise ValueError(f"tolerance {tolerance} makes the palette ambiguous; at most {widest}")
     # Bit k of tables[c][v]: value v in channel c may belong to colour k. Three look-ups and two
@@ -72,37 +72,37 @@ class Legend:
     def decode(self, raw: np.ndarray, table: np.ndarray | None = None) -> np.ndarray:
         """Colours (H, W, 3 and more) or numbers (H, W) -> (H, W) int16: classes, IGNORE for what is
         not scored, -1 for what fits no class. `table` (N,) are the classes of a colour table."""
-        K = len(self.classes)
         if raw.ndim == 3 and raw.shape[2] >= 3:
             # differs: the published code matches colours exactly, and makes all others class 0
             # (docs/method.md 3.2)
-            found = colors_to_labels(raw[..., :3], self.palette, 0 if self.exact else None, 254)
-            out = found.astype(np.int16)
-            out[found == K] = IGNORE
-            out[found == 254] = -1
-            return out
+            return self._of_colors(raw[..., :3], 0 if self.exact else None)
         raw = raw[..., 0] if raw.ndim == 3 else raw
         if raw.dtype == np.uint8 and raw.size > 256:  # each value once
             return self.decode(np.arange(256, dtype=np.uint8), table)[raw]
         ignored = IGNORE if self.codes is not None else self.ignore_index
         if ignored == -1 and raw.dtype == np.uint8:  # int8's -1 written as 255
             raw = raw.view(np.int8)
-        classes = np.arange(K) if self.codes is None else np.array(self.codes)
-        classes = classes if table is None else table
-        known = (raw >= 0) & (raw < len(classes)) & (raw == np.trunc(raw))
-        out = np.where(known, classes[np.where(known, raw, 0).astype(np.intp)], -1)
+        if table is None:
+            table = np.array(range(len(self.classes)) if self.codes is None else self.codes)
+        known = (raw >= 0) & (raw < len(table)) & (raw == np.trunc(raw))
+        out = np.where(known, table[np.where(known, raw, 0).astype(np.intp)], -1)
         out[raw == ignored] = IGNORE
         return out.astype(np.int16)
+
+    def _of_colors(self, rgb: np.ndarray, tolerance: int | None) -> np.ndarray:
+        out = colors_to_labels(rgb, self.palette, tolerance, UNKNOWN).astype(np.int16)
+        out[out == len(self.classes)] = IGNORE
+        out[out == UNKNOWN] = -1
+        return out
 
     def table_of(self, raster: Raster) -> np.ndarray | None:
         """The classes (N,) of a raster's colour table, where it speaks of the classes: where most
         pixels have the exact colour of one; None where the raster holds numbers."""
         if raster.palette is None or self.codes is not None or raster.dtype != np.uint8:
             return None
-        table = colors_to_labels(raster.palette[None], self.palette, 0, 254)[0].astype(np.int16)
-        table[table == len(self.classes)] = IGNORE
-        table[table == 254] = -1
-        if (table[: len(self.classes)] == np.arange(len(self.classes))[: len(table)]).all():
+        table = self._of_colors(raster.palette[None], 0)[0]
+        own = table[: len(self.classes)]
+        if np.array_equal(own, np.arange(len(own))):
             return None
         counts = np.zeros(256, np.int64)
         for strip in row_strips(raster):
@@ -112,14 +112,11 @@ class Legend:
 
     def unknown(self, raw: np.ndarray, decoded: np.ndarray) -> dict:
         """Value or colour -> pixels, of those that fit no class."""
-        values = raw[decoded == -1]
-        if raw.ndim == 3 and raw.shape[2] >= 3:
+        values, colours = raw[decoded == -1], raw.ndim == 3 and raw.shape[2] >= 3
+        if colours:  # as one number each, which are sorted ten times faster than rows
             values = values[:, :3].astype(np.int32) @ (65536, 256, 1)
-            found, counts = np.unique(values, return_counts=True)
-            found = zip(found >> 16, found >> 8 & 255, found & 255)
-            return {tuple(map(int, color)): int(n) for color, n in zip(found, counts)}
-        found, counts = np.unique(values.ravel(), return_counts=True)
-        return dict(zip(found.tolist(), counts.tolist()))
+        found = zip(*(part.tolist() for part in np.unique(values, return_counts=True)))
+        return {(v >> 16, v >> 8 & 255, v & 255) if colours else v: n for v, n in found}
 
     def finish(self, decoded: np.ndarray) -> np.ndarray:
         """What `decode` gave -> (H, W) uint8 labels."""

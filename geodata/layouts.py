@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 Classes = tuple[tuple[str, tuple[int, int, int]], ...]
 
-
 IGNORE = 255
+LABELS = ("dataset", "published")  # decoded with their defects repaired, or as published
+MODALITIES = {"image": ("image",), "dsm": ("dsm",), "image+dsm": ("image", "dsm")}
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,9 @@ class Layout:
     scored: tuple[int, ...]  # the classes that mF1 and mIoU average
     splits: dict[str, dict[str, tuple[str, ...]]]  # paper, official -> split -> tile numbers
     validation: tuple[str, ...]  # training tiles to hold out when nobody names others
-    image: dict[
-        str, tuple[tuple[str, tuple[int, ...]], ...]
-    ]  # name of the bands -> pattern, bands; the first is default
-    dsm: dict[
-        str, tuple[float, tuple[str, ...]]
-    ]  # kind of heights -> metres of one count, patterns
+    # Name of the bands -> pattern and bands of each possible file; the first name is the default.
+    image: dict[str, tuple[tuple[str, tuple[int, ...]], ...]]
+    dsm: dict[str, tuple[float, tuple[str, ...]]]  # kind -> metres of one count, patterns
     labels: tuple[str, ...]  # for training
     test_labels: tuple[str, ...]  # for scoring
     labels_note: str  # how the scored labels are to be called beside a score
@@ -33,25 +31,19 @@ class Layout:
     source: str  # where the data come from
     unscored_color: tuple[int, int, int] | None = None  # a colour of the labels that is read as 255
     nested: tuple[str, ...] = ("",)  # folders below the root in which some copies keep everything
-    listed: dict[str, tuple[str, ...]] = field(
-        default_factory=dict
-    )  # split -> folders whose labels list the tiles
-    codes: dict[str, tuple[int, ...]] = field(
-        default_factory=dict
-    )  # dataset, published -> class of raw code 0, 1, ...
+    # Split -> folders whose labels list the tiles
+    listed: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    codes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # LABELS -> class of raw codes
     coded: tuple[str, ...] = ()  # the label patterns that hold raw codes
 
     def describe(self) -> str:
         """The files of a tile, by their first patterns."""
-        image, (_, heights) = next(iter(self.image.values())), next(iter(self.dsm.values()))
-        return ", ".join(
-            (image[0][0], heights[0], self.labels[0], *{self.test_labels[0]} - {self.labels[0]})
-        )
+        image, heights = (next(iter(kinds.values())) for kinds in (self.image, self.dsm))
+        first = image[0][0], heights[1][0], self.labels[0], self.test_labels[0]
+        return ", ".join(dict.fromkeys(first))
 
 
 ISPRS_SOURCE = "ISPRS commission II, working group 4, '2D semantic labeling' (data request form)"
-
-
 ISPRS_CLASSES = (
     ("impervious", (255, 255, 255)),
     ("building", (0, 0, 255)),
@@ -61,19 +53,12 @@ ISPRS_CLASSES = (
     ("clutter", (255, 0, 0)),
 )
 
-
 UNSCORED_COLOR = (0, 0, 0)  # ISPRS's eroded labels: class borders
-
-
 RGB = (0, 1, 2)
 
-
 _TOP = "top_mosaic_09cm_area{id}.tif"
-
-
 _ERODED = "top_mosaic_09cm_area{id}_noBoundary.tif"
-
-
+_COMPLETE = "ISPRS_semantic_labeling_Vaihingen_ground_truth_"
 VAIHINGEN = Layout(
     classes=ISPRS_CLASSES,
     scored=(0, 1, 2, 3, 4),
@@ -91,14 +76,10 @@ VAIHINGEN = Layout(
     image={"irrg": (("top/" + _TOP, RGB),)},
     # differs: the paper says normalised heights, its code reads these
     dsm={"absolute": (1.0, ("dsm/dsm_09cm_matching_area{id}.tif",))},
-    labels=(
-        "gts_for_participants/" + _TOP,
-        "ISPRS_semantic_labeling_Vaihingen_ground_truth_COMPLETE/" + _TOP,
-        _TOP,
-    ),
+    labels=("gts_for_participants/" + _TOP, _COMPLETE + "COMPLETE/" + _TOP, _TOP),
     test_labels=(
         "gts_eroded_for_participants/" + _ERODED,
-        "ISPRS_semantic_labeling_Vaihingen_ground_truth_eroded_COMPLETE/" + _ERODED,
+        _COMPLETE + "eroded_COMPLETE/" + _ERODED,
         _ERODED,
     ),
     labels_note="eroded labels",
@@ -107,37 +88,23 @@ VAIHINGEN = Layout(
     unscored_color=UNSCORED_COLOR,
 )
 
-
-_POTSDAM_TRAIN = (
-    "6_10 7_10 2_12 3_11 2_10 7_8 5_10 3_12 5_12 7_11 7_9 6_9 7_7 4_12 6_8 6_12 6_7 4_11"
+_POTSDAM_TRAIN = tuple(
+    "6_10 7_10 2_12 3_11 2_10 7_8 5_10 3_12 5_12 7_11 7_9 6_9 7_7 4_12 6_8 6_12 6_7 4_11".split()
 )
-
-
-_POTSDAM_TEST = "4_10 5_11 2_11 3_10 6_11 7_12"
-
-
-_POTSDAM_LABEL, _POTSDAM_ERODED = (
-    "top_potsdam_{id}_label.tif",
-    "top_potsdam_{id}_label_noBoundary.tif",
-)
-
-
-_RGBIR, _LASTOOLS = (
-    "4_Ortho_RGBIR/top_potsdam_{id}_RGBIR.tif",
-    "1_DSM_normalisation/dsm_potsdam_%s_normalized_lastools.",
-)
-
-
+_POTSDAM_TEST = tuple("4_10 5_11 2_11 3_10 6_11 7_12".split())
+_POTSDAM_OTHERS = "2_13 2_14 3_13 3_14 4_13 4_14 4_15 5_13 5_14 5_15 6_13 6_14 6_15 7_13"
+_POTSDAM_LABEL = "top_potsdam_{id}_label.tif"
+_POTSDAM_ERODED = "top_potsdam_{id}_label_noBoundary.tif"
+_RGBIR = "4_Ortho_RGBIR/top_potsdam_{id}_RGBIR.tif"
+_LASTOOLS = "1_DSM_normalisation/dsm_potsdam_%s_normalized_lastools."
 POTSDAM = Layout(
     classes=ISPRS_CLASSES,
     scored=(0, 1, 2, 3, 4),
     splits={
-        "paper": {"train": tuple(_POTSDAM_TRAIN.split()), "test": tuple(_POTSDAM_TEST.split())},
+        "paper": {"train": _POTSDAM_TRAIN, "test": _POTSDAM_TEST},
         "official": {
-            "train": tuple(f"{_POTSDAM_TRAIN} {_POTSDAM_TEST}".split()),
-            "test": tuple(
-                "2_13 2_14 3_13 3_14 4_13 4_14 4_15 5_13 5_14 5_15 6_13 6_14 6_15 7_13".split()
-            ),
+            "train": (*_POTSDAM_TRAIN, *_POTSDAM_TEST),
+            "test": tuple(_POTSDAM_OTHERS.split()),
         },
     },
     validation=("3_11", "5_12", "7_8"),
@@ -155,12 +122,15 @@ POTSDAM = Layout(
         ),
         "absolute": (1.0, ("1_DSM/dsm_potsdam_{padded}.tif", "1_DSM/dsm_potsdam_{id}.tif")),
     },
-    labels=tuple(
-        folder + _POTSDAM_LABEL for folder in ("5_Labels_for_participants/", "5_Labels_all/", "")
+    labels=(
+        "5_Labels_for_participants/" + _POTSDAM_LABEL,
+        "5_Labels_all/" + _POTSDAM_LABEL,
+        _POTSDAM_LABEL,
     ),
-    test_labels=tuple(
-        folder + _POTSDAM_ERODED
-        for folder in ("5_Labels_for_participants_no_Boundary/", "5_Labels_all_noBoundary/", "")
+    test_labels=(
+        "5_Labels_for_participants_no_Boundary/" + _POTSDAM_ERODED,
+        "5_Labels_all_noBoundary/" + _POTSDAM_ERODED,
+        _POTSDAM_ERODED,
     ),
     labels_note="eroded labels",
     pixel=0.05,
@@ -168,16 +138,14 @@ POTSDAM = Layout(
     unscored_color=UNSCORED_COLOR,
 )
 
-
 _LAND_COVER = ("{folder}/lc/lc_{id}.tif", "{folder}/lc/{id}.tif")
-
-
 _PREPARED = "masks_png/{id}.tif"
-
-
+_HUNAN_TEST = """
+    11767 11816 1239 12626 12815 1290 1303 13254 13257 13515 13765 14108 14293 15426 1625 16373
+    16750 16890 17039 17055 17107 17455 17821 17980 18958 1908 1923 20028 2106 21385 21423 22312
+    2256 2265 2442 2603 27264 28965 29287 30275 3280 4017 4166 4886 5215 5233 5410 639 7176 11624
+"""
 _X = IGNORE
-
-
 HUNAN = Layout(
     classes=(
         ("cropland", (196, 90, 17)),
@@ -189,19 +157,8 @@ HUNAN = Layout(
         ("built-up", (239, 159, 2)),
     ),
     scored=(0, 1, 2, 3, 4, 5, 6),
-    splits={
-        # Of the prepared folders, which keep all tiles together: what is not tested trains.
-        "paper": {
-            "test": tuple(
-                "11767 11816 1239 12626 12815 1290 1303 13254 13257 13515 13765 14108 14293 15426 "
-                "1625 16373 16750 "
-                "16890 17039 17055 17107 17455 17821 17980 18958 1908 1923 20028 2106 21385 21423 "
-                "22312 2256 2265 2442 "
-                "2603 27264 28965 29287 30275 3280 4017 4166 4886 5215 5233 5410 639 7176 "
-                "11624".split()
-            )
-        }
-    },
+    # Of the prepared folders, which keep all tiles together: what is not tested trains.
+    splits={"paper": {"test": tuple(_HUNAN_TEST.split())}},
     validation=(),  # the tiles of the folder val
     image={
         "rgb": (
@@ -233,7 +190,6 @@ HUNAN = Layout(
     coded=_LAND_COVER,
 )
 
-
 LAYOUTS: dict[str, Layout] = {
     "vaihingen": VAIHINGEN,
     "synthetic": VAIHINGEN,
@@ -241,20 +197,8 @@ LAYOUTS: dict[str, Layout] = {
     "hunan": HUNAN,
     "mmhunan": HUNAN,
 }
-
+DATASETS = (*LAYOUTS, "tiles")
 
 # Scored pixels of the paper's Vaihingen test tiles with eroded labels, by class: who counts the
 # same reads the same.
 VAIHINGEN_TEST_PIXELS = (4_804_365, 5_422_947, 2_902_710, 4_392_760, 148_677, 6_216)
-
-
-MODALITIES = {"image": ("image",), "dsm": ("dsm",), "image+dsm": ("image", "dsm")}
-
-
-DATASETS = (*LAYOUTS, "tiles")
-
-
-LABELS = (
-    "dataset",
-    "published",
-)  # how labels are decoded: with their defects repaired, or as the published code does

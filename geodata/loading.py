@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 
 from geodata.layouts import IGNORE
-from geodata.slices import DataError, View, row_strips
+from geodata.slices import DataError, row_strips
 from geodata.tiles import LoadedTile, Tile
 
 
@@ -20,29 +20,27 @@ def load_tiles(
     labels last. Raises DataError when the files that cannot be read crop by crop are larger than
     that, and when no pixel of any tile is scored."""
     kinds = ("labels", *reversed(modalities))  # the smallest, and the dearest to decode, first
-    budget, held, fixed = memory_gb * 1e9, [set() for _ in tiles], []
-    for kind in kinds:
-        for tile, chosen in zip(tiles, held):
-            if kind in tile.paths and not tile.stays_in_file(kind):
-                chosen.add(kind)
-                fixed.append((tile.memory(kind), str(tile.paths[kind])))
-    used = sum(size for size, _ in fixed)
+    rasters = [(i, kind) for kind in kinds for i, tile in enumerate(tiles) if kind in tile.paths]
+    sizes = {(i, kind): tiles[i].memory(kind) for i, kind in rasters}
+    held = {(i, kind) for i, kind in rasters if not tiles[i].stays_in_file(kind)}
+    budget, used = memory_gb * 1e9, sum(sizes[raster] for raster in held)
     if used > budget:
+        i, kind = max(sorted(held), key=sizes.get)
         raise DataError(
-            f"{max(fixed)[1]}: only TIFFs that are uncompressed or in small tiles or strips can "
-            f"be read crop by crop, and "
-            f"the {len(fixed)} files that are none take {used / 1e9:.3g} GB, more than "
-            f"--memory-gb {memory_gb:g}; "
-            f"raise it, or rewrite them: gdal_translate -co TILED=YES IN OUT.tif"
+            f"{tiles[i].paths[kind]}: only TIFFs that are uncompressed or in small tiles or strips "
+            f"can be read crop by crop, and the {len(held)} files that are none take "
+            f"{used / 1e9:.3g} GB, more than --memory-gb {memory_gb:g}; raise it, or rewrite them: "
+            f"gdal_translate -co TILED=YES IN OUT.tif"
         )
-    for kind in kinds:
-        for tile, chosen in zip(tiles, held):
-            if kind in tile.paths and kind not in chosen and used + tile.memory(kind) <= budget:
-                chosen.add(kind)
-                used += tile.memory(kind)
-    loaded = [tile.load(modalities, chosen) for tile, chosen in zip(tiles, held)]
-    scored = any((strip != IGNORE).any() for tile in loaded for strip in row_strips(tile.labels))
-    if tiles and not scored:
+    for raster in rasters:
+        if raster not in held and used + sizes[raster] <= budget:
+            held.add(raster)
+            used += sizes[raster]
+    loaded = [
+        tile.load(modalities, {kind for j, kind in held if j == i}) for i, tile in enumerate(tiles)
+    ]
+    strips = (strip for tile in loaded for strip in row_strips(tile.labels))
+    if tiles and not any((strip != IGNORE).any() for strip in strips):
         raise DataError(
             f"{tiles[0].paths['labels']}: no pixel of any training tile is scored; all labels are "
             f"the value that is ignored"
@@ -55,20 +53,18 @@ def fingerprint(tiles: list[LoadedTile]) -> str:
     on other data."""
     code = 0
     for tile in tiles:
-        for raster in (tile.image, tile.dsm, tile.labels):
-            if raster is not None:
-                H, W = raster.shape[:2]
-                code = zlib.crc32(f"{tile.name}{raster.shape}".encode(), code)
-                for row in range(0, H, max(1, H // 1000)):
-                    code = zlib.crc32(np.ascontiguousarray(raster[row : row + 1, 0:W]), code)
+        for raster in tile.rasters():
+            H, W = raster.shape[:2]
+            code = zlib.crc32(f"{tile.name}{raster.shape}".encode(), code)
+            for row in range(0, H, max(1, H // 1000)):
+                code = zlib.crc32(np.ascontiguousarray(raster[row : row + 1, 0:W]), code)
     return f"{code:08x}"
 
 
 def memory_line(loaded: list[LoadedTile]) -> str:
     """How much memory tiles take, and how much of them stays in files."""
-    rasters = [r for tile in loaded for r in (tile.image, tile.dsm, tile.labels)]
-    mapped = sum(isinstance(r, View) and not r.nbytes for r in rasters)
-    files = f", {mapped} rasters are read crop by crop from their files" if mapped else ""
+    in_files = sum(not raster.nbytes for tile in loaded for raster in tile.rasters())
+    files = f", {in_files} rasters are read crop by crop from their files" if in_files else ""
     size = sum(tile.nbytes() for tile in loaded) / 1e6
     return f"{len(loaded)} tiles take {size:,.1f} MB of memory{files}"
 
@@ -77,9 +73,5 @@ def facts_of(tiles: list[Tile]) -> dict:
     """What is kept with a run about its training tiles, once they are loaded."""
     pixels = sorted(size for tile in tiles if (size := tile.pixel_size()))
     limits = [tile.height_limits for tile in tiles if tile.height_limits]
-    return {
-        "pixel": pixels[len(pixels) // 2] if pixels else None,
-        "heights": [min(low for low, _ in limits), max(high for _, high in limits)]
-        if limits
-        else None,
-    }
+    ends = [min(low for low, _ in limits), max(high for _, high in limits)] if limits else None
+    return {"pixel": pixels[len(pixels) // 2] if pixels else None, "heights": ends}

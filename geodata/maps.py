@@ -25,6 +25,7 @@ from PIL import Image
 
 from engine.files import replace_together
 from geodata.grids import geo_tags, read_grid
+from geodata.labels import labels_to_colors
 from geodata.layouts import Classes
 from geodata.rasters import GDAL_METADATA, NODATA
 from geodata.slices import DataError
@@ -33,8 +34,7 @@ TIFF_ENDINGS = (".tif", ".tiff")
 ENDINGS = (".png", *TIFF_ENDINGS)
 NO_DATA = 255  # no class, and no percentage
 SIDE = 256  # pixels of a TIFF's tile
-# Bytes that a TIFF of 32-bit offsets holds, with room for what is not pixels
-CLASSIC = 2**32 - 2**25
+CLASSIC = 2**32 - 2**25  # bytes that 32-bit offsets reach, with room for what is not pixels
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,13 @@ class Output:
     classes: Classes = ()  # whose indices it holds; without, it holds percent
 
     @property
+    def is_tiff(self) -> bool:
+        return self.path.suffix.lower() in TIFF_ENDINGS
+
+    @property
     def palette(self) -> np.ndarray:
         """(256, 3) uint8."""
-        palette = np.zeros((256, 3), dtype=np.uint8)
-        palette[: len(self.classes)] = [color for _, color in self.classes]
-        return palette
+        return labels_to_colors(np.arange(256), [color for _, color in self.classes])
 
 
 def write_maps(
@@ -70,26 +72,20 @@ def write_maps(
 
     def write(*temporary: Path) -> None:
         with tempfile.TemporaryFile(dir=temporary[0].parent) as file:
-            bands = Scratch(file, (sum(len(output.bands) for output in outputs), *size))
+            bands, first = Scratch(file, (sum(len(o.bands) for o in outputs), *size)), 0
             bands.write(strips)
-            first = 0
             for path, output in zip(temporary, outputs):
-                chosen = range(first, first + len(output.bands))
-                if is_tiff(output.path):
-                    _write_tiff(path, output, bands, chosen, tags)
+                if output.is_tiff:
+                    _write_tiff(path, output, bands, first, tags)
                 else:
                     _write_png(path, output, bands, first)
-                first = chosen.stop
+                first += len(output.bands)
         for path, text in zip(temporary[len(outputs) :], texts.values()):
             path.write_text(text, encoding="utf-8")
         for path in beside.keys() - texts.keys():
             path.unlink(missing_ok=True)
 
     replace_together([*(output.path for output in outputs), *texts], write)
-
-
-def is_tiff(path: Path) -> bool:
-    return path.suffix.lower() in TIFF_ENDINGS
 
 
 @dataclass
@@ -101,8 +97,7 @@ class Scratch:
     shape: tuple[int, int, int]
 
     def write(self, strips: Iterable[np.ndarray]) -> None:
-        C, H, W = self.shape
-        top = 0
+        top, (_, H, W) = 0, self.shape
         for strip in strips:  # (C, n, W)
             for band, rows in enumerate(strip):
                 self.file.seek((band * H + top) * W)
@@ -119,63 +114,51 @@ class Scratch:
 
 def sidecars(output: Output, source: Path | None) -> dict[Path, str | None]:
     """The text of each file that may lie beside an output; None where none belongs there."""
-    path, metadata = output.path, ""
+    path, about, place = output.path, "", None
     if output.classes:
-        metadata = "".join(f"<Category>{escape(name)}</Category>" for name, _ in output.classes)
-        metadata = f"<CategoryNames>{metadata}</CategoryNames>"
-    elif not is_tiff(path):
+        names = "".join(f"<Category>{escape(name)}</Category>" for name, _ in output.classes)
+        about = f"<CategoryNames>{names}</CategoryNames>"
+    elif not output.is_tiff:
         name = escape(output.bands[0])
-        metadata = f"<Description>{name}</Description><UnitType>percent</UnitType>"
-    whole = f'<PAMDataset><PAMRasterBand band="1">{metadata}</PAMRasterBand></PAMDataset>\n'
-    beside = {path.with_name(path.name + ".aux.xml"): whole if metadata else None}
-    beside |= {path.with_name(path.name + ending): None for ending in (".ovr", ".msk")}
-    if is_tiff(path):
-        if source is None or source.with_suffix("") != path.with_suffix(""):
-            beside[path.with_suffix(".tfw")] = None
-    else:
-        grid = None if source is None else read_grid(source)
-        beside[path.with_suffix(".pgw")] = None if grid is None else grid.world_file()
+        about = f"<Description>{name}</Description><UnitType>percent</UnitType>"
+    whole = f'<PAMDataset><PAMRasterBand band="1">{about}</PAMRasterBand></PAMDataset>\n'
+    texts = {".aux.xml": whole if about else None, ".ovr": None, ".msk": None}
+    beside = {path.with_name(path.name + ending): text for ending, text in texts.items()}
+    if not output.is_tiff and source and (grid := read_grid(source)):
+        place = grid.world_file()
+    # The world file of the image itself is none of the map's.
+    if not output.is_tiff or source is None or source.with_suffix("") != path.with_suffix(""):
+        beside[path.with_suffix(".tfw" if output.is_tiff else ".pgw")] = place
     return beside
 
 
-def _write_tiff(
-    path: Path, output: Output, pixels: Scratch, bands: range, tags: list[tuple]
-) -> None:
+def _write_tiff(path: Path, output: Output, pixels: Scratch, first: int, tags: list[tuple]) -> None:
     """A TIFF in deflate tiles, band after band.
 
     A cloud-optimised one has the directories of all sizes first, and the tiles of the smallest
     before those of larger ones. tifffile puts tiles behind each directory, so it writes directories
     of empty tiles; what they hold is appended, and where it lies is entered at the end."""
-    C, H, W = len(bands), *pixels.shape[1:]
-    factors = [1]
+    C, (_, H, W), factors = len(output.bands), pixels.shape, [1]
     while max(H, W) > 2 * SIDE * factors[-1]:
         factors.append(2 * factors[-1])
     sizes = [(-(-H // f), -(-W // f)) for f in factors]
     tiles = [C * -(-h // SIDE) * -(-w // SIDE) for h, w in sizes]
-    colours = {"photometric": "minisblack"}
+    options = dict(dtype=np.uint8, tile=(SIDE, SIDE), compression="zlib", metadata=None)
+    options |= dict(photometric="minisblack", planarconfig="separate" if C > 1 else None)
     if output.classes:  # TIFF's colour tables are of 16 bit
-        colours = {"photometric": "palette", "colormap": output.palette.T.astype(np.uint16) * 257}
+        options |= dict(photometric="palette", colormap=output.palette.T.astype(np.uint16) * 257)
     nodata = (NODATA, "s", 0, str(NO_DATA), True)
     about = [*tags, (GDAL_METADATA, "s", 0, _gdal_metadata(output), True)]
     # At the worst nothing can be compressed.
     with tifffile.TiffWriter(path, bigtiff=sum(tiles) * SIDE**2 > CLASSIC) as writer:
-        for size, count in zip(sizes, tiles):
-            writer.write(
-                iter([b""] * count),
-                shape=(C, *size) if C > 1 else size,
-                dtype=np.uint8,
-                tile=(SIDE, SIDE),
-                planarconfig="separate" if C > 1 else None,
-                compression="zlib",
-                metadata=None,
-                subfiletype=0 if size == (H, W) else 1,
-                extratags=[nodata, *(about if size == (H, W) else [])],
-                **colours,
-            )
+        for level, (size, count) in enumerate(zip(sizes, tiles)):
+            options |= dict(shape=(C, *size) if C > 1 else size, subfiletype=min(level, 1))
+            extra = [nodata] if level else [nodata, *about]
+            writer.write(iter([b""] * count), extratags=extra, **options)
     places = []
     with open(path, "ab") as file:
         for factor in factors[::-1]:
-            packed = (zlib.compress(tile) for tile in _tiles(pixels, bands, factor))
+            packed = map(zlib.compress, _tiles(pixels, range(first, first + C), factor))
             places.append([(file.tell(), file.write(data)) for data in packed])
     with tifffile.TiffFile(path, mode="r+") as tiff:
         for page, own in zip(tiff.pages, places[::-1]):
@@ -185,9 +168,8 @@ def _write_tiff(
 
 def _tiles(pixels: Scratch, bands: range, factor: int) -> Iterator[np.ndarray]:
     """The tiles of every `factor`-th pixel, row by row, of one band after the other."""
-    _, H, W = pixels.shape
     for band in bands:
-        for top in range(0, H, SIDE * factor):
+        for top in range(0, pixels.shape[1], SIDE * factor):
             rows = pixels[band, top : top + SIDE * factor : factor, ::factor]
             height, width = rows.shape
             edge = [(0, SIDE - height), (0, -width % SIDE)]
@@ -197,29 +179,22 @@ def _tiles(pixels: Scratch, bands: range, factor: int) -> Iterator[np.ndarray]:
 
 
 def _gdal_metadata(output: Output) -> bytes:
-    """The names of the bands as GDAL keeps them in a TIFF."""
-    items = [
-        f'name="DESCRIPTION" sample="{i}" role="description">{escape(band)}'
-        for i, band in enumerate(output.bands)
-    ]
-    if not output.classes:
-        items += [
-            f'name="UNITTYPE" sample="{i}" role="unittype">percent'
-            for i in range(len(output.bands))
-        ]
-    return (
-        f"<GDALMetadata>{''.join(f'<Item {item}</Item>' for item in items)}</GDALMetadata>".encode()
-    )
+    """The names of the bands, and the unit of percentages, as GDAL keeps them in a TIFF."""
+    items = ""
+    for i, band in enumerate(output.bands):
+        items += f'<Item name="DESCRIPTION" sample="{i}" role="description">{escape(band)}</Item>'
+        if not output.classes:
+            items += f'<Item name="UNITTYPE" sample="{i}" role="unittype">percent</Item>'
+    return f"<GDALMetadata>{items}</GDALMetadata>".encode()
 
 
 def _write_png(path: Path, output: Output, pixels: Scratch, band: int) -> None:
-    _, H, W = pixels.shape
-    mode = "P" if output.classes else "L"
+    mode, (_, H, W) = "P" if output.classes else "L", pixels.shape
     picture = Image.frombuffer(mode, (W, H), pixels.mapped()[band], "raw", mode, 0, 1)
     clear: bytes | int = NO_DATA
     if output.classes:
         picture.putpalette(output.palette.tobytes())
-        clear = bytes(255 if i != NO_DATA else 0 for i in range(256))
+        clear = b"\xff" * NO_DATA + b"\0"
     picture.save(path, "PNG", transparency=clear)
 
 
@@ -238,23 +213,22 @@ def cut_out(
 def check_outputs(paths: dict[str, Path], sources: Iterable[Path]) -> None:
     """Raises DataError, by flag, for a map that could not be written, or would overwrite another or
     a source of it."""
-    taken = {}
+    taken, own = {}, [source.resolve() for source in sources if source.exists()]
     for flag, path in paths.items():
-        place = path.resolve()
+        place, problem = path.resolve(), None
+        # On many systems A.tif and a.tif are one file.
+        other = taken.setdefault(str(place).casefold(), flag)
         if path.suffix.lower() not in ENDINGS:
-            raise DataError(f"{flag} {path}: maps are written as .png or .tif")
-        if flag == "--probabilities" and not is_tiff(path):
-            raise DataError(f"{flag} {path}: a PNG has no bands for all classes; give a .tif")
-        if not place.parent.is_dir():
-            raise DataError(f"{flag} {path}: its folder does not exist")
-        if path.is_dir():
-            raise DataError(f"{flag} {path}: is a folder; give a file")
-        if any(source.exists() and place == source.resolve() for source in sources):
-            raise DataError(
-                f"{flag} {path}: is one of the rasters to predict from; give another file"
-            )
-        other = taken.setdefault(
-            str(place).casefold(), flag
-        )  # on many systems A.tif and a.tif are one file
-        if other != flag:
-            raise DataError(f"{flag} {path}: is the file of {other} too; give another file")
+            problem = "maps are written as .png or .tif"
+        elif flag == "--probabilities" and path.suffix.lower() not in TIFF_ENDINGS:
+            problem = "a PNG has no bands for all classes; give a .tif"
+        elif not place.parent.is_dir():
+            problem = "its folder does not exist"
+        elif path.is_dir():
+            problem = "is a folder; give a file"
+        elif place in own:
+            problem = "is one of the rasters to predict from; give another file"
+        elif other != flag:
+            problem = f"is the file of {other} too; give another file"
+        if problem:
+            raise DataError(f"{flag} {path}: {problem}")

@@ -21,8 +21,8 @@ from geodata.slices import DataError, Raster, one_line, unreadable
 
 __all__ = ["DataError", "Raster", "one_line", "open_raster", "read_raster"]
 
-# Scale, tie point, matrix; keys, their values
-GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
+# Scale, tie point, matrix; keys, their values: with their types
+GEO_TAGS = {33550: "d", 33922: "d", 34264: "d", 34735: "H", 34736: "d", 34737: "s"}
 GDAL_METADATA, NODATA = 42112, 42113
 LARGE = 1 << 18  # bytes of a segment of LZW beyond which its size is taken on trust
 MASK = 4  # the bit of NewSubfileType
@@ -30,17 +30,15 @@ JFIF = b"\xff\xd8\xff"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 CONVERT = "gdal_translate IN OUT.tif"
 COLOURS = {0: "grey", 1: "grey", 2: "rgb", 3: "palette", 4: "grey", 6: "rgb"}  # PHOTOMETRIC
+FOOT, SURVEY_FOOT = 0.3048, 1200 / 3937
+FEET = {9002: FOOT, 9003: SURVEY_FOOT, "ft": FOOT, "ftUS": SURVEY_FOOT}  # of GeoTIFF
 METRES = {  # of GDAL's names of units; none and an unknown one are taken for metres
-    **dict.fromkeys(("ft", "foot", "feet", "international foot"), 0.3048),
-    **dict.fromkeys(("us survey foot", "us survey feet", "ftus", "us-ft"), 1200 / 3937),
+    **dict.fromkeys(("ft", "foot", "feet", "international foot"), FOOT),
+    **dict.fromkeys(("us survey foot", "us survey feet", "ftus", "us-ft"), SURVEY_FOOT),
     **dict.fromkeys(("cm", "centimetre", "centimeter", "centimetres", "centimeters"), 0.01),
     **dict.fromkeys(("dm", "decimetre", "decimeter", "decimetres", "decimeters"), 0.1),
     **dict.fromkeys(("mm", "millimetre", "millimeter", "millimetres", "millimeters"), 0.001),
 }
-
-
-# The feet of GeoTIFF, by number and by name.
-FEET = {9002: 0.3048, 9003: 1200 / 3937, "ft": 0.3048, "ftUS": 1200 / 3937}
 
 
 def open_raster(path: Path) -> Raster:
@@ -54,13 +52,17 @@ def open_raster(path: Path) -> Raster:
             raster = _open_picture(path)
         else:
             raise DataError(f"{path}: no TIFF, PNG or JPEG; convert it: {CONVERT}")
-        _read_sidecar(raster)
-        if raster.mask is None:
-            raster.mask = _mask_beside(raster)
+        _read_sidecar(raster, path.with_name(path.name + ".aux.xml"))
+        mask = path.with_name(path.name + ".msk")
+        if raster.mask is None and mask.is_file():
+            raster.mask = _open_tiff(mask)
+            if raster.mask.shape[:2] != raster.shape[:2]:
+                sizes = f"{raster.mask.shape[:2]} pixels for {raster.shape[:2]}"
+                raise DataError(f"{mask}: a mask of {sizes}; delete it, or make it anew")
         return raster
     except DataError:
         raise
-    except Exception as error:  # as above
+    except Exception as error:  # a damaged header makes libraries raise anything
         raise unreadable(path, error) from error
 
 
@@ -80,40 +82,36 @@ def _open_tiff(path: Path) -> Raster:
 
 
 def _of_page(path: Path, tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> Raster:
-    tags, photometric = page.tags, int(page.photometric)
+    tags, photometric, S = page.tags, int(page.photometric), page.samplesperpixel
     if photometric not in COLOURS or photometric == PHOTOMETRIC.YCBCR and page.compression != JPEG:
         name = getattr(page.photometric, "name", photometric)
         raise DataError(f"{path}: its colours are {name}; convert them to RGB first")
     if page.dtype is None or page.dtype.kind not in "biuf" or page.imagedepth > 1:
-        raise DataError(
-            f"{path}: pixels of {page.bitspersample} bits "
-            f"({getattr(page.sampleformat, 'name', '?')})"
-            f" are not read; convert them: gdal_translate -ot Float32 IN OUT.tif"
-        )
+        kind = f"{page.bitspersample} bits ({getattr(page.sampleformat, 'name', '?')})"
+        remedy = "convert them: gdal_translate -ot Float32 IN OUT.tif"
+        raise DataError(f"{path}: pixels of {kind} are not read; {remedy}")
     if page.fillorder != 1:
         raise DataError(f"{path}: its bits lie backwards (FillOrder); rewrite it: {REWRITE}")
-    separate = page.samplesperpixel > 1 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE
+    separate = S > 1 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE
     dtype = np.dtype("u1") if page.dtype.kind == "b" else np.dtype(page.dtype)
-    subsampling = page.subsampling or (2, 2)
     codec = Codec(
-        path, int(page.compression), int(page.predictor), page.bitspersample,
-        dtype.newbyteorder(tiff.byteorder), 1 if separate else page.samplesperpixel,
-        photometric, page.jpegtables, tuple(int(n) for n in subsampling), page.is_tiled,
+        path, page.compression, int(page.predictor), page.bitspersample,
+        dtype.newbyteorder(tiff.byteorder), 1 if separate else S, photometric,
+        page.jpegtables, tuple(map(int, page.subsampling or (2, 2))), page.is_tiled,
     )  # fmt: skip
     if problem := codec.problem():
         raise DataError(f"{path}: {problem}")
-    height, width = page.chunks[:2]
-    bands = (page.samplesperpixel,) if page.samplesperpixel > 1 else ()
+    shape = (int(page.imagelength), int(page.imagewidth), S)[: 3 if S > 1 else 2]
+    extra = [int(kind) for kind in page.extrasamples]
+    alpha = next((S - len(extra) + i for i, kind in enumerate(extra) if kind in (1, 2)), None)
+    geo = {code: tags.valueof(code) for code in GEO_TAGS if code in tags}
     raster = Raster(
-        path, (int(page.imagelength), int(page.imagewidth), *bands), dtype,
-        (int(height), int(width)), codec, _places(path, tiff, page), COLOURS[photometric],
-        nodata=_nodata(tags.valueof(NODATA), dtype), alpha=_alpha(page),
+        path, shape, dtype, tuple(map(int, page.chunks[:2])), codec, _places(path, tiff, page),
+        COLOURS[photometric], nodata=_nodata(tags.valueof(NODATA), dtype), alpha=alpha,
+        geo=geo | (page.geotiff_tags or {}) | {"GDAL": _items(tags.valueof(GDAL_METADATA))},
     )  # fmt: skip
     if photometric == PHOTOMETRIC.PALETTE:
         raster.palette = (np.array(page.colormap) >> 8).astype(np.uint8).T
-    raster.geo = {code: tags.valueof(code) for code in GEO_TAGS if code in tags}
-    raster.geo |= page.geotiff_tags or {}
-    raster.geo["GDAL"] = _items(tags.valueof(GDAL_METADATA))
     _check_sizes(raster)
     return raster
 
@@ -132,20 +130,18 @@ def _places(path: Path, tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> np.
         )
     places = np.stack([offsets, np.where(offsets > 0, counts, 0)], axis=1)
     end = int(places.sum(axis=1)[places[:, 1] > 0].max(initial=0))
-    if end > tiff.filehandle.size:
-        raise DataError(
-            f"{path}: truncated, {tiff.filehandle.size} bytes of {end}; fetch the file again"
-        )
+    size = tiff.filehandle.size
+    if end > size:
+        raise DataError(f"{path}: truncated, {size} bytes of {end}; fetch the file again")
     return places
 
 
 def _check_sizes(raster: Raster) -> None:
     """Raises DataError where segments are not of the bytes that the header declares: all those that
     are not compressed, and of LZW, of which that shows nowhere else, the first."""
-    codec, (height, width) = raster.codec, raster.segment
-    row, down = -(-width * codec.samples * codec.bits // 8), -(-raster.shape[0] // height)
-    most = np.full((raster.planes, down, raster.across), row * height)
-    least = most.copy()
+    codec, (height, width), (down, across) = raster.codec, raster.segment, raster.segments
+    row = -(-width * codec.samples * codec.bits // 8)
+    least, most = np.full((raster.planes, down, across), row * height), row * height
     if not codec.tiled:
         least[:, -1] = row * (raster.shape[0] - height * (down - 1))
     sizes = raster.places[:, 1].reshape(least.shape)
@@ -159,14 +155,8 @@ def _check_sizes(raster: Raster) -> None:
     if ((sizes > 0) & ((sizes < least) | (sizes > most))).any():
         raise DataError(
             f"{raster.path}: segments hold {sizes.max()} bytes of pixels where its header declares "
-            f"{most.flat[0]} ({codec.bits}-bit, {raster.shape[1]} columns); write the file again"
+            f"{most} ({codec.bits}-bit, {raster.shape[1]} columns); write the file again"
         )
-
-
-def _alpha(page: tifffile.TiffPage) -> int | None:
-    kinds = [int(kind) for kind in page.extrasamples]
-    alpha = next((i for i, kind in enumerate(kinds) if kind in (1, 2)), None)
-    return None if alpha is None else page.samplesperpixel - len(kinds) + alpha
 
 
 def _nodata(text: object, dtype: np.dtype) -> float | None:
@@ -179,21 +169,19 @@ def _nodata(text: object, dtype: np.dtype) -> float | None:
         with np.errstate(over="ignore"):
             return float(dtype.type(value))
     ends = np.iinfo(dtype)
-    return int(value) if value == value and ends.min <= value <= ends.max else None
+    return int(value) if ends.min <= value <= ends.max else None
 
 
 def _open_picture(path: Path) -> Raster:
     with open_picture(path, "PNG", "JPEG") as image:
+        bands, size = image.getbands(), (image.height, image.width)
+        C = len(bands)
         if image.mode == "CMYK":
             raise DataError(f"{path}: its colours are CMYK; convert them to RGB first")
-        bands, depth = image.getbands(), png_depth(path)
-        if depth == 16 and len(bands) > 1:  # which Pillow cuts to 8
-            raise DataError(
-                f"{path}: a PNG of 16 bits and {len(bands)} bands; convert it: {CONVERT}"
-            )
+        if C > 1 and png_depth(path) == 16:  # which Pillow cuts to 8
+            raise DataError(f"{path}: a PNG of 16 bits and {C} bands; convert it: {CONVERT}")
         dtype = np.dtype("u2" if image.mode.startswith("I") else "u1")
-        shape = (image.height, image.width, *([len(bands)] if len(bands) > 1 else []))
-        raster = Raster(path, shape, dtype, (image.height, image.width))
+        raster = Raster(path, (*size, C)[: 3 if C > 1 else 2], dtype, size)
         raster.colours = {"P": "palette", "RGB": "rgb", "RGBA": "rgb"}.get(image.mode, "grey")
         raster.alpha = bands.index("A") if "A" in bands else None
         if image.mode == "P":
@@ -215,17 +203,17 @@ def _items(text: object) -> dict[str, str]:
     return {e.get("role"): e.text for e in root.iter("Item") if e.get("sample", "0") == "0"}
 
 
-def _read_sidecar(raster: Raster) -> None:
+def _read_sidecar(raster: Raster, path: Path) -> None:
     """What GDAL says in a file of its own (.aux.xml), as far as the raster does not say it."""
-    path, told = raster.path.with_name(raster.path.name + ".aux.xml"), {}
+    told = {}
     if path.is_file():
         root = ElementTree.parse(path).getroot()
         band = root.find("PAMRasterBand[@band='1']")
-        names = {"scale": "Scale", "offset": "Offset", "unittype": "UnitType"}
         if band is not None:
+            names = {"scale": "Scale", "offset": "Offset", "unittype": "UnitType"}
             told = {role: v for role, name in names.items() if (v := band.findtext(name))}
-            if raster.nodata is None and (value := band.findtext("NoDataValue")):
-                raster.nodata = _nodata(value, raster.dtype)
+            if raster.nodata is None:
+                raster.nodata = _nodata(band.findtext("NoDataValue"), raster.dtype)
         if place := root.findtext("GeoTransform"):
             raster.geo["GeoTransform"] = tuple(float(part) for part in place.split(","))
     told |= raster.geo.pop("GDAL", {})
@@ -243,20 +231,6 @@ def feet(geo: dict, key: str, part: int) -> float:
     parts = str(geo.get("GTCitationGeoKey", "")).split(" + ")
     named = re.search(r"\((ft|ftUS)\)", parts[part]) if part < len(parts) else None
     return FEET[named[1]] if named else 1.0
-
-
-def _mask_beside(raster: Raster) -> Raster | None:
-    """The mask that GDAL keeps in a file of its own (.msk)."""
-    path = raster.path.with_name(raster.path.name + ".msk")
-    if not path.is_file():
-        return None
-    mask = _open_tiff(path)
-    if mask.shape[:2] != raster.shape[:2]:
-        raise DataError(
-            f"{path}: a mask of {mask.shape[:2]} pixels for {raster.shape[:2]}; delete it, or make "
-            f"it anew"
-        )
-    return mask
 
 
 @contextmanager

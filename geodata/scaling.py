@@ -24,7 +24,7 @@ from typing import Callable, Iterator
 import numpy as np
 
 from geodata.grids import bilinear
-from geodata.slices import DataError, Raster, row_strips, strip_boxes
+from geodata.slices import Box, DataError, Raster, row_strips, strip_boxes
 
 SAM_MEAN, SAM_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of 255
 REFLECTANCE = 0.4  # what becomes 1: brighter than land without snow and cloud
@@ -44,10 +44,8 @@ class Scaling:
     images: str = "unit"
 
     def __post_init__(self):
-        for flag, value, names in (
-            ("--heights", self.heights, HEIGHTS),
-            ("--image-scaling", self.images, IMAGES),
-        ):
+        heights = "--heights", self.heights, HEIGHTS
+        for flag, value, names in (heights, ("--image-scaling", self.images, IMAGES)):
             if value not in names and fixed_range(value) is None:
                 raise DataError(f"{flag} {value}: give {', '.join(names)}, or a range LOW:HIGH")
 
@@ -69,9 +67,7 @@ class TileScale:
     clip_heights: bool = False
     ground: np.ndarray | None = None  # (h, w) metres, one value for `cell` x `cell` pixels
     cell: int = 1
-    image: tuple[np.ndarray, np.ndarray] | None = (
-        None  # per band: what becomes 0, and the span that becomes 1
-    )
+    image: tuple[np.ndarray, np.ndarray] | None = None  # (C,) what becomes 0; span from 0 to 1
     clip_image: bool = False
     eight_bits: tuple[str, ...] = ()  # "heights", "image": truncated to 255ths
 
@@ -84,14 +80,11 @@ class TileScale:
         out = truncate(out) if "image" in self.eight_bits else out
         return np.clip(out, 0, 1, out=out) if self.clip_image else out
 
-    def height_input(self, dsm: np.ndarray, box: tuple[slice, slice]) -> np.ndarray:
+    def height_input(self, dsm: np.ndarray, box: Box) -> np.ndarray:
         """The metres (h, w) cut out of the tile by `box` -> (h, w) float32."""
         if self.ground is not None:
-            rows, columns = (
-                (part.start + np.arange(n) + 0.5) / self.cell - 0.5
-                for part, n in zip(box, dsm.shape)
-            )
-            dsm = dsm - bilinear(self.ground, rows, columns)
+            starts = (part.start + np.arange(n) + 0.5 for part, n in zip(box, dsm.shape))
+            dsm = dsm - bilinear(self.ground, *(places / self.cell - 0.5 for places in starts))
         out = scale_heights(dsm, self.heights)
         out = truncate(out) if "heights" in self.eight_bits else out
         return np.clip(out, 0, 1, out=out) if self.clip_heights else out
@@ -109,18 +102,11 @@ def measure(
     metres. Both may slice like arrays, and are read from top to bottom; `valid(box)` is where an
     image has data, (h, w) bool, or None for all of it; `limits` are the lowest and highest height,
     where they are known. Raises DataError where the numbers cannot be had."""
-    numbers = {}
-    chosen = {"heights": scaling.heights, "image": scaling.images}
-    eight_bits = tuple(kind for kind, choice in chosen.items() if choice == "minmax8")
-    if dsm is not None:
-        numbers |= _measure_heights(plain(scaling.heights), dsm, pixel, limits)
+    numbers = {} if dsm is None else _measure_heights(scaling.heights, dsm, pixel, limits)
     if image is not None:
-        numbers |= _measure_image(plain(scaling.images), image, valid)
-    return TileScale(**numbers, eight_bits=eight_bits)
-
-
-def plain(choice: str) -> str:
-    return "minmax" if choice == "minmax8" else choice
+        numbers |= _measure_image(scaling.images, image, valid)
+    chosen = ("heights", scaling.heights), ("image", scaling.images)
+    return TileScale(**numbers, eight_bits=tuple(kind for kind, c in chosen if c == "minmax8"))
 
 
 def truncate(values: np.ndarray) -> np.ndarray:
@@ -131,49 +117,46 @@ def truncate(values: np.ndarray) -> np.ndarray:
 def _measure_heights(
     choice: str, dsm: np.ndarray, pixel: float | None, limits: tuple[float, float] | None
 ) -> dict:
-    if choice == "minmax":
+    if choice in ("minmax", "minmax8"):
         return dict(heights=limits or height_range(dsm))
-    if choice == "percentiles":
-        (H, W), step = dsm.shape, max(1, dsm.shape[1] // 1000)
-        rows = range(0, H, max(1, H // 1000))
-        sparse = np.concatenate([dsm[row : row + 1, 0:W][:, ::step] for row in rows])
-        low, high = (float(v) for v in np.percentile(sparse, (1, 99)))
-        return dict(heights=(low, high), clip_heights=True)
     if choice == "ground":
         if pixel is None:
             raise DataError(
-                "--heights ground needs to know the size of a pixel; give GeoTIFFs, or another "
-                "choice"
+                "--heights ground needs the size of a pixel; give GeoTIFFs, or another choice"
             )
         ground, cell = local_ground(dsm, GROUND_WIDTH / pixel)
         return dict(heights=(0.0, GROUND_SPAN), clip_heights=True, ground=ground, cell=cell)
-    return dict(heights=fixed_range(choice), clip_heights=True)
+    ends = fixed_range(choice)
+    if ends is None:  # percentiles, of about a thousand rows and columns
+        (H, W), step = dsm.shape, max(1, dsm.shape[1] // 1000)
+        rows = range(0, H, max(1, H // 1000))
+        sparse = np.concatenate([dsm[row : row + 1, 0:W][:, ::step] for row in rows])
+        ends = tuple(float(v) for v in np.percentile(sparse, (1, 99)))
+    return dict(heights=ends, clip_heights=True)
 
 
 def _measure_image(choice: str, image: np.ndarray, valid: Callable | None) -> dict:
-    C, integer = image.shape[2], np.issubdtype(image.dtype, np.integer)
-    top = np.iinfo(image.dtype).max if integer else 1
+    C, top = image.shape[2], type_range(image.dtype)
     if choice == "sam":
         if C != 3:
             raise DataError("--image-scaling sam is for three bands")
         return dict(image=(np.array(SAM_MEAN) / 255 * top, np.array(SAM_STD) / 255 * top))
-    if choice == "minmax":
+    if choice in ("minmax", "minmax8"):
         ends = [(p.min(axis=0), p.max(axis=0)) for p in data_pixels(image, valid)]
         if not ends:
             raise DataError("the image holds no pixel with data; leave the tile out")
         low, high = (np.stack(values).astype(np.float64) for values in zip(*ends))
-        low, high = low.min(axis=0), high.max(axis=0)
-        span = np.where(high > low, high - low, 1)
-        return dict(image=(low, span), clip_image=valid is not None)
+        low, span = low.min(axis=0), high.max(axis=0) - low.min(axis=0)
+        return dict(image=(low, np.where(span > 0, span, 1)), clip_image=valid is not None)
     # differs: the published code scales each image and band of MMHunan by itself, which is `minmax`
     # (docs/method.md 3.10)
+    ends = fixed_range(choice)
     if choice == "reflectance" and image.dtype != np.uint8:
         counts = any(p.max() > 10 for p in data_pixels(image, valid))
-        full = REFLECTANCE * (10_000 if counts else 1)
-        return dict(image=(np.zeros(C), np.full(C, full)), clip_image=True)
-    if fixed := fixed_range(choice):
-        return dict(image=(np.full(C, fixed[0]), np.full(C, fixed[1] - fixed[0])), clip_image=True)
-    return {}
+        ends = 0.0, REFLECTANCE * (10_000 if counts else 1)
+    if ends is None:
+        return {}
+    return dict(image=(np.full(C, ends[0]), np.full(C, ends[1] - ends[0])), clip_image=True)
 
 
 def data_pixels(image: np.ndarray, valid: Callable | None = None) -> Iterator[np.ndarray]:
@@ -185,10 +168,15 @@ def data_pixels(image: np.ndarray, valid: Callable | None = None) -> Iterator[np
             yield pixels.reshape(-1, image.shape[2])
 
 
+def type_range(dtype: np.dtype) -> int:
+    """What becomes 1 where a type's whole range counts."""
+    return np.iinfo(dtype).max if np.issubdtype(dtype, np.integer) else 1
+
+
 def image_input(image: np.ndarray) -> np.ndarray:
     """(h, w, C) of 8 or 16 bit, or float in [0, 1] -> (C, h, w) float32 in [0, 1]."""
-    top = np.iinfo(image.dtype).max if np.issubdtype(image.dtype, np.integer) else 1
-    return np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32) / np.float32(top)
+    top = np.float32(type_range(image.dtype))
+    return np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32) / top
 
 
 def height_range(dsm: np.ndarray) -> tuple[float, float]:
@@ -211,7 +199,7 @@ def valid_heights(dsm: np.ndarray) -> np.ndarray:
     return (dsm < 10_000) & (dsm > -1_000)  # NaN is neither
 
 
-def metres(raster: Raster, unit: float, box: tuple[slice, slice]) -> np.ndarray:
+def metres(raster: Raster, unit: float, box: Box) -> np.ndarray:
     """Heights out of the first band, (h, w) float32 metres of counts of `unit`; NaN where the file
     has no data."""
     raw = raster[box]
@@ -230,16 +218,6 @@ def fill(dsm: np.ndarray, lowest: float) -> np.ndarray:
     """Metres with `lowest` where there is no valid height. In place."""
     dsm[~valid_heights(dsm)] = lowest
     return dsm
-
-
-def fill_missing_heights(dsm: np.ndarray, nodata: float | None = None) -> tuple[np.ndarray, int]:
-    """Heights as float32, with those that are missing set to the lowest, and how many they are.
-    Raises DataError when none is valid."""
-    dsm = dsm.astype(np.float32)
-    if nodata is not None:
-        dsm[dsm == np.float32(nodata)] = np.nan
-    lowest, _, missing = height_limits(dsm)
-    return fill(dsm, lowest), missing
 
 
 def height_limits(dsm) -> tuple[float, float, int]:
@@ -270,10 +248,8 @@ def local_ground(dsm: np.ndarray, width: float) -> tuple[np.ndarray, int]:
 
     It is computed on the lowest heights of cells of `cell` x `cell` pixels, 32 of which span the
     square."""
-    cell = max(1, round(width / CELLS))
-    span = 2 * (round(width / cell) // 2) + 1
-    H, W = dsm.shape
-    starts = np.arange(0, W, cell)
+    (H, W), cell = dsm.shape, max(1, round(width / CELLS))
+    span, starts = 2 * (round(width / cell) // 2) + 1, np.arange(0, W, cell)
     lowest = np.empty((-(-H // cell), len(starts)), np.float32)
     for i in range(len(lowest)):
         lowest[i] = np.minimum.reduceat(dsm[i * cell : (i + 1) * cell, 0:W].min(axis=0), starts)

@@ -7,14 +7,17 @@ Shapes: `H, W` pixels of a raster, `h, w` of a slice, `C` bands, bands last, `S`
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Callable, Iterator
 
 import numpy as np
 
 from geodata.codecs import NONE, Codec, picture_pixels
+
+Box = tuple[slice, slice]
 
 STRIP = 512  # rows that are worked on at a time, so that temporary arrays stay small
 
@@ -38,12 +41,12 @@ def row_strips(raster) -> Iterator[np.ndarray]:
         yield raster[box]
 
 
-def strip_boxes(shape: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
+def strip_boxes(shape: tuple[int, ...]) -> Iterator[Box]:
     for top in range(0, shape[0], STRIP):
         yield np.s_[top : min(top + STRIP, shape[0]), 0 : shape[1]]
 
 
-def ranges(box: tuple[slice, slice], shape: tuple[int, ...]) -> tuple[range, range]:
+def ranges(box: Box, shape: tuple[int, ...]) -> tuple[range, range]:
     return tuple(range(*part.indices(n)) for part, n in zip(box, shape))
 
 
@@ -66,38 +69,41 @@ class Raster:
     offset: float = 0.0
     geo: dict = field(default_factory=dict)  # tags and GeoTIFF keys that say where it lies
     blocks: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)  # decoded segments
-
-    nbytes = 0  # of memory that lasts
+    held: np.ndarray | None = None  # all of it, where it is in memory
 
     @property
     def bands(self) -> int:
         return self.shape[2] if len(self.shape) == 3 else 1
 
     @property
-    def planes(self) -> int:
-        """Bands that lie one after the other in the file; 1 where pixels lie side by side."""
-        return self.bands if self.codec and self.codec.samples < self.bands else 1
+    def nbytes(self) -> int:
+        """Of memory that lasts."""
+        return sum(part.nbytes for part in (self.held, self.mask) if part is not None)
 
     @property
-    def across(self) -> int:
-        """Segments side by side."""
-        return -(-self.shape[1] // self.segment[1])
+    def planes(self) -> int:
+        """Bands that lie one after the other in the file; 1 where pixels lie side by side."""
+        return self.bands // self.codec.samples if self.codec else 1
+
+    @property
+    def segments(self) -> tuple[int, int]:
+        """How many lie below each other, and beside each other."""
+        return tuple(-(-n // side) for n, side in zip(self.shape, self.segment))
 
     @property
     def in_parts(self) -> bool:
         """Whether slices cost about what they hold: whether segments are small."""
-        pixels = self.segment[0] * self.segment[1] * self.bands // self.planes
-        return self._in_rows or bool(self.codec) and pixels * self.dtype.itemsize <= 1 << 22
+        if self.codec is None:
+            return False
+        samples = self.segment[0] * self.segment[1] * self.codec.samples
+        return self._in_rows or samples * self.dtype.itemsize <= 1 << 22
 
-    def __getitem__(self, box: tuple[slice, slice]) -> np.ndarray:
+    def __getitem__(self, box: Box) -> np.ndarray:
+        if self.held is not None:
+            return self.held[box]
         rows, columns = ranges(box, self.shape)
         try:
-            if self._in_rows:
-                out = self._rows(rows, columns)
-            else:
-                out = self._from_blocks(rows, columns)
-        except DataError:
-            raise
+            out = (self._rows if self._in_rows else self._from_blocks)(rows, columns)
         except Exception as error:  # a damaged file makes decoders raise anything
             raise unreadable(self.path, error) from error
         return out.reshape(len(rows), len(columns), *self.shape[2:])
@@ -108,10 +114,9 @@ class Raster:
         third of the time of a memory map, whose every row is a page fault."""
         if self.codec is None or self.planes > 1 or self.segment[1] != self.shape[1]:
             return False
-        plain = self.codec.compression == NONE and self.codec.predictor == 1
-        ends = self.places.sum(axis=1)
-        whole = self.codec.bits == 8 * self.dtype.itemsize and bool(self.places.all())
-        return plain and whole and bool((ends[:-1] == self.places[1:, 0]).all())
+        plain = self.codec.compression == NONE and self.codec.bits == 8 * self.dtype.itemsize
+        joined = self.places.sum(axis=1)[:-1] == self.places[1:, 0]
+        return plain and bool(self.places.all() and joined.all())
 
     def _rows(self, rows: range, columns: range) -> np.ndarray:
         pixels = np.empty((len(rows), len(columns), self.bands), self.codec.dtype)
@@ -124,26 +129,26 @@ class Raster:
         return pixels.astype(self.dtype, copy=False)
 
     def _from_blocks(self, rows: range, columns: range) -> np.ndarray:
+        (height, width), (down, across) = self.segment, self.segments
+        samples = self.bands // self.planes
         out = np.empty((len(rows), len(columns), self.bands), self.dtype)
-        (height, width), samples = self.segment, self.bands // self.planes
-        down = -(-self.shape[0] // height)
         # Made for reading downwards: segments above a slice go, and those far below it, so that
         # overlapping windows decode each once and random crops keep few.
         first, last = rows.start // height, (rows.stop + STRIP) // height
         self.blocks = {at: b for at, b in self.blocks.items() if first <= at[0] <= last}
-        for i in range(first, -(-rows.stop // height)):
-            for j in range(columns.start // width, -(-columns.stop // width)):
-                top, left = i * height, j * width
-                of_out, of_block = zip(*(
-                    _common(part, start, n)
-                    for part, start, n in ((rows, top, height), (columns, left, width))
-                ))  # fmt: skip
-                for plane in range(self.planes):
-                    index = (plane * down + i) * self.across + j
-                    if (i, index) not in self.blocks:
-                        self.blocks[i, index] = self._decode(index, top)
-                    bands = slice(plane * samples, (plane + 1) * samples)
-                    out[(*of_out, bands)] = self.blocks[i, index][of_block]
+        places = product(
+            range(self.planes),
+            range(first, -(-rows.stop // height)),
+            range(columns.start // width, -(-columns.stop // width)),
+        )
+        for plane, i, j in places:
+            index = (plane * down + i) * across + j
+            if (i, index) not in self.blocks:
+                self.blocks[i, index] = self._decode(index, i * height)
+            y, x = rows.start - i * height, columns.start - j * width  # the slice in the segment
+            into = out[max(-y, 0) : height - y, max(-x, 0) : width - x]
+            block = self.blocks[i, index][max(y, 0) : y + len(rows), max(x, 0) : x + len(columns)]
+            into[..., plane * samples : (plane + 1) * samples] = block
         return out
 
     def _decode(self, index: int, top: int) -> np.ndarray:
@@ -164,49 +169,34 @@ class Raster:
             file.seek(offset)
             return file.read(count)
 
-    def valid(self, box: tuple[slice, slice], pixels: np.ndarray) -> np.ndarray | None:
-        """(h, w) bool, where `pixels`, the slice of `box`, are data; None for a raster without such
-        a thing. They are none where the mask or the alpha band is 0, and where every other band has
-        the no-data value."""
-        out = None if self.mask is None else self.mask[box] != 0
+    def valid(self, box: Box, pixels: np.ndarray | None = None) -> np.ndarray | None:
+        """(h, w) bool, where the slice of `box`, read already or not, is data; None for a raster
+        without holes. There is none where the mask or the alpha band is 0, and where every other
+        band has the no-data value."""
+        if not self.has_holes:
+            return None
+        pixels = self[box] if pixels is None else pixels
         pixels = pixels if pixels.ndim == 3 else pixels[..., None]
+        out = np.ones(pixels.shape[:2], bool) if self.mask is None else self.mask[box] != 0
         if self.alpha is not None:
-            opaque = pixels[..., self.alpha] != 0
-            out = opaque if out is None else out & opaque
+            out &= pixels[..., self.alpha] != 0
         if self.nodata is not None:
-            colors = [band for band in range(pixels.shape[2]) if band != self.alpha]
-            is_data = pixels[..., colors] != self.dtype.type(self.nodata)
-            if self.nodata != self.nodata:
-                is_data = pixels[..., colors] == pixels[..., colors]
-            out = is_data.any(axis=-1) if out is None else out & is_data.any(axis=-1)
+            colors = pixels[..., [band for band in range(self.bands) if band != self.alpha]]
+            nan = self.nodata != self.nodata
+            out &= (colors == colors if nan else colors != self.dtype.type(self.nodata)).any(-1)
         return out
 
     @property
     def has_holes(self) -> bool:
-        return not self.mask is self.alpha is self.nodata is None
+        return (self.mask, self.alpha, self.nodata) != (None, None, None)
 
     def in_memory(self) -> Raster:
-        """The same, held as it is in the file."""
-        held = Held(**{name: getattr(self, name) for name in self.__dataclass_fields__})
-        held.array = np.ascontiguousarray(self[:, :])
-        held.mask = self.mask and self.mask.in_memory()
-        return held
+        """The same, held in the type of the file: uint8 heights take a quarter of float32."""
+        whole, mask = np.ascontiguousarray(self[:, :]), self.mask and self.mask.in_memory()
+        return replace(self, held=whole, mask=mask, blocks={})
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "blocks": {}}
-
-
-class Held(Raster):
-    """A raster in memory, in the type of its file: uint8 heights take a quarter of float32."""
-
-    array: np.ndarray
-
-    @property
-    def nbytes(self) -> int:
-        return self.array.nbytes + (self.mask.nbytes if self.mask else 0)
-
-    def __getitem__(self, box: tuple[slice, slice]) -> np.ndarray:
-        return self.array[box]
 
 
 @dataclass
@@ -215,14 +205,18 @@ class View:
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    read: Callable[[tuple[slice, slice]], np.ndarray]
+    read: Callable[[Box], np.ndarray]  # a process of its own needs one of a module
     nbytes: int = 0  # of memory that lasts
 
-    def __getitem__(self, box: tuple[slice, slice]) -> np.ndarray:
+    def __getitem__(self, box: Box) -> np.ndarray:
         return self.read(tuple(slice(part.start, part.stop) for part in ranges(box, self.shape)))
 
 
-def _common(part: range, start: int, n: int) -> tuple[slice, slice]:
-    """Where `part` and the n pixels from `start` on meet: as a slice of either."""
-    low, high = max(part.start, start), min(part.stop, start + n)
-    return slice(low - part.start, high - part.start), slice(low - start, high - start)
+def view_of(source: Raster | View, function: Callable, *more, dtype: type | None = None) -> View:
+    """`function(source[box], *more)` behind slices, of the source's type unless one is given."""
+    read = partial(_read_by, source, function, more)
+    return View(source.shape, source.dtype if dtype is None else np.dtype(dtype), read)
+
+
+def _read_by(source: Raster | View, function: Callable, more: tuple, box: Box) -> np.ndarray:
+    return function(source[box], *more)

@@ -8,6 +8,7 @@ scored. Heights are metres until they are scaled."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,12 +21,11 @@ from geodata.labels import Legend, listed
 from geodata.layouts import IGNORE, Classes, Layout
 from geodata.rasters import open_raster
 from geodata.scaling import Scaling, TileScale, fill, height_limits, measure, metres, valid_heights
-from geodata.slices import DataError, Held, Raster, View, row_strips, strip_boxes
+from geodata.slices import Box, DataError, Raster, View, row_strips, strip_boxes, view_of
 
 MUCH = 0.05  # the share of pixels without height that is told in percent
 FAR = 1.5  # times the pixel size of training, or the span of its heights, that is told
-
-Box = tuple[slice, slice]
+NEAR = 2  # pixels that the files of a tile may differ by; Vaihingen's do by one
 
 
 @dataclass
@@ -65,8 +65,8 @@ class Tile:
 
     @property
     def legend(self) -> Legend:
-        chosen = self.unscored_color, self.ignore_index, self.codes, self.exact
-        return Legend(self.classes, *chosen)
+        meaning = self.unscored_color, self.ignore_index, self.codes, self.exact
+        return Legend(self.classes, *meaning)
 
     @property
     def base(self) -> str:
@@ -77,44 +77,40 @@ class Tile:
     def grids(self) -> dict[str, tuple[Grid, Grid]]:
         """Of heights and labels that lie on another grid than the image: theirs and the image's."""
         found, base = {}, self.raster(self.base)
-        kinds = [kind for kind in ("dsm", "labels") if kind in self.paths and kind != self.base]
-        for kind in () if self.one_grid else kinds:
-            raster = self.raster(kind)
-            theirs, own = read_grid(raster), read_grid(base)
-            if theirs is None or own is None:
-                continue
-            near = all(abs(a - b) <= 2 for a, b in zip(raster.shape[:2], base.shape[:2]))
-            if not near or not same_grid(own, theirs, base.shape[:2]):
-                found[kind] = theirs, own
+        for kind in () if self.one_grid else ("dsm", "labels"):
+            if kind in self.paths and kind != self.base:
+                raster = self.raster(kind)
+                theirs, own = read_grid(raster), read_grid(base)
+                near = np.abs(np.subtract(raster.shape[:2], base.shape[:2])).max() <= NEAR
+                if theirs and own and not (near and same_grid(own, theirs, base.shape[:2])):
+                    found[kind] = theirs, own
         return found
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        """(H, W) that all files share. They may differ by two pixels (Vaihingen's do by one); more
-        is an error."""
+        """(H, W) that all files share."""
         sizes = {k: self.raster(k).shape[:2] for k in self.paths if k not in self.grids}
-        H, W = (min(s[i] for s in sizes.values()) for i in (0, 1))
+        H, W = (min(size[axis] for size in sizes.values()) for axis in (0, 1))
+        if any(h - H > NEAR or w - W > NEAR for h, w in sizes.values()):
+            listing = ", ".join(f"{self.paths[k]} {h} x {w}" for k, (h, w) in sizes.items())
+            raise DataError(
+                f"tile {self.name}: the files differ in size by more than two pixels: {listing}; "
+                f"files on another grid than the image need GeoTIFF tags, as the image does"
+            )
         for kind, (h, w) in sizes.items():
-            if h - H > 2 or w - W > 2:
-                listing = ", ".join(f"{self.paths[k]} {a} x {b}" for k, (a, b) in sizes.items())
-                raise DataError(
-                    f"tile {self.name}: the files differ in size by more than two pixels: {listing}"
-                    "; files on another grid than the image need GeoTIFF tags, as the image does"
-                )
             if (h, w) != (H, W):
                 self._note(f"{kind} of {h} x {w} cut to the common {H} x {W}")
         return H, W
 
     def _on_tile(self, kind: str, view: View, lay: Callable) -> View:
         """A view of a whole file, as far as it belongs to the tile."""
-        if kind in self.grids:
-            what = {"dsm": "heights"}.get(kind, kind)
-            self._note(f"{what} resampled to the image's grid")
-            try:
-                return on_grid(view, *self.grids[kind], self.size, lay)
-            except DataError as error:
-                raise DataError(f"{self.paths[kind]}: {error}") from None
-        return View((*self.size, *view.shape[2:]), view.dtype, view.read)
+        if kind not in self.grids:
+            return replace(view, shape=self.size)
+        self._note(f"{'heights' if kind == 'dsm' else kind} resampled to the image's grid")
+        try:
+            return on_grid(view, *self.grids[kind], self.size, lay)
+        except DataError as error:
+            raise DataError(f"{self.paths[kind]}: {error}") from None
 
     # -------------------------------------------------------------------------------------- images
 
@@ -126,41 +122,35 @@ class Tile:
         """The image behind slices, checked. Raises DataError by file."""
         raster = self.raster("image")
         if raster.bands < 3:
-            expand = "; expand its colour table: gdal_translate -expand rgb IN OUT.tif"
-            raise DataError(
-                f"{raster.path}: an image of three or more bands is needed, not {raster.shape}"
-                f"{expand if raster.colours == 'palette' else ''}"
-            )
+            palette = raster.colours == "palette"
+            expand = "; expand its colour table: gdal_translate -expand rgb IN OUT.tif" * palette
+            wanted = f"an image of three or more bands is needed, not {raster.shape}"
+            raise DataError(f"{raster.path}: {wanted}{expand}")
         if max(self.bands) >= raster.bands:
-            raise DataError(
-                f"{raster.path}: has {raster.bands} bands, and band {max(self.bands) + 1} is "
-                f"asked for; see --bands"
-            )
+            missing = f"band {max(self.bands) + 1} is asked for; see --bands"
+            raise DataError(f"{raster.path}: has {raster.bands} bands, and {missing}")
         dtype = raster.dtype if raster.dtype.kind in "iu" else np.dtype(np.float32)
         read = partial(_image_pixels, raster, self.bands)
         view = View((*self.size, len(self.bands)), dtype, read)
-        self._check_pixels(view, raster)
+        if problem := self._pixel_problem(view):
+            raise DataError(f"{raster.path}: {problem}")
         return view
 
-    def _check_pixels(self, view: View, raster: Raster) -> None:
-        whole, by_type = view.dtype.kind in "iu", self.scaling.images in ("unit", "sam")
-        for strip in row_strips(view) if not whole else ():
+    def _pixel_problem(self, view: View) -> str | None:
+        """Why no network can be given the pixels of an image, with what helps."""
+        by_type, remedy = self.scaling.images in ("unit", "sam"), "--image-scaling LOW:HIGH"
+        if view.dtype.kind in "iu":
+            odd = by_type and view.dtype not in (np.uint8, np.uint16)
+            return f"pixels of {view.dtype}; give their range as {remedy}" if odd else None
+        for strip in row_strips(view):
             if not np.isfinite(strip).all():
-                raise DataError(
-                    f"{raster.path}: the image holds pixels that are no number; if they are no "
-                    f"data, "
-                    f"say so in it: gdal_edit.py -a_nodata nan FILE"
+                return (
+                    "the image holds pixels that are no number; if they are no data, say so in it: "
+                    "gdal_edit.py -a_nodata nan FILE"
                 )
             if by_type and not (strip.min() >= 0 and strip.max() <= 1):
-                raise DataError(
-                    f"{raster.path}: float images must lie in 0 to 1; give their range as "
-                    f"--image-scaling LOW:HIGH"
-                )
-        if by_type and whole and view.dtype not in (np.uint8, np.uint16):
-            raise DataError(
-                f"{raster.path}: pixels of {view.dtype}; give their range as --image-scaling "
-                f"LOW:HIGH"
-            )
+                return f"float images must lie in 0 to 1; give their range as {remedy}"
+        return None
 
     def without_data(self) -> Callable[[slice], np.ndarray] | None:
         """For a slice of rows, where a map of the tile has no data: (n, W) bool; None for a tile
@@ -170,9 +160,7 @@ class Tile:
             heights = self._heights(self.raster("dsm"))
             return lambda rows: ~valid_heights(heights[rows, columns])
         raster = open_raster(self.paths["image"])  # with segments of its own
-        if not raster.has_holes:
-            return None
-        return lambda rows: ~_where(raster, (rows, columns))
+        return (lambda rows: ~raster.valid((rows, columns))) if raster.has_holes else None
 
     # ------------------------------------------------------------------------------------- heights
 
@@ -184,47 +172,42 @@ class Tile:
     def use_heights_of(self, layout: Layout, kind: str) -> None:
         """Reads heights as a run on a layout's `kind` of them does: 8-bit ones without a scale of
         their own are counts of the layout's unit, others metres."""
-        unit = layout.dsm.get(kind, next(iter(layout.dsm.values())))[0]
         raster = self.raster("dsm")
         if raster.dtype == np.uint8 and raster.scale == 1:
-            self.height_unit = unit
+            self.height_unit = layout.dsm.get(kind, next(iter(layout.dsm.values())))[0]
 
     def _heights(self, raster: Raster) -> View:
         """Metres behind slices, NaN where the file has no data."""
         if raster.bands > 2 or raster.colours != "grey":
             raise DataError(
                 f"{raster.path}: heights are one band, and this has {raster.bands} "
-                f"({raster.colours}); "
-                f"give a height raster, or take one band: gdal_translate -b 1 -colorinterp gray "
-                f"IN OUT.tif"
+                f"({raster.colours}); give a height raster, or take one band: "
+                f"gdal_translate -b 1 -colorinterp gray IN OUT.tif"
             )
         read = partial(metres, raster, self.height_unit)
         view = View(raster.shape[:2], np.dtype(np.float32), read)
         if "dsm" in self.grids:  # of which every pixel counts, before neighbours are mixed
             height_limits(view)
-            view = replace(view, read=partial(_filled, view, np.nan))
+            view = view_of(view, fill, np.nan)
         return self._on_tile("dsm", view, resample)
 
     def _open_heights(self, keep: str) -> tuple[np.ndarray | View, TileScale]:
         """Metres (H, W) without holes, and their scale. `keep` them as an "array"; in "memory",
         uint8 as they are in the file; or in the "file", behind slices."""
-        raster = self.raster("dsm")
+        raster, path = self.raster("dsm"), self.paths["dsm"]
         if keep == "memory" and raster.dtype == np.uint8 and "dsm" not in self.grids:
             raster, keep = raster.in_memory(), "file"
         try:
-            view = self._heights(raster)
-            dsm = view[:, :] if keep != "file" else view
+            dsm = self._heights(raster)
+            dsm = dsm if keep == "file" else dsm[:, :]
             low, high, missing = height_limits(dsm)
-            if keep != "file":
-                fill(dsm, low)
-            elif missing:
-                dsm = View(view.shape, view.dtype, partial(_filled, view, low))
+            if missing:
+                dsm = view_of(dsm, fill, low) if keep == "file" else fill(dsm, low)
             scale = measure(self.scaling, dsm=dsm, pixel=self.pixel_size(), limits=(low, high))
         except DataError as error:
-            path = self.paths["dsm"]
             raise DataError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-        if isinstance(raster, Held):
-            dsm = replace(dsm, nbytes=raster.nbytes)
+        if keep == "file":
+            dsm.nbytes = raster.nbytes
         self.missing_heights, self.height_limits = missing, (low, high)
         if missing:
             share = missing / (self.size[0] * self.size[1])
@@ -242,18 +225,16 @@ class Tile:
     def read_labels(self) -> np.ndarray:
         """(H, W) uint8 class indices, 255 = not scored; for a test tile the labels it is scored
         with."""
-        view, legend = self._labels(), self.legend
-        labels, unknown = np.empty(self.size, np.uint8), 0
+        view, labels, unknown = self._labels(), np.empty(self.size, np.uint8), 0
         for box in strip_boxes(self.size):
             decoded = view[box]
             unknown += int((decoded < 0).sum())
-            labels[box] = legend.finish(decoded)
+            labels[box] = self.legend.finish(decoded)
         self.unknown_labels = unknown
         if unknown == labels.size:
             raise DataError(
                 f"{self.paths['labels']}: no pixel has the colour or the index of a class; it "
-                f"holds "
-                f"{listed(self.unknown_values(1))}; check the classes of the data set"
+                f"holds {listed(self.unknown_values(1))}; check the classes of the data set"
             )
         if unknown:
             fate = "read as class 0, as published" if self.exact else "not scored"
@@ -263,68 +244,56 @@ class Tile:
     def _labels(self) -> View:
         """What `Legend.decode` gives, behind slices."""
         raster, legend = self.raster("labels"), self.legend
-        read = partial(_decoded, raster, legend, legend.table_of(raster))
-        view = View(raster.shape[:2], np.dtype(np.int16), read)
-        return self._on_tile("labels", view, nearest)
+        view = view_of(raster, legend.decode, legend.table_of(raster), dtype=np.int16)
+        return self._on_tile("labels", replace(view, shape=raster.shape[:2]), nearest)
 
     def unknown_values(self, strips: int | None = None) -> dict:
         """Value or colour -> pixels that fit no class, in the first strips or all."""
-        raster, legend, found = self.raster("labels"), self.legend, {}
+        raster, legend, found = self.raster("labels"), self.legend, Counter()
         table = legend.table_of(raster)
         for box in list(strip_boxes(raster.shape))[:strips]:
             raw = raster[box]
-            for value, count in legend.unknown(raw, legend.decode(raw, table)).items():
-                found[value] = found.get(value, 0) + count
-        return found
+            found.update(legend.unknown(raw, legend.decode(raw, table)))
+        return dict(found)
 
     # ----------------------------------------------------------------------------------- the whole
 
     def load(
-        self, modalities: tuple[str, ...] = ("image", "dsm"), held: set[str] | None = None
+        self,
+        modalities: tuple[str, ...] = ("image", "dsm"),
+        held: set[str] | None = None,
+        labelled: bool = True,
     ) -> LoadedTile:
         """Everything that a network of `modalities` needs, in memory; with the image and labels if
         there are any.
 
-        With `held`, for training: image, dsm and labels that are named there stay in memory in the
-        types of their files, the others in their files, out of which every crop is cut. All of them
-        are read once, to be checked."""
-        self._check_modalities(modalities)
+        With `held`, image, dsm and labels that are named there stay in memory in the types of their
+        files, the others in their files, out of which every crop is cut. All of them are read once
+        or twice, from top to bottom, to be checked and measured."""
+        self.check_modalities(modalities)
         image = dsm = labels = None
-        scale, keep = TileScale(), {kind: held is None or kind in held for kind in self.paths}
+        scale, kept = TileScale(), self.paths.keys() if held is None else held
         if "dsm" in modalities:
-            how = "array" if held is None else "memory" if keep["dsm"] else "file"
-            dsm, scale = self._open_heights(how)
+            keep = "array" if held is None else "memory" if "dsm" in held else "file"
+            dsm, scale = self._open_heights(keep)
         if "image" in self.paths and ("image" in modalities or held is None):
-            image, scale = self._open_image(keep["image"], scale)
-        if "labels" in self.paths:
+            image, scale = self._open_image("image" in kept, scale)
+        if "labels" in self.paths and labelled:
             labels = self.read_labels()
-            if not keep["labels"]:
-                labels = View(
-                    self.size, labels.dtype, partial(_finished, self._labels(), self.legend)
-                )
+            if "labels" not in kept:
+                labels = view_of(self._labels(), self.legend.finish, dtype=np.uint8)
         self.rasters = {}
-        return LoadedTile(self.name, image, dsm, labels, scale.heights, scale)
+        return LoadedTile(self.name, image, dsm, labels, scale)
 
     def open(self, modalities: tuple[str, ...]) -> LoadedTile:
-        """What `load` gives a network, without labels, and left in the files.
-
-        The files are passed through once or twice, from top to bottom, for what has to be checked
-        and measured."""
-        self._check_modalities(modalities)
-        image = dsm = None
-        scale = TileScale()
-        if "dsm" in modalities:
-            dsm, scale = self._open_heights("file")
-        if "image" in modalities:
-            image, scale = self._open_image(False, scale)
-        return LoadedTile(self.name, image, dsm, None, scale.heights, scale)
+        """What `load` gives a network, without labels, and left in the files."""
+        return self.load(modalities, held=set(), labelled=False)
 
     def _open_image(self, keep: bool, scale: TileScale) -> tuple[np.ndarray | View, TileScale]:
         raster, view = self.raster("image"), self._image()
         image = view[:, :] if keep else view
-        valid = partial(_where, raster) if raster.has_holes else None
         try:
-            own = measure(self.scaling, image, valid=valid)
+            own = measure(self.scaling, image, valid=raster.valid if raster.has_holes else None)
         except DataError as error:
             raise DataError(f"{raster.path}: {error}") from None
         return image, replace(scale, image=own.image, clip_image=own.clip_image)
@@ -333,17 +302,18 @@ class Tile:
         """Opens every file, reads a few rows of the image, and heights and labels as a whole.
         Raises DataError for whatever `load` would stumble over there."""
         again = replace(self, notes=[], rasters={})
-        again._check_modalities(modalities)
+        again.check_modalities(modalities)
         if "image" in self.paths:
             view = again._image()
-            for row in {0, view.shape[0] // 2, view.shape[0] - 1}:
+            for row in (0, view.shape[0] // 2, view.shape[0] - 1):
                 view[row : row + 1, :]
         if "dsm" in modalities:
             again._open_heights("file")
         if "labels" in self.paths:
             again.read_labels()
 
-    def _check_modalities(self, modalities: tuple[str, ...]) -> None:
+    def check_modalities(self, modalities: tuple[str, ...]) -> None:
+        """Raises DataError where a network of `modalities` cannot be given the tile."""
         if "dsm" in modalities and "dsm" not in self.paths:
             raise DataError(f"tile {self.name} has no heights; add them, or use --modalities image")
         if len(self.bands) != 3:
@@ -375,8 +345,7 @@ class Tile:
             if high - low > FAR * span or low > most + span or high < least - span:
                 lines.append(
                     f"heights of {low:.4g} to {high:.4g} m, and the run was trained on "
-                    f"{least:.4g} to "
-                    f"{most:.4g} m; are they of the same kind and unit?"
+                    f"{least:.4g} to {most:.4g} m; are they of the same kind and unit?"
                 )
         return lines
 
@@ -389,25 +358,7 @@ def _image_pixels(raster: Raster, bands: tuple[int, ...], box: Box) -> np.ndarra
         raw = raw.astype(np.float32)
         if where is not None:
             raw[~where] = 0
-    if bands == tuple(range(raw.shape[2])):
-        return raw
-    return np.stack([raw[..., band] for band in bands], axis=-1)
-
-
-def _where(raster: Raster, box: Box) -> np.ndarray:
-    return raster.valid(box, raster[box])
-
-
-def _filled(view: View, lowest: float, box: Box) -> np.ndarray:
-    return fill(view[box], lowest)
-
-
-def _decoded(raster: Raster, legend: Legend, table: np.ndarray | None, box: Box) -> np.ndarray:
-    return legend.decode(raster[box], table)
-
-
-def _finished(view: View, legend: Legend, box: Box) -> np.ndarray:
-    return legend.finish(view[box])
+    return raw if bands == tuple(range(raw.shape[2])) else raw[..., list(bands)]
 
 
 @dataclass
@@ -419,16 +370,14 @@ class LoadedTile:
     image: np.ndarray | View | None  # (H, W, 3) in the type of its file
     dsm: np.ndarray | View | None  # (H, W) float32 metres
     labels: np.ndarray | View | None  # (H, W) uint8
-    heights: tuple[float, float] | None  # metres that become 0 and 1
-    scale: TileScale | None = None  # None: the type's range, and `heights`
-
-    def __post_init__(self):
-        if self.scale is None:
-            self.scale = TileScale(self.heights)
+    scale: TileScale = TileScale()
 
     @property
     def size(self) -> tuple[int, int]:
         return next(a for a in (self.image, self.dsm) if a is not None).shape[:2]
 
+    def rasters(self) -> list[np.ndarray | View]:
+        return [raster for raster in (self.image, self.dsm, self.labels) if raster is not None]
+
     def nbytes(self) -> int:
-        return sum(a.nbytes for a in (self.image, self.dsm, self.labels) if a is not None)
+        return sum(raster.nbytes for raster in self.rasters())

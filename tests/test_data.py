@@ -18,7 +18,7 @@ from geodata.crops import CropDataset, CropOrder, draw_crop, sliding_windows
 from geodata.labels import colors_to_labels, labels_to_colors
 from geodata.layouts import ISPRS_CLASSES
 from geodata.rasters import DataError, read_raster
-from geodata.scaling import fill_missing_heights, height_range, image_input, scale_heights
+from geodata.scaling import TileScale, height_range, image_input, scale_heights
 from geodata.tiles import LoadedTile, Tile
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -105,16 +105,23 @@ holes = st.sampled_from(
 metres = st.floats(240, 300, width=32)
 
 
+@one_folder
 @given(
     hnp.arrays(np.float32, (4, 5), elements=metres),
     st.lists(st.tuples(st.integers(0, 18), holes), max_size=12),
 )
-def test_missing_heights_read_as_the_lowest_and_enter_neither_end_of_the_range(dsm, missing):
+def test_missing_heights_read_as_the_lowest_and_enter_neither_end_of_the_range(
+    tmp_path, dsm, missing
+):
     damaged, valid = dsm.copy(), np.ones(dsm.shape, bool)
     for place, value in missing:
         damaged.flat[place], valid.flat[place] = value, False
-    found, count = fill_missing_heights(damaged, nodata=77.0)
-    assert count == (~valid).sum() and height_range(found) == (dsm[valid].min(), dsm[valid].max())
+    tags = [(NODATA_TAG, "s", 0, "77", True)]
+    path = write(tmp_path / "a.tif", damaged, extratags=tags)
+    tile = Tile("a", {"dsm": path}, TWO_CLASSES)
+    found = tile.read_dsm()
+    assert tile.missing_heights == (~valid).sum()
+    assert height_range(found) == tile.height_limits == (dsm[valid].min(), dsm[valid].max())
     assert np.array_equal(found, np.where(valid, dsm, dsm[valid].min()))
 
 
@@ -135,7 +142,7 @@ def test_a_height_file_s_missing_pixels_are_filled_and_noted(tmp_path, value, ta
     tags = [(NODATA_TAG, "s", 0, tag, True)] if tag else []
     tile = Tile("a", {"dsm": write(tmp_path / "a.tif", dsm, extratags=tags)}, TWO_CLASSES)
     found = tile.load(("dsm",))
-    assert found.dsm[2, 3] == 241 and found.heights == (241, 250)
+    assert found.dsm[2, 3] == 241 and found.scale.heights == (241, 250)
     assert len(tile.notes) == 1 and "1 pixels without height" in tile.notes[0]
 
 
@@ -512,7 +519,11 @@ def numbered_tile(h, w, name="a"):
     """Every raster tells the pixel's place; no label is 255."""
     places = np.arange(h * w, dtype=np.uint8).reshape(h, w)
     return LoadedTile(
-        name, np.stack([places] * 3, -1), places.astype(np.float32), places, (0, h * w - 1)
+        name,
+        np.stack([places] * 3, -1),
+        places.astype(np.float32),
+        places,
+        TileScale((0, h * w - 1)),
     )
 
 
@@ -557,7 +568,9 @@ def test_a_sample_is_the_crop_flipped_alike_in_all_rasters_and_what_pads_it_is_n
     assert np.array_equal(labels, expected)
     scored = labels != 255
     assert torch.allclose(image[:, scored], labels[scored] / 255.0, rtol=0, atol=1e-6)
-    assert torch.allclose(dsm[scored], labels[scored] / max(tile.heights[1], 1), rtol=0, atol=1e-6)
+    assert torch.allclose(
+        dsm[scored], labels[scored] / max(tile.scale.heights[1], 1), rtol=0, atol=1e-6
+    )
     assert 0 <= min(image.min(), dsm.min()) and max(image.max(), dsm.max()) <= 1
 
 

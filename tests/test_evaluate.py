@@ -26,7 +26,7 @@ from geodata.crops import sliding_windows
 from geodata.labels import colors_to_labels
 from geodata.layouts import ISPRS_CLASSES
 from geodata.rasters import read_raster
-from geodata.scaling import Scaling
+from geodata.scaling import Scaling, TileScale
 from geodata.tiles import LoadedTile
 from reports.panels import (
     RIGHT,
@@ -456,9 +456,7 @@ def test_who_wants_to_see_the_tiles_gets_map_and_confidence_and_the_scores_stay_
         rng.integers(0, 3, (100, 70), dtype=np.uint8),
     )
     tile = SimpleNamespace(
-        name="a",
-        size=labels.shape,
-        load=lambda modalities: LoadedTile("a", image, None, labels, None),
+        name="a", size=labels.shape, load=lambda modalities: LoadedTile("a", image, None, labels)
     )
     names = ["red", "green", "blue"]
     dataset = SimpleNamespace(
@@ -555,7 +553,7 @@ def test_a_panel_is_drawn_for_any_size_and_shows_the_prediction_in_its_colours(
     tile = LoadedTile(
         "a",
         **{kind: None if kind == missing else a for kind, a in rasters.items()},
-        heights=(250, 260),
+        scale=TileScale((250, 260)),
     )
     palette = tuple((name, (10 + k, 20, 30)) for k, (name, _) in enumerate(ISPRS_CLASSES))
     save_panel(

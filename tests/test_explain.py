@@ -262,7 +262,7 @@ def a_tile(kinds, H=90, W=100, labels=True):
     image = rng.integers(0, 256, (H, W, 3), dtype=np.uint8) if "image" in kinds else None
     dsm = rng.normal(size=(H, W)).astype(np.float32) if "dsm" in kinds else None
     truth = rng.choice([0, 1, 2, 255], (H, W)).astype(np.uint8) if labels else None
-    return LoadedTile("a", image, dsm, truth, None, TileScale((-3.0, 3.0)))
+    return LoadedTile("a", image, dsm, truth, TileScale((-3.0, 3.0)))
 
 
 def inputs_of(tile):

@@ -106,7 +106,7 @@ def test_slices_and_the_whole_are_what_was_written(
     assert valid is None if nodata is None else np.array_equal(valid, (array != nodata).any(-1))
 
 
-@pytest.mark.parametrize("mode, bands", [("L", 1), ("RGB", 3)])
+@pytest.mark.parametrize("mode, bands", [("L", 1), ("RGB", 3), ("RGBA", 4)])
 @pytest.mark.parametrize("rows", [8, 64])
 def test_jpeg_segments_are_what_the_whole_file_is(tmp_path, mode, bands, rows):
     array = squeezed(pixels("u1", bands))
@@ -117,6 +117,11 @@ def test_jpeg_segments_are_what_the_whole_file_is(tmp_path, mode, bands, rows):
     raster = open_raster(path)
     assert np.array_equal(raster[:, :], wanted)
     assert np.array_equal(raster[10:30, 7:50], wanted[10:30, 7:50])
+
+
+def test_jpeg_of_two_bands_is_refused_with_the_command_that_helps(tmp_path):
+    Image.fromarray(pixels("u1", 2), "LA").save(tmp_path / "a.tif", compression="jpeg")
+    refused(tmp_path / "a.tif", "JPEG in 2 bands; rewrite it: gdal_translate", open_raster)
 
 
 @pytest.mark.skipif(find_spec("imagecodecs") is not None, reason="imagecodecs reads it")
@@ -184,6 +189,15 @@ def test_premultiplied_alpha_is_left_as_it_is(tmp_path):
     patch(path, PhotometricInterpretation=2, ExtraSamples=(1,))
     found = open_raster(path)
     assert np.array_equal(found[:, :], array) and found.alpha == 3
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.png"])
+def test_pixels_that_alpha_makes_clear_are_no_data(tmp_path, name):
+    array = pixels("u1", 4)
+    array[..., 3], array[:9, :5, 3] = 255, 0
+    Image.fromarray(array, "RGBA").save(tmp_path / name)
+    missing = Tile("a", {"image": tmp_path / name}, TWO_CLASSES).without_data()(slice(0, H))
+    assert missing[:9, :5].all() and missing.sum() == 45
 
 
 def test_cmyk_is_refused(tmp_path):
@@ -262,7 +276,7 @@ def test_heights_of_left_out_segments_are_no_data_in_training_and_in_prediction(
     loaded, opened = (
         getattr(Tile("a", {"dsm": path}, TWO_CLASSES), way)(("dsm",)) for way in ("load", "open")
     )
-    assert loaded.heights == opened.heights and loaded.heights[0] > 20
+    assert loaded.scale.heights == opened.scale.heights and loaded.scale.heights[0] > 20
     assert np.array_equal(loaded.dsm, opened.dsm[0:H, 0:W])
 
 
@@ -296,8 +310,8 @@ def test_masked_heights_and_pixels_are_no_data(tmp_path, beside):
     dsm = np.random.default_rng(0).uniform(21, 39, (H, W)).astype(np.float32)
     dsm[~mask] = 0
     tile = Tile("a", {"dsm": write_masked(tmp_path / "d.tif", dsm, mask, beside)}, TWO_CLASSES)
-    assert tile.load(("dsm",)).heights[0] > 20 and tile.missing_heights == 600
-    assert tile.open(("dsm",)).heights[0] > 20
+    assert tile.load(("dsm",)).scale.heights[0] > 20 and tile.missing_heights == 600
+    assert tile.open(("dsm",)).scale.heights[0] > 20
     assert np.array_equal(tile.without_data()(slice(5, 25)), ~mask[5:25])  # a run on heights alone
     image = np.full((H, W, 3), 9, np.uint8)
     tile = Tile("a", {"image": write_masked(tmp_path / "i.tif", image, mask, beside)}, TWO_CLASSES)
@@ -395,4 +409,4 @@ def test_holes_of_lerc_are_holes(tmp_path, bands):
     assert np.array_equal(read_raster(path), squeezed(array), equal_nan=True)
     if bands == 1:
         tile = Tile("a", {"dsm": path}, TWO_CLASSES)
-        assert tile.load(("dsm",)).heights[0] >= 20 and tile.missing_heights == 81
+        assert tile.load(("dsm",)).scale.heights[0] >= 20 and tile.missing_heights == 81

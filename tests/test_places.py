@@ -193,6 +193,13 @@ def test_scale_offset_and_unit_of_a_file_make_metres(tmp_path, metadata, metres)
     )
 
 
+def test_the_scale_of_another_band_is_none_of_the_heights(tmp_path):
+    items = '<Item name="SCALE" sample="1" role="scale">0.01</Item>'
+    tags = [(42112, "s", 0, f"<GDALMetadata>{items}</GDALMetadata>", True)]
+    path = write(tmp_path / "d.tif", np.full((6, 6, 2), 121, np.uint16), tags)
+    assert (Tile("a", {"dsm": path}, TWO_CLASSES).read_dsm() == 121).all()
+
+
 def test_centimetres_that_are_not_declared_are_refused_and_not_taken_for_holes(tmp_path):
     array = np.random.default_rng(0).integers(9_900, 10_300, (20, 20)).astype(np.uint16)
     with pytest.raises(DataError, match="d.tif: heights such as .* gdal_translate -a_scale 0.01"):
@@ -306,4 +313,5 @@ def test_a_pixel_or_heights_far_from_those_of_the_training_are_told(
 def test_grids_of_a_hundredth_of_a_pixel_are_one():
     one = Grid(0.0, 0.0, 0.5, 0.5, 2154, True)
     assert same_grid(one, Grid(0.004, 0.0, 0.5, 0.5, 2154, True), (99, 99))
+    assert not same_grid(one, Grid(0.006, 0.0, 0.5, 0.5, 2154, True), (99, 99))
     assert not same_grid(one, Grid(0.004, 0.0, 0.5, 0.5, 32632, True), (99, 99))

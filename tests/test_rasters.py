@@ -292,11 +292,12 @@ def test_a_16_bit_image_declared_as_8_bit_is_one_line_that_names_it(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_a_truncated_tiff_names_itself_and_what_it_lacks(tmp_path):
+@pytest.mark.parametrize("lacking", [1, 3000])
+def test_a_truncated_tiff_names_itself_and_what_it_lacks_when_it_is_opened(tmp_path, lacking):
     path = write(tmp_path / "cut.tif", image(60, 60))
-    path.write_bytes(path.read_bytes()[:-3000])
+    path.write_bytes(path.read_bytes()[:-lacking])
     with pytest.raises(DataError, match="cut.tif: truncated, .* fetch the file again"):
-        read_raster(path)
+        open_raster(path)
 
 
 def test_a_picture_of_any_size_is_read_and_the_limit_that_pillow_has_for_others_is_left_as_it_was(

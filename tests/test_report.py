@@ -68,7 +68,7 @@ def run(request, tmp_path):
     (tmp_path / "pictures").mkdir()
     image = rng.integers(0, 256, (90, 70, 3)).astype(np.uint8)
     dsm = rng.normal(size=(90, 70)).astype(np.float32)
-    tile = LoadedTile("7", image, dsm, truth, None, TileScale((-3.0, 3.0)))
+    tile = LoadedTile("7", image, dsm, truth, TileScale((-3.0, 3.0)))
     sure = rng.integers(50, 101, (90, 70)).astype(np.uint8)
     save_panel(tmp_path / "pictures" / "test_7.png", tile, pred, sure, CLASSES)
     return tmp_path, scores
@@ -269,7 +269,7 @@ def test_a_sure_pixel_is_white_and_a_guess_dark():
 
 def test_a_class_is_never_drawn_in_the_mean_colour_of_two(tmp_path):
     truth = (np.indices((900, 700)).sum(0) % 2).astype(np.uint8)  # shown smaller
-    tile = LoadedTile("a", None, truth.astype(np.float32), truth, None, TileScale((0.0, 1.0)))
+    tile = LoadedTile("a", None, truth.astype(np.float32), truth, TileScale((0.0, 1.0)))
     classes = (("a", (200, 30, 0)), ("b", (0, 30, 200)))
     save_panel(tmp_path / "a.png", tile, truth, np.full(truth.shape, 100, np.uint8), classes)
     pixels = np.asarray(Image.open(tmp_path / "a.png")).reshape(-1, 3)

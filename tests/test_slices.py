@@ -143,9 +143,9 @@ def test_an_opened_tile_is_the_loaded_one(tmp_path, layout, scaling, other_grid)
     loaded, opened = one.load(), other.open(("image", "dsm"))
     assert opened.size == loaded.size == (75, 53) and one.notes == other.notes and one.notes
     if other_grid:
-        assert opened.heights == pytest.approx(loaded.heights)
+        assert opened.scale.heights == pytest.approx(loaded.scale.heights)
     else:
-        assert opened.heights == loaded.heights
+        assert opened.scale.heights == loaded.scale.heights
     for top, left in ((0, 0), (20, 11), (43, 21), (74, 52)):
         box = np.s_[top : top + 32, left : left + 32]
         inputs = [
