@@ -207,7 +207,7 @@ def open_dataset(
         raise DataError(f"--labels {labels}: give {' or '.join(LABELS)}")
     if name == "synthetic":
         try:
-            synthetic.ensure_city(root)
+            synthetic.open_city(root)
         except ValueError as error:
             raise DataError(str(error)) from error
     layout = LAYOUTS.get(name)
