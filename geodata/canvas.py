@@ -25,7 +25,7 @@ MATERIALS = {
     "gravel": (0.50, 0.45, 0.40),
     "clay": (0.56, 0.46, 0.33),
 }
-LAWN, STRAW = (0.66, 0.33, 0.34), (0.58, 0.47, 0.38)  # in spring, at the end of summer
+LAWN, STRAW = (0.66, 0.33, 0.34), (0.60, 0.44, 0.37)  # in spring, at the end of summer
 # Foliage in summer and in autumn: lime, birch, copper beech, conifer.
 LEAVES = (
     ((0.62, 0.20, 0.25), (0.60, 0.42, 0.30)),

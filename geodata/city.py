@@ -131,7 +131,7 @@ def raise_streets(canvas: Canvas, window, long: np.ndarray, u: np.ndarray) -> No
     up to them.
     """
     rng = canvas.rng
-    high, low, phase = rng.uniform(0, 2.4), rng.uniform(-1.2, 0.4), rng.uniform(0, 1)
+    high, low, phase = rng.uniform(0, 3), rng.uniform(-1.5, 0.5), rng.uniform(0, 1)
     profile = high + (low - high) * (0.5 + 0.5 * wave(u / rng.uniform(70, 110) + phase))
     slope = np.clip(1 - (long - STREET / 2 - WALK) / 4, 0, 1)
     canvas.ground[window] += (canvas.difficulty * profile * slope).astype(np.float32)
@@ -165,7 +165,7 @@ def draw_lot(canvas: Canvas, lot: Lot, kind: str) -> None:
     rng, difficulty = canvas.rng, canvas.difficulty
     window, a, b, _ = canvas.rectangle(lot.x, lot.y, lot.angle, lot.width, lot.depth)
     inside = np.minimum(lot.width / 2 - np.abs(a), lot.depth / 2 - np.abs(b))
-    terrace = difficulty * rng.uniform(-2.2, 2.2)
+    terrace = difficulty * rng.uniform(-2.6, 2.6)
     canvas.ground[window] += (terrace * np.clip(inside / 1.2, 0, 1)).astype(np.float32)
     for side in (-0.5, 0.5):  # hedges towards the neighbours
         if rng.random() < mix(0.25, 0.5, difficulty):
@@ -230,11 +230,8 @@ def draw_building(canvas: Canvas, lot: Lot, kind: str) -> None:
             slab(canvas, *place, angle, 3.2, 6, BUILDING, top, roof)
         return
     roof = kind == "flat"
-    label, top = (
-        (BUILDING, rng.uniform(mix(3.0, 2.4, canvas.difficulty), 8.0))
-        if roof
-        else (IMPERVIOUS, 0.0)
-    )
+    low, high = mix(3.0, 2.4, canvas.difficulty), mix(8.0, 6.5, canvas.difficulty)
+    label, top = (BUILDING, rng.uniform(low, high)) if roof else (IMPERVIOUS, 0.0)
     cover = flat_material(canvas, roof)
     slab(canvas, *lot.at(a, b), angle, length, broad, label, top, cover)
     if rng.random() < 0.5:  # a wing behind makes the outline an L

@@ -42,15 +42,15 @@ def plan_flight(rng: np.random.Generator, difficulty: float, later: bool) -> Fli
 
     season = min(max(draw(0.25, (0.0, 0.7), (0.35, 0.75)), 0.0), 1.0)
     hour = rng.uniform(*((-1.0, 0.4), (-0.4, 1.0))[later])
-    elevation = math.radians(58 - 20 * season + rng.uniform(-4, 4))
+    elevation = math.radians(60 - 16 * season + rng.uniform(-4, 4))
     return Flight(
         season=season,
         toward=direction(math.pi / 2 + hour),
         rise=round(math.tan(elevation), 6),
         direct=draw(0.66, (0.50, 0.70), (0.40, 0.66)),
         haze=max(0.0, draw(0.0, (0.0, 0.10), (0.03, 0.12))),
-        softness=rng.uniform(0.1, 0.5) * min(difficulty, 1),
-        grain=max(0.0, mix(0.012, rng.uniform(0.012, 0.026), difficulty)),
+        softness=rng.uniform(0.0, 0.3) * min(difficulty, 1),
+        grain=max(0.0, mix(0.012, rng.uniform(0.010, 0.022), difficulty)),
     )
 
 
@@ -77,26 +77,25 @@ def hidden(surface: np.ndarray, toward: tuple[float, float], rise: float, talles
 
 def photograph(canvas: Canvas, flight: Flight) -> np.ndarray:
     """The image, uint8 (H, W, 3): sun and sky on the albedo, then air, lens and sensor."""
-    rng, surface = canvas.rng, canvas.ground + canvas.height
-    shade = blur(hidden(surface, flight.toward, flight.rise, float(canvas.height.max())))
-    relief = canvas.relief + canvas.ground
-    slope_y, slope_x = (np.clip(g / np.float32(PIXEL), -1.6, 1.6) for g in np.gradient(relief))
+    rng, (x, y), rise = canvas.rng, flight.toward, flight.rise
+    tallest = float(canvas.height.max())
+    shade = blur(hidden(canvas.ground + canvas.height, flight.toward, rise, tallest))
+    slopes = np.gradient(canvas.ground + canvas.relief)
+    slope_y, slope_x = (np.clip(slope / np.float32(PIXEL), -1.6, 1.6) for slope in slopes)
     steepness = np.sqrt(1 + slope_x * slope_x + slope_y * slope_y)
-    facing = flight.rise - flight.toward[0] * slope_x - flight.toward[1] * slope_y
-    sun = np.clip(facing / (flight.rise * steepness), 0, 1.5) * (1 - shade)
-    light = (
-        np.float32(SKY) * (1 - flight.direct) + np.float32(SUN) * (flight.direct * sun)[..., None]
-    )
-    image = canvas.albedo * light
+    sun = np.clip((rise - x * slope_x - y * slope_y) / (rise * steepness), 0, 1.5) * (1 - shade)
+    sky = np.float32(SKY) * (1 - flight.direct)
+    image = canvas.albedo * (sky + np.float32(SUN) * (flight.direct * sun)[..., None])
     image += flight.haze * (np.float32(HAZE) - image)
     image = blur(image)
     image += flight.softness * (blur(image, 2) - image)
-    cast = mix(0.03, 0.06, canvas.difficulty)
-    image *= np.float32(
-        [rng.uniform(1.05, 1.25) * rng.uniform(1 - cast, 1 + cast) for _ in range(3)]
-    )
+    gain, cast = rng.uniform(1.05, 1.25), mix(0.03, 0.07, canvas.difficulty)
+    image *= np.float32([gain * rng.uniform(1 - cast, 1 + cast) for _ in range(3)])
     image += flight.grain * rng.standard_normal(image.shape, dtype=np.float32)
     return np.clip(255 * image + 0.5, 0, 255).astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------- image matching
 
 
 def measure_heights(canvas: Canvas, image: np.ndarray) -> np.ndarray:
@@ -105,35 +104,37 @@ def measure_heights(canvas: Canvas, image: np.ndarray) -> np.ndarray:
     """
     rng, shape, difficulty = canvas.rng, canvas.shape, canvas.difficulty
     true = canvas.ground + np.where(canvas.moving, 0, canvas.height)
-    surface = wander(rng, true, 3 * difficulty)
-    # Windows that straddle an edge see what stands in front: things grow, then their edges melt.
-    grown = surface
-    for dy, dx in ((0, 2), (0, -2), (2, 0), (-2, 0)):
-        here, there = shifted(shape, dy, dx)
-        grown = grown.copy()
-        grown[here] = np.maximum(grown[here], surface[there])
-    for step in (1, 2, 3):
-        grown = blur(grown, step)
-    smear = np.clip(0.5 + 0.7 * noise(rng, shape, 30), 0, 1) * min(difficulty, 1.0)
-    surface = blur(blur(surface + smear * (grown - surface)))
+    surface = melt(rng, wander(rng, true, 1.8 * difficulty), min(difficulty, 1.0))
     dim = np.clip(1.6 - image.sum(axis=2, dtype=np.int32).astype(np.float32) / 128, 0, 1)
-    error = 0.06 * noise(rng, shape, 1) + 0.05 * noise(rng, shape, 7)
-    error = error + difficulty * (0.12 + 0.35 * dim) * noise(rng, shape, 9)
-    surface = surface + error
+    surface += 0.06 * noise(rng, shape, 1) + 0.05 * noise(rng, shape, 7)
+    surface += difficulty * (0.12 + 0.35 * dim) * noise(rng, shape, 9)
     if difficulty > 0:
-        angle = rng.uniform(0, 2 * math.pi)  # of the neighbouring picture
-        occluded = hidden(true, direction(angle), 2.2, float(canvas.height.max()))
+        toward = direction(rng.uniform(0, 2 * math.pi))  # where the neighbour was taken
+        occluded = hidden(true, toward, 2.2, float(canvas.height.max()))
         doubt = 1.1 * occluded + 0.8 * dim + 0.7 * noise(rng, shape, 12)
         surface[doubt > mix(3.0, 1.75, difficulty)] = np.nan
     return surface.astype(np.float32)
 
 
 def wander(rng: np.random.Generator, surface: np.ndarray, pixels: float) -> np.ndarray:
-    """The surface (H, W) with every place moved by a smooth error, of a deviation of about half of
-    `pixels`.
-    """
+    """The surface (H, W) with every place moved by a smooth error of about `pixels`."""
     rows, columns = (np.arange(side, dtype=np.float32) for side in surface.shape)
-    dy, dx = (pixels * (0.6 * noise(rng, surface.shape, 18)) for _ in range(2))
+    dy, dx = (pixels * noise(rng, surface.shape, 18) for _ in range(2))
     y = np.clip(np.rint(rows[:, None] + dy), 0, len(rows) - 1).astype(np.intp)
     x = np.clip(np.rint(columns[None, :] + dx), 0, len(columns) - 1).astype(np.intp)
     return surface[y, x]
+
+
+def melt(rng: np.random.Generator, surface: np.ndarray, share: float) -> np.ndarray:
+    """The surface (H, W) with soft edges. A window of matching that straddles an edge sees what
+    stands in front: here and there, up to 0.8 of the `share`, things grow and their edges run.
+    """
+    grown = surface
+    for dy, dx in ((0, 2), (0, -2), (2, 0), (-2, 0)):
+        here, there = shifted(surface.shape, dy, dx)
+        grown = grown.copy()
+        grown[here] = np.maximum(grown[here], surface[there])
+    for step in (1, 2, 3):
+        grown = blur(grown, step)
+    where = np.clip(0.5 + 0.7 * noise(rng, surface.shape, 30), 0, 0.8)
+    return blur(blur(surface + share * where * (grown - surface)))

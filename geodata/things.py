@@ -29,14 +29,14 @@ SAND, COURTS = (0.74, 0.66, 0.48), ((0.66, 0.60, 0.20), (0.18, 0.24, 0.56), (0.3
 CONTAINER = ((0.25, 0.30, 0.72), (0.75, 0.55, 0.15), (0.20, 0.55, 0.45), (0.80, 0.80, 0.78))
 # Roof tiles, from new clay to concrete.
 TILES = (MATERIALS["clay"], (0.50, 0.40, 0.28), (0.27, 0.28, 0.33), (0.68, 0.66, 0.60))
-# Cars, the last three as dark as asphalt and its shade.
+# Cars, the last two as dark as asphalt in the shade.
 PAINT = (
     (0.93, 0.93, 0.93), (0.90, 0.89, 0.86), (0.72, 0.74, 0.76), (0.62, 0.62, 0.16),
-    (0.20, 0.22, 0.55), (0.16, 0.45, 0.50), (0.80, 0.76, 0.30), (0.08, 0.08, 0.09),
-    (0.15, 0.15, 0.17), (0.26, 0.27, 0.30),
+    (0.20, 0.22, 0.55), (0.16, 0.45, 0.50), (0.80, 0.76, 0.30), (0.97, 0.97, 0.97),
+    (0.08, 0.08, 0.09), (0.22, 0.22, 0.25),
 )  # fmt: skip
 # Small and large cars, vans, lorries: how many of all come up to here, length, width, height.
-CARS = ((0.32, 3.7, 1.65, 1.5), (0.70, 4.6, 1.85, 1.45), (0.89, 5.5, 2.0, 2.2), (1, 8, 2.5, 3.2))
+CARS = ((0.25, 3.8, 1.7, 1.5), (0.65, 4.7, 1.9, 1.5), (0.86, 5.6, 2.1, 2.3), (1, 8.5, 2.6, 3.3))
 
 
 def pick(rng: np.random.Generator, choices):
@@ -82,7 +82,7 @@ def gable(canvas: Canvas, x, y, angle, length, width) -> None:
         albedo[panels & ((a % 1.0 < 0.09) | (b % 1.6 < 0.09))] = 0.4
     roof = slope * inside
     relief = canvas.level(window, mask) + roof
-    top = relief + rng.uniform(3.0, 6.0)
+    top = relief + rng.uniform(3.0, mix(6.0, 5.0, canvas.difficulty))
     canvas.paint(window, mask, BUILDING, albedo, top, relief)
     chimney = (np.abs(a - length * rng.uniform(-0.3, 0.3)) < 0.4) & (np.abs(b - 0.8) < 0.3) & mask
     canvas.paint(window, chimney, BUILDING, 0.55, top + 1.2, relief)
@@ -163,7 +163,7 @@ def draw_car(canvas: Canvas, x, y, angle, moving=False) -> None:
     gone by the next picture.
     """
     rng = canvas.rng
-    drawn = rng.random() * mix(0.70, 1.0, min(canvas.difficulty, 1))
+    drawn = rng.random() * mix(0.65, 1.0, min(canvas.difficulty, 1))
     _, length, width, top = next(kind for kind in CARS if drawn <= kind[0])
     length, width = length * rng.uniform(0.93, 1.07), width * rng.uniform(0.96, 1.04)
     angle = angle + math.pi * int(rng.integers(2))
@@ -174,7 +174,7 @@ def draw_car(canvas: Canvas, x, y, angle, moving=False) -> None:
     paved = (canvas.labels[window][around] == IMPERVIOUS).all()
     if not (body.any() and paved and canvas.height[window][around].max() <= 1):
         return
-    paints = PAINT[: len(PAINT) if canvas.difficulty > 0 else 8]
+    paints = PAINT[: len(PAINT) if canvas.difficulty > 0 else 9]
     colour = np.float32(pick(rng, paints if top < 3 else CONTAINER))
     front = length / 2 - (0.9 if top > 2 else 1.5)  # where the windscreen is
     albedo = np.empty((*a.shape, 3), np.float32)

@@ -294,9 +294,9 @@ def test_off_palette_labels_are_repaired_and_what_fits_no_colour_is_counted(city
     lossy = np.random.default_rng(0)
 
     def smear(rgb):  # 4_12: re-encoded with loss
-        return np.clip(rgb.astype(int) + lossy.integers(-90, 91, rgb.shape), 0, 255).astype(
-            np.uint8
-        )
+        off = lossy.integers(1, 91, rgb.shape, np.uint8)
+        off[0, 0] = 0
+        return np.where(rgb > 127, rgb - off, rgb + off)
 
     def cars(rgb):  # 6_7: cars of another yellow; and three pixels of no colour at all
         rgb = np.where((rgb == PALETTE[4]).all(-1, keepdims=True), np.uint8([252, 255, 0]), rgb)
@@ -318,9 +318,8 @@ def test_off_palette_labels_are_repaired_and_what_fits_no_colour_is_counted(city
 
     published = open_dataset("potsdam", root, labels="published")
     tiles = by_name(published.tiles("train"))
-    assert (
-        tiles["4_12"].read_labels() == 0
-    ).mean() > 0.99  # "impervious" all over, as the paper trained on
+    labels = tiles["4_12"].read_labels()
+    assert not labels.ravel()[1:].any()  # "impervious" all over, as the paper trained on
     assert (tiles["6_7"].read_labels()[0, :3] == 0).all() and tiles["6_7"].read_labels()[5, 5] == 0
     assert "matched exactly" in published.labels_note and "class 0" in tiles["6_7"].notes[0]
 
