@@ -1,9 +1,11 @@
-"""The layers of a tile of the procedural city, and what the sensors see of them.
+"""The layers of a tile of the procedural city; the textures and materials that its things share.
 
-The image alone is ambiguous on purpose. To keep shadows from giving the answer away, some low
-things throw the shadow of a tall one: `Canvas.caster` is the height that throws shadows,
-`Canvas.relief` the surface that the sun shades, and `Canvas.height` the truth, which goes to the
-DSM.
+Of things that look alike some are low and some are high: a material is one paint, whether it lies
+on the ground or on a roof, and so is foliage. The ground is not flat either, so that a height says
+little before it is compared with those about it.
+
+Whatever reaches a pixel comes of +, -, *, / and roots of arrays, of random draws, and of sines that
+are rounded: the same bits from any numpy.
 
 Lengths are metres and angles radians throughout; x runs along columns and y along rows."""
 
@@ -12,61 +14,107 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from PIL import Image
 
 PIXEL = 0.09  # metres
 IMPERVIOUS, BUILDING, LOW, TREE, CAR, CLUTTER = range(6)  # as in `layouts.ISPRS_CLASSES`
 
 # Albedos in the image's bands: near infrared, red, green.
-ASPHALT = (0.38, 0.39, 0.41)
-LAWN = (0.66, 0.33, 0.34)
+MATERIALS = {
+    "asphalt": (0.38, 0.39, 0.41),
+    "concrete": (0.54, 0.53, 0.52),
+    "gravel": (0.50, 0.45, 0.40),
+    "clay": (0.56, 0.46, 0.33),
+}
+LAWN, STRAW = (0.66, 0.33, 0.34), (0.60, 0.44, 0.37)  # in spring, at the end of summer
+# Foliage in summer and in autumn: lime, birch, copper beech, conifer.
+LEAVES = (
+    ((0.62, 0.20, 0.25), (0.60, 0.42, 0.30)),
+    ((0.80, 0.28, 0.35), (0.70, 0.52, 0.36)),
+    ((0.55, 0.25, 0.15), (0.52, 0.38, 0.20)),
+    ((0.36, 0.10, 0.17), (0.36, 0.12, 0.17)),
+)
+
+
+def mix(easy: float, hard: float, difficulty: float) -> float:
+    """From `easy` at a difficulty of 0 to `hard` at 1, and on."""
+    return easy + (hard - easy) * difficulty
 
 
 def noise(rng: np.random.Generator, shape: tuple[int, int], cell: int) -> np.ndarray:
-    """Smooth noise (H, W) float32, mean about 0, deviation about 0.7, with features of `cell`
-    pixels.
+    """Smooth noise (H, W) float32, mean 0, deviation about 0.75 (1 for a cell of 1), with features
+    of `cell` pixels.
     """
-    rows, columns = shape[0] // cell + 3, shape[1] // cell + 3
-    grid = Image.fromarray(rng.standard_normal((rows, columns), dtype=np.float32))
-    field = np.asarray(grid.resize((columns * cell, rows * cell), Image.Resampling.BICUBIC))
-    return field[cell : cell + shape[0], cell : cell + shape[1]]
+    field = rng.standard_normal([side // cell + 3 for side in shape], dtype=np.float32)
+    for axis, side in enumerate(shape if cell > 1 else ()):
+        k, rest = np.divmod(np.arange(side) + rng.integers(cell), cell)
+        t = (rest / cell).astype(np.float32).reshape((-1, 1) if axis == 0 else (1, -1))
+        left = field.take(k, axis)
+        field = left + (field.take(k + 1, axis) - left) * (t * t * (3 - 2 * t))
+    return field[: shape[0], : shape[1]]
+
+
+def wave(t):
+    """A wave of period 1 between -1 and 1 that looks like a sine, of arrays or numbers."""
+    t = t % 1 - 0.5
+    return 16 * t * (abs(t) - 0.5)
+
+
+def direction(angle: float) -> tuple[float, float]:
+    """Cosine and sine, rounded to what every library agrees on."""
+    return round(math.cos(angle), 9), round(math.sin(angle), 9)
 
 
 def turned(x: float, y: float, angle: float, a: float, b: float) -> tuple[float, float]:
     """Where the point is that lies `a` along the angle and `b` to its right from (x, y)."""
-    c, s = math.cos(angle), math.sin(angle)
+    c, s = direction(angle)
     return x + a * c - b * s, y + a * s + b * c
 
 
-def blur(x: np.ndarray) -> np.ndarray:
-    """Binomial blur (1 2 1) along both axes of (H, W) or (H, W, C)."""
-    x = np.pad(x, [(1, 1), (1, 1)] + [(0, 0)] * (x.ndim - 2), mode="edge")
-    x = (x[:-2] + 2 * x[1:-1] + x[2:]) / 4
-    return (x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:]) / 4
+def blur(x: np.ndarray, step: int = 1) -> np.ndarray:
+    """Binomial blur (1 2 1), the taps `step` pixels apart, along both axes of (H, W[, C])."""
+    x = np.pad(x, [(step, step)] * 2 + [(0, 0)] * (x.ndim - 2), mode="edge")
+    x = (x[: -2 * step] + 2 * x[step:-step] + x[2 * step :]) / 4
+    return (x[:, : -2 * step] + 2 * x[:, step:-step] + x[:, 2 * step :]) / 4
 
 
 class Canvas:
     """The layers of a tile in the making, and the textures that all its objects share. Everything
-    is lawn at first.
+    is lawn at first, on a slope.
     """
 
-    def __init__(self, rng: np.random.Generator, height: int, width: int):
+    def __init__(
+        self, rng: np.random.Generator, height: int, width: int, difficulty=1.0, season=0.3
+    ):
         self.rng, self.shape = rng, (height, width)
+        self.difficulty, self.season = difficulty, season  # 0 spring, 1 late autumn
         fine, small, large, stains, veins = (
             noise(rng, self.shape, cell) for cell in (1, 4, 60, 14, 45)
         )
         # Textures are fields over the whole tile, so that asphalt is the same asphalt on a roof and
         # on the street.
-        cracks = 0.16 * (np.abs(veins) < 0.012)
-        self.asphalt = 0.07 * fine + 0.04 * small + 0.05 * stains + 0.04 * large - cracks
+        cracks = 0.16 * (np.abs(veins) < 0.012).astype(np.float32)
+        asphalt = 0.07 * fine + 0.04 * small + 0.05 * stains + 0.04 * large - cracks
+        coarse = 0.13 * fine + 0.10 * small + 0.05 * stains
+        self.textures = {"asphalt": asphalt, "concrete": 0.6 * asphalt, "gravel": coarse}
+        self.textures["clay"] = 0.8 * asphalt
         self.leaves = 0.7 * noise(rng, self.shape, 6) + 0.5 * small + 0.25 * fine
         self.grass = 0.05 * fine + 0.04 * stains + 0.08 * large
-        self.tone = np.float32(ASPHALT) * rng.uniform(0.92, 1.08)
-        self.albedo = np.float32(LAWN) * (1 + self.grass)[..., None]
+        self.tones = {name: rng.uniform(0.9, 1.1) for name in MATERIALS}
+        self.ripe = np.clip(season + difficulty * 0.25 * (large + stains), 0, 1)
+        self.albedo = self.lawn((slice(0, height), slice(0, width)))
         self.labels = np.full(self.shape, LOW, np.uint8)
-        self.height = 0.05 * (1 + small)  # above the terrain, as it goes to the DSM
-        self.caster = np.zeros(self.shape, np.float32)  # above the terrain, as it throws shadows
-        self.relief = 0.02 * small  # the surface that the sun shades
+        self.ground = self.terrain()  # above the sea
+        self.height = 0.05 * (1 + small)  # above the ground
+        self.relief = 0.02 * small  # above the ground, as the sun shades it
+        self.moving = np.zeros(self.shape, bool)  # here in the one picture, gone in the next
+
+    def terrain(self) -> np.ndarray:
+        """Slopes and hills, float32 (H, W) metres above the sea."""
+        rng, steep = self.rng, mix(0.025, 0.09, self.difficulty)
+        level, tilt_x, tilt_y = rng.uniform(262, 286), rng.uniform(-1, 1), rng.uniform(-1, 1)
+        y, x = (np.arange(side, dtype=np.float32) * PIXEL for side in self.shape)
+        slope = steep * (tilt_x * x[None, :] + tilt_y * y[:, None])
+        return level + slope + mix(0.4, 0.9, self.difficulty) * noise(rng, self.shape, 250)
 
     def frame(self, x: float, y: float, angle: float, reach: float):
         """The pixels within `reach` of (x, y): their window, and coordinates (a, b) about that
@@ -77,78 +125,52 @@ class Canvas:
         window = slice(top, min(bottom, self.shape[0])), slice(left, min(right, self.shape[1]))
         dy = (np.arange(*window[0].indices(self.shape[0]), dtype=np.float32) * PIXEL - y)[:, None]
         dx = (np.arange(*window[1].indices(self.shape[1]), dtype=np.float32) * PIXEL - x)[None, :]
-        c, s = math.cos(angle), math.sin(angle)
+        c, s = direction(angle)
         return window, c * dx + s * dy, c * dy - s * dx
 
     def rectangle(self, x: float, y: float, angle: float, length: float, width: float):
         """Window, coordinates and mask of a rectangle: `length` along `angle`, `width` across."""
-        window, a, b = self.frame(x, y, angle, math.hypot(length, width) / 2)
+        window, a, b = self.frame(x, y, angle, math.sqrt(length * length + width * width) / 2)
         return window, a, b, (np.abs(a) < length / 2) & (np.abs(b) < width / 2)
 
-    def paint(self, window, mask, label=None, albedo=None, height=None, caster=None, relief=0.0):
-        """Writes layers where mask holds, from numbers or arrays of the window. Without a caster,
-        the height is one.
-        """
+    def level(self, window, mask) -> np.ndarray:
+        """Above the ground, (h, w): the level that evens out the ground below a mask."""
+        ground = self.ground[window]
+        below = ground[mask]
+        return ((below.min() + below.max()) / 2 if below.size else 0) - ground
+
+    def paint(self, window, mask, label=None, albedo=None, height=None, relief=0.0):
+        """Writes layers where mask holds, from numbers or arrays of the window."""
 
         def put(layer, value):
             layer[window][mask] = value[mask] if np.shape(value)[:2] == mask.shape else value
 
-        caster = height if caster is None else caster
-        layers = (self.relief, self.labels, self.albedo, self.height, self.caster)
-        for layer, value in zip(layers, (relief, label, albedo, height, caster)):
+        layers = (self.relief, self.labels, self.albedo, self.height)
+        for layer, value in zip(layers, (relief, label, albedo, height)):
             if value is not None:
                 put(layer, value)
 
-    def asphalt_albedo(self, window) -> np.ndarray:
-        """Asphalt of a slightly varying age, (h, w, 3): the one paint of streets, yards and flat
-        roofs.
-        """
-        return self.tone * self.rng.uniform(0.93, 1.07) * (1 + self.asphalt[window])[..., None]
+    # The paints, (h, w, 3) float32 over a window: the same for whatever they cover.
 
+    def material(self, window, name: str) -> np.ndarray:
+        """A material of a slightly varying age."""
+        tone = self.tones[name] * self.rng.uniform(0.93, 1.07)
+        return np.float32(MATERIALS[name]) * (tone * (1 + self.textures[name][window]))[..., None]
 
-# ----------------------------------------------------------------------------- what the sensors see
+    def lawn(self, window) -> np.ndarray:
+        """Grass: of lawns, and of planted roofs."""
+        green, dry, ripe = np.float32(LAWN), np.float32(STRAW), self.ripe[window][..., None]
+        return (green + (dry - green) * ripe) * (1 + self.grass[window])[..., None]
 
+    def foliage(self, window, colour) -> np.ndarray:
+        """Leaves of a colour; they darken where they recede."""
+        return np.float32(colour) * (1 + 0.16 * self.leaves[window])[..., None]
 
-def shadows(caster: np.ndarray, toward_x: float, toward_y: float, rise: float) -> np.ndarray:
-    """How far each pixel lies in shade, 0 to 1: marches towards the sun, whose ray rises `rise`
-    metres per metre.
-    """
-    rows, columns = caster.shape
-    above = np.zeros_like(caster)
-    step = 2 * PIXEL
-    for k in range(1, int(caster.max() / rise / step) + 1):
-        dy, dx = round(toward_y * k * 2), round(toward_x * k * 2)
-        if abs(dy) >= rows or abs(dx) >= columns:
-            break
-        here = slice(max(0, -dy), rows - max(0, dy)), slice(max(0, -dx), columns - max(0, dx))
-        there = slice(max(0, dy), rows - max(0, -dy)), slice(max(0, dx), columns - max(0, -dx))
-        above[here] = np.maximum(above[here], caster[there] - caster[here] - rise * step * k)
-    return np.clip(above / 0.4, 0, 1)
-
-
-def photograph(canvas: Canvas) -> np.ndarray:
-    """The image, uint8 (H, W, 3): sun and sky on the albedo, then lens, sensor and laboratory."""
-    rng = canvas.rng
-    # the sun stands high in the south
-    azimuth, elevation = math.pi / 2 + rng.uniform(-1.0, 1.0), rng.uniform(0.92, 1.10)
-    toward_x, toward_y, rise = math.cos(azimuth), math.sin(azimuth), math.tan(elevation)
-    slope_y, slope_x = (np.clip(g / PIXEL, -1.6, 1.6) for g in np.gradient(canvas.relief))
-    steepness = np.sqrt(1 + slope_x**2 + slope_y**2)
-    facing = (rise - toward_x * slope_x - toward_y * slope_y) / (rise * steepness)
-    sun = np.clip(facing, 0, 1.5) * (1 - blur(shadows(canvas.caster, toward_x, toward_y, rise)))
-    light = np.float32((0.32, 0.35, 0.39)) + np.float32((0.68, 0.65, 0.61)) * sun[..., None]
-    image = blur(canvas.albedo * light) * rng.uniform(0.92, 1.08) * rng.uniform(0.96, 1.04, 3)
-    image += 0.012 * rng.standard_normal(image.shape, dtype=np.float32)
-    return np.clip(255 * image + 0.5, 0, 255).astype(np.uint8)
-
-
-def measure_heights(canvas: Canvas) -> np.ndarray:
-    """The surface model, float32 (H, W) metres: terrain and objects, soft and noisy as image
-    matching leaves them.
-    """
-    rng, (rows, columns) = canvas.rng, canvas.shape
-    y, x = np.arange(rows)[:, None] * PIXEL, np.arange(columns)[None, :] * PIXEL
-    level, tilt_x, tilt_y = rng.uniform((262, -0.025, -0.025), (286, 0.025, 0.025))
-    terrain = level + tilt_x * x + tilt_y * y + 0.4 * noise(rng, canvas.shape, 250)
-    error = 0.06 * noise(rng, canvas.shape, 1) + 0.05 * noise(rng, canvas.shape, 7)
-    return (terrain + blur(blur(canvas.height)) + error).astype(np.float32)
+    def leaf_colour(self) -> np.ndarray:
+        """Of a plant that is drawn, at its time of the year: (3,) float32."""
+        rng = self.rng
+        common = rng.random() < mix(0.75, 0.5, self.difficulty)
+        summer, autumn = LEAVES[0 if common else int(rng.integers(len(LEAVES)))]
+        turned_by = min(max(self.season * rng.uniform(0.5, 1.5) - 0.2, 0.0), 1.0)
+        colour = [(s + (a - s) * turned_by) for s, a in zip(summer, autumn)]
+        return np.float32(colour) * np.float32(rng.uniform(0.88, 1.12))

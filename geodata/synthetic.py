@@ -1,11 +1,13 @@
 """The procedural city of `city.py` as files, so that everything can be tried without real tiles.
 
-    python -m geodata.synthetic --root DIR [--seed N] [--size N] [--layout vaihingen|potsdam|hunan]
+    python -m geodata.synthetic --root DIR [--seed N] [--size N] [--difficulty X]
+                                [--layout vaihingen|potsdam|hunan]
 
 The tiles have the names, types and colours of the benchmark whose layout is chosen, and the
 ordinary reader of that benchmark reads them; `layouts.py` says where its files lie. Vaihingen's
-sixteen carry the numbers of the paper's split. `city.json` in the folder says what wrote it, and
-whether it was finished."""
+sixteen carry the numbers of the paper's split. Where image matching found no height, the files in
+metres hold -9999 and say so as GDAL does. `city.json` in the folder says what wrote it, and whether
+it was finished."""
 
 from __future__ import annotations
 
@@ -19,14 +21,15 @@ import tifffile
 from PIL import Image
 
 from engine.files import replace_atomically
-from geodata.city import GENERATOR_VERSION, Scene, make_tile
+from geodata.city import GENERATOR_VERSION, HARDEST, Scene, make_tile
 from geodata.layouts import HUNAN, IGNORE, ISPRS_CLASSES, POTSDAM, VAIHINGEN
-from geodata.rasters import DataError
+from geodata.rasters import NODATA, DataError
 
 TRAIN_AREAS, TEST_AREAS = (
     tuple(int(tile) for tile in VAIHINGEN.splits["paper"][split]) for split in ("train", "test")
 )
 ALL_AREAS = TRAIN_AREAS + TEST_AREAS
+MISSING = -9999  # metres, where there is no height
 
 
 def erode_labels(labels: np.ndarray, radius: int = 3) -> np.ndarray:
@@ -61,7 +64,7 @@ def write_vaihingen(root: Path, area: int, scene: Scene) -> None:
     """Near infrared, red, green; heights in metres; full and eroded labels."""
     paths = tile_paths(root, area)
     write_tiff(paths["image"], scene.image)
-    write_tiff(paths["dsm"], scene.dsm)
+    write_heights(paths["dsm"], scene.dsm)
     write_tiff(paths["labels"], label_colors(scene.labels), compression="zlib")
     write_tiff(paths["eroded"], label_colors(erode_labels(scene.labels)), compression="zlib")
 
@@ -73,11 +76,12 @@ def write_potsdam(root: Path, tile: str, scene: Scene) -> None:
     padded = "_".join(part.zfill(2) for part in tile.split("_"))
     infrared, red, green = np.moveaxis(scene.image, -1, 0)
     image = np.stack([red, green, (0.9 * green).astype(np.uint8), infrared], axis=-1)
-    above = np.clip(10 * (scene.dsm - scene.dsm.min()), 0, 255).astype(np.uint8)
+    above = np.nan_to_num(np.clip(10 * (scene.dsm - np.nanmin(scene.dsm)), 0, 255), nan=0)
+    above = above.astype(np.uint8)
     path = root / POTSDAM.image["rgbir"][0][0].format(id=tile)
     write_tiff(path, image, extrasamples=["unspecified"])
     metres = POTSDAM.dsm["absolute"][1][0]
-    write_tiff(root / metres.format(padded=padded), scene.dsm)
+    write_heights(root / metres.format(padded=padded), scene.dsm)
     jpeg = root / POTSDAM.dsm["normalised"][1][0].format(padded=padded)
     jpeg.parent.mkdir(exist_ok=True)
     save = partial(Image.fromarray(above).save, format="JPEG", quality=95)
@@ -94,17 +98,19 @@ def write_hunan(root: Path, tile: str, scene: Scene) -> None:
     folder, number = tile.split("/")
     bands = np.repeat(scene.image[..., 2:].astype(np.int16) * 12, 13, axis=-1)
     bands[..., [7, 3, 2]] = scene.image.astype(np.int16) * 12
-    topography = np.stack([scene.dsm, np.zeros_like(scene.dsm)], axis=-1)
     radar = np.repeat(-scene.image[..., :1].astype(np.float32) / 10, 2, axis=-1)
     for pattern, array in (
         (HUNAN.image["rgb"][0][0], bands),
         ("{folder}/s1/s1_{id}.tif", radar),
-        (HUNAN.dsm["absolute"][1][0], topography),
         (HUNAN.labels[0], codes[scene.labels]),
     ):
         path = root / pattern.format(folder=folder, id=number)
         options = {"planarconfig": "contig"} if array.ndim == 3 else {}
         write_tiff(path, array, photometric="minisblack", compression="zlib", **options)
+    topography = np.stack([scene.dsm, np.zeros_like(scene.dsm)], axis=-1)
+    path = root / HUNAN.dsm["absolute"][1][0].format(folder=folder, id=number)
+    options = dict(photometric="minisblack", compression="zlib", planarconfig="contig")
+    write_heights(path, topography, **options)
 
 
 def label_colors(labels: np.ndarray) -> np.ndarray:
@@ -112,6 +118,13 @@ def label_colors(labels: np.ndarray) -> np.ndarray:
     colors = np.zeros((256, 3), np.uint8)
     colors[: len(ISPRS_CLASSES)] = [color for _, color in ISPRS_CLASSES]
     return colors[labels]
+
+
+def write_heights(path: Path, heights: np.ndarray, **options) -> None:
+    """Metres with NaN, as a TIFF with -9999 that names it as no data."""
+    tag = (NODATA, "s", 0, str(MISSING), True)
+    filled = np.nan_to_num(heights, nan=MISSING)
+    write_tiff(path, filled, extratags=[tag], **options)
 
 
 def write_tiff(path: Path, array: np.ndarray, **options) -> None:
@@ -131,12 +144,24 @@ POTSDAM_TILES = tuple(
 )
 HUNAN_TILES = ("train/101", "train/7", "val/23", "test/5")
 
-# How a tile is written, and its name -> the number by which `make_tile` knows it.
+# How a tile is written, its name -> the number by which `make_tile` knows it, and those to test on.
 LAYOUTS = {
-    "vaihingen": (write_vaihingen, {area: area for area in ALL_AREAS}),
-    "potsdam": (write_potsdam, {tile: i for i, tile in enumerate(POTSDAM_TILES)}),
-    "hunan": (write_hunan, {tile: i for i, tile in enumerate(HUNAN_TILES)}),
+    "vaihingen": (write_vaihingen, {area: area for area in ALL_AREAS}, TEST_AREAS),
+    "potsdam": (
+        write_potsdam,
+        {tile: i for i, tile in enumerate(POTSDAM_TILES)},
+        POTSDAM.splits["paper"]["test"],
+    ),
+    "hunan": (write_hunan, {tile: i for i, tile in enumerate(HUNAN_TILES)}, HUNAN_TILES[-1:]),
 }
+
+
+def make_scene(
+    layout: str, tile, seed: int, size: tuple[int, int], difficulty: float = 1.0
+) -> Scene:
+    """The tile of a layout by its name."""
+    _, numbers, later = LAYOUTS[layout]
+    return make_tile(seed, numbers[tile], *size, difficulty, tile in later)
 
 
 def write_city(
@@ -145,26 +170,31 @@ def write_city(
     size: int | tuple[int, int] = 640,
     tiles: tuple | None = None,
     layout: str = "vaihingen",
+    difficulty: float = 1.0,
 ) -> None:
     """Writes the tiles, by default all of the layout, over files of the same names. `size` is the
     side in pixels, or (height, width). `city.json` says complete only after the last tile.
     """
-    root, marker = Path(root), describe_city(seed, size, layout)
+    root, marker = Path(root), describe_city(seed, size, layout, difficulty)
     root.mkdir(parents=True, exist_ok=True)
-    write, numbers = LAYOUTS[layout]
+    write, numbers, _ = LAYOUTS[layout]
     write_marker(root, marker, complete=False)
     for tile in numbers if tiles is None else tiles:
-        write(root, tile, make_tile(seed, numbers[tile], *marker["size"]))
+        write(root, tile, make_scene(layout, tile, seed, marker["size"], difficulty))
     write_marker(root, marker, complete=True)
 
 
 def ensure_city(
-    root: Path, seed: int = 0, size: int | tuple[int, int] = 640, layout: str = "vaihingen"
+    root: Path,
+    seed: int = 0,
+    size: int | tuple[int, int] = 640,
+    layout: str = "vaihingen",
+    difficulty: float = 1.0,
 ) -> bool:
     """Makes sure that root holds this city; True if it had to be written. A city left half-written
     is finished. Raises DataError, and writes nothing, where root holds anything else.
     """
-    root, wanted = Path(root), describe_city(seed, size, layout)
+    root, wanted = Path(root), describe_city(seed, size, layout, difficulty)
     if root.exists() and not root.is_dir():
         raise DataError(f"{root} is a file; name a new folder for the synthetic city")
     if root.exists() and any(not path.name.startswith(".") for path in root.iterdir()):
@@ -182,11 +212,22 @@ def ensure_city(
         paths = [path for area in ALL_AREAS for path in tile_paths(root, area).values()]
         if complete and (layout != "vaihingen" or all(path.is_file() for path in paths)):
             return False
-    write_city(root, seed, size, layout=layout)
+    write_city(root, seed, size, layout=layout, difficulty=difficulty)
     return True
 
 
-def describe_city(seed: int, size: int | tuple[int, int], layout: str) -> dict:
+def open_city(root: Path) -> None:
+    """Makes sure that root holds a city in Vaihingen's layout: the one that it says it holds, or
+    else the usual one. Raises DataError as `ensure_city` does.
+    """
+    try:
+        city = json.loads((Path(root) / "city.json").read_text())
+        ensure_city(root, city["seed"], city["size"], difficulty=city["difficulty"])
+    except (OSError, ValueError, TypeError, KeyError):
+        ensure_city(root)
+
+
+def describe_city(seed: int, size: int | tuple[int, int], layout: str, difficulty: float) -> dict:
     """What `city.json` says of a city, apart from `complete`. Raises DataError."""
     height, width = (size, size) if isinstance(size, int) else (int(side) for side in size)
     if min(height, width) < 64 or seed < 0:
@@ -194,7 +235,10 @@ def describe_city(seed: int, size: int | tuple[int, int], layout: str) -> dict:
             "a synthetic city needs a size of 64 or more and a seed of 0 or more, not "
             f"{size} and {seed}"
         )
+    if not 0 <= difficulty <= HARDEST:
+        raise DataError(f"a difficulty of 0 to {HARDEST:g}, not {difficulty:g}")
     city = {"generator_version": GENERATOR_VERSION, "seed": seed, "size": [height, width]}
+    city["difficulty"] = float(difficulty)
     return city if layout == "vaihingen" else {**city, "layout": layout}
 
 
@@ -213,10 +257,13 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True, help="a new or empty folder")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another city [0]")
     parser.add_argument("--size", type=int, default=640, help="pixels of a tile's side [640]")
+    parser.add_argument(
+        "--difficulty", type=float, default=1.0, help=f"0 nearly solved, {HARDEST:g} hardest [1]"
+    )
     parser.add_argument("--layout", choices=tuple(LAYOUTS), default="vaihingen")
     args = parser.parse_args()
     try:
-        written = ensure_city(args.root, args.seed, args.size, args.layout)
+        written = ensure_city(args.root, args.seed, args.size, args.layout, args.difficulty)
     except (DataError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     count = len(LAYOUTS[args.layout][1])
