@@ -172,10 +172,7 @@ def open_dataset(
         raise DataError(f"--labels {labels}: give {' or '.join(LABELS)}")
     root, layout = Path(root if root is not None else Path("data") / name), LAYOUTS.get(name)
     if name == "synthetic":
-        try:
-            synthetic.open_city(root)
-        except ValueError as error:
-            raise DataError(str(error)) from error
+        synthetic.open_city(root)
     if heights_kind and (layout is None or heights_kind not in layout.dsm):
         raise DataError(f"{name} has no heights of the kind {heights_kind!r}")
     if splits not in (layout.splits if layout else ("paper",)):
