@@ -459,6 +459,8 @@ KINDS = [
     ("standard-lora", "image+dsm", "dfm", False),
     ("standard-adapter", "image", "dfm", True),
     ("adapter", "dsm", "sum", False),
+    ("ssf", "image+dsm", "dfm", False),
+    ("dora", "image+dsm", "dfm", True),
 ]
 
 
@@ -492,13 +494,15 @@ def test_equation_name_and_code_stand_together_on_every_page(tmp_path, tuner, ki
     if tile.labels is not None:
         right = (pred == tile.labels)[tile.labels != 255].mean()
         assert f"{100 * right:.1f} % of the scored pixels are right" in page.text
-    if fresh and tuner in ("lora", "frozen"):
+    if fresh and tuner in ("lora", "dora", "frozen"):
         assert (
             "the tuner adds nothing" in page.text and "before and after are the same" in page.text
         )
     else:
         assert ("the tuner adds nothing" in page.text) == (tuner == "full")
-    assert ("Nothing is mixed" in page.text) == (tuner not in ("adapter", "lora") or M == 1)
+    assert ("Nothing is mixed" in page.text) == (
+        tuner not in ("adapter", "lora", "ssf", "dora") or M == 1
+    )
     if fresh:
         assert "relative positions move nothing" in page.text
         assert "they start, at 0.5" in page.text or "Nothing is mixed" in page.text
@@ -515,6 +519,14 @@ def test_with_mixing_weights_of_1_the_captions_say_so(tmp_path, tuner, fresh):
     assert np.array_equal(inside.variants["mixing weights 1"], inside.seen["logits"])
     assert "w = 1.000" in page.text and "With height 0 everywhere" in page.text
     assert re.search(r"with mixing weights 1, 0\.0 % of", page.text)
+
+
+def test_where_the_late_blocks_are_tuned_the_page_shows_the_first_of_them(tmp_path):
+    inside, text, page = page_of(tmp_path, network("lora", blocks="late"), a_tile("image+dsm"))
+    assert inside.drawn == 1 and "block 1 in the order of its calls" in page.text
+    assert "tuners.py:LoRA.forward" in code_of(text)
+    assert re.search(r"Farthest from it: lin\d (image|height|dsm) in block 1, w = ", page.text)
+    assert not inside.added[0].any() and inside.added[1].all()
 
 
 def test_flat_rasters_and_unscored_labels_make_a_page(tmp_path):

@@ -111,7 +111,7 @@ def test_a_tuner_and_an_encoder_in_a_file_train_are_scored_used_and_gone_on_with
     digest = sha256(TUNER.encode())
     config = json.loads(Path("run/config.json").read_text())
     assert config["plugin"] == {"mine.py": digest}
-    assert config["tuner_option"] == {"ratio": 0.5, "mixing": False}
+    assert config["tuner_option"] == {"ratio": 0.5, "mixing": False, "blocks": "all"}
     for name in ("last.pt", "model.pt"):
         content = torch.load(Path("run") / name, weights_only=True)
         assert content["settings"]["plugin"] == {"mine.py": digest}
