@@ -79,14 +79,13 @@ class Legend:
         raw = raw[..., 0] if raw.ndim == 3 else raw
         if raw.dtype == np.uint8 and raw.size > 256:  # each value once
             return self.decode(np.arange(256, dtype=np.uint8), table)[raw]
-        ignored = IGNORE if self.codes is not None else self.ignore_index
-        if ignored == -1 and raw.dtype == np.uint8:  # int8's -1 written as 255
+        if self.ignore_index == -1 and raw.dtype == np.uint8:  # int8's -1 written as 255
             raw = raw.view(np.int8)
         if table is None:
             table = np.array(range(len(self.classes)) if self.codes is None else self.codes)
         known = (raw >= 0) & (raw < len(table)) & (raw == np.trunc(raw))
         out = np.where(known, table[np.where(known, raw, 0).astype(np.intp)], -1)
-        out[raw == ignored] = IGNORE
+        out[raw == self.ignore_index] = IGNORE
         return out.astype(np.int16)
 
     def _of_colors(self, rgb: np.ndarray, tolerance: int | None) -> np.ndarray:

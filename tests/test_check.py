@@ -384,3 +384,16 @@ def test_labels_with_a_colour_table_of_the_classes_are_read_by_colour(tmp_path, 
         colormap = table.T.astype(np.uint16) * 257
         tifffile.imwrite(path, raw, photometric="palette", colormap=colormap)
     assert np.array_equal(Tile("a", {"labels": path}, classes).read_labels(), wanted)
+
+
+def test_a_colour_table_that_speaks_of_few_pixels_leaves_the_numbers_as_they_are(tmp_path):
+    wanted = rng.integers(0, 2, (20, 20)).astype(np.uint8)
+    wanted[0, :3] = 2
+    table = np.arange(768, dtype=np.uint8).reshape(256, 3)
+    table[2] = (90, 90, 90)
+    picture = Image.fromarray(wanted)
+    picture.putpalette(table.tobytes())
+    picture.save(tmp_path / "l.png")
+    classes = (("ground", (90, 90, 90)), ("house", (200, 0, 0)))
+    tile = Tile("a", {"labels": tmp_path / "l.png"}, classes)
+    assert np.array_equal(tile.read_labels(), np.where(wanted == 2, 255, wanted))

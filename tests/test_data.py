@@ -18,7 +18,7 @@ from geodata.crops import CropDataset, CropOrder, draw_crop, sliding_windows
 from geodata.labels import colors_to_labels, labels_to_colors
 from geodata.layouts import ISPRS_CLASSES
 from geodata.rasters import DataError, read_raster
-from geodata.scaling import TileScale, height_range, image_input, scale_heights
+from geodata.scaling import TileScale, height_range, image_input, scale_heights, valid_heights
 from geodata.tiles import LoadedTile, Tile
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -123,6 +123,11 @@ def test_missing_heights_read_as_the_lowest_and_enter_neither_end_of_the_range(
     assert tile.missing_heights == (~valid).sum()
     assert height_range(found) == tile.height_limits == (dsm[valid].min(), dsm[valid].max())
     assert np.array_equal(found, np.where(valid, dsm, dsm[valid].min()))
+
+
+def test_heights_of_1_km_below_and_of_10_km_are_absurd():
+    heights = np.array([-1000, -999.5, 9999.5, 10_000, np.nan, np.inf], np.float32)
+    assert valid_heights(heights).tolist() == [False, True, True, False, False, False]
 
 
 @given(hnp.arrays(np.float32, (3, 4), elements=metres))

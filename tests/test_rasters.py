@@ -56,7 +56,7 @@ def tile_of(tmp_path, array, image_tags, dsm, dsm_tags):
 # --------------------------------------------------------------------------------------- resampling
 
 shapes = st.tuples(st.integers(1, 6), st.integers(1, 6))
-steps = st.sampled_from([0.2, 0.5, 1.0, 1.7])
+steps = st.tuples(*[st.sampled_from([0.2, 0.5, 1.0, 1.7])] * 2)  # of columns and of rows
 
 
 def height_at(array, row, column):
@@ -87,17 +87,14 @@ def test_heights_on_another_grid_are_the_mean_of_their_valid_neighbours(
     array, size, source_step, target_step, data
 ):
     shift = st.floats(-2, 2)
-    source = Grid(
-        100 + data.draw(shift), 500 + data.draw(shift), source_step, source_step, 2154, True
-    )
-    target = Grid(100.0, 500.0, target_step, target_step, 2154, True)
+    source = Grid(100 + data.draw(shift), 500 + data.draw(shift), *source_step, 2154, True)
+    target = Grid(100.0, 500.0, *target_step, 2154, True)
     wanted = np.empty(size)
     for i in range(size[0]):
         for j in range(size[1]):
-            x, y = target.left + (j + 0.5) * target_step, target.top - (i + 0.5) * target_step
-            wanted[i, j] = height_at(
-                array, (source.top - y) / source_step - 0.5, (x - source.left) / source_step - 0.5
-            )
+            x, y = target.left + (j + 0.5) * target_step[0], target.top - (i + 0.5) * target_step[1]
+            row, column = (source.top - y) / source_step[1], (x - source.left) / source_step[0]
+            wanted[i, j] = height_at(array, row - 0.5, column - 0.5)
     try:
         found = resample(array, source, target, size)
     except DataError:
