@@ -74,10 +74,31 @@ def build_parser(defaults: Settings, description: str) -> Parser:
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_settings(parser, defaults)
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out, by default the newest that is not finished",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        help="train once with each seed, below --out; what is there is kept or gone on with",
+    )
+    return parser
+
+
+def add_settings(parser: Parser, defaults: Settings, without: tuple[str, ...] = ()) -> None:
+    """Adds a flag for every setting, and --as-published; what is not given is not in the
+    namespace.
+    """
     hints = get_type_hints(Settings)
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     options = dict(default=argparse.SUPPRESS)
     for f in fields(Settings):
+        if f.name in without:
+            continue
         kind, value = hints[f.name], getattr(defaults, f.name)
         add = groups[f.metadata["group"]].add_argument
         shown = f"{f.metadata['help']} [{value}]".replace("%", "%%")
@@ -93,22 +114,10 @@ def build_parser(defaults: Settings, description: str) -> Parser:
             choices = choices_of(f) or None
             add(flag(f.name), type=kind, choices=choices, help=shown, **options)
     parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with the run in --out, by default the newest that is not finished",
-    )
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        nargs="+",
-        help="train once with each seed, below --out; what is there is kept or gone on with",
-    )
-    parser.add_argument(
         "--as-published",
         action="store_true",
         help="depart from the paper where the published code does, in training and scoring",
     )
-    return parser
 
 
 def read_options(tuner: str, words: list[str]) -> dict:

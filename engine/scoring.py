@@ -220,9 +220,8 @@ def sum_up(counts: dict[str, np.ndarray], names: list[str], dataset, protocol: d
         own = ConfusionMatrix(K, dataset.scored)
         own.counts = counts[name]
         total.counts += own.counts
-        per_tile[name] = {
-            k: v for k, v in own.scores().items() if k in ("oa", "mf1", "miou", "kappa", "pixels")
-        }
+        kept = ("oa", "mf1", "miou", "kappa", "pixels", "confusion")
+        per_tile[name] = {k: v for k, v in own.scores().items() if k in kept}
     result = total.scores()
     for name, row in zip(dataset.class_names, result["per_class"]):
         row["name"] = name

@@ -62,6 +62,9 @@ class Settings:
     image_scaling: str = of_data(
         "unit", "scaling of images: unit, sam, reflectance, minmax, or LOW:HIGH"
     )
+    share: float = of_data(
+        1.0, "share of the training tiles, more than 0 to 1; which of them, --seed draws"
+    )
     memory_gb: float = of_data(
         4.5, "memory for training tiles; what does not fit is read crop by crop from its files"
     )
@@ -268,6 +271,7 @@ def check_ranges(s: Settings) -> None:
     need(1 <= s.eval_stride <= s.crop, "eval_stride", f"give 1 to the crop's {s.crop} pixels")
     need(0 <= s.select_stride <= s.crop, "select_stride", f"give 0 to the crop's {s.crop} pixels")
     need(s.lr > 0 and math.isfinite(s.lr), "lr", "a positive number is needed")
+    need(0 < s.share <= 1, "share", "more than 0 to 1 is needed")
     need(0 <= s.label_smoothing < 1, "label_smoothing", "0 to less than 1 is needed")
     need(s.select != "val" or bool(s.val), "select", "needs --val: the tiles to hold out")
     need(-1 <= s.seed < 2**32, "seed", "0 to 4294967295 is needed, or -1 to draw one")
