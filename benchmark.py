@@ -22,21 +22,24 @@ from dataclasses import fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import torch
+
 from data import open_from_settings
 from engine import plan, speed
 from engine.commandline import add_settings
 from engine.console import Mistake, Parser, run_script
 from engine.device import pick_device
+from engine.files import replace_atomically
 from engine.identity import Identities
 from engine.plugins import load_plugins
 from engine.recipes import recipe
 from engine.settings import Settings
 from engine.signals import noted_signals
 from engine.store import Store
-from engine.sweep import Sweep, cells_of, check_given, in_shard
+from engine.sweep import Cell, Sweep, cells_of, check_given, in_shard
 from engine.tables import TABLES, rows_of
 from geodata.rasters import DataError
-from reports.sweep import markdown
+from reports.sweep import as_csv, as_latex, lines_of, markdown, write_sweep_page
 from sam_vit import WeightsError
 
 
@@ -83,11 +86,18 @@ def sweep(args: argparse.Namespace) -> int:
     rows = rows_of(args.name, given["data"], given.get("encoder") if table.sizes else None)
     check_given(rows, given)
     out = args.out or Path("results") / f"{args.name}_{given['data']}"
+    reference = args.reference or table.reference or rows[-1].name
+    if reference not in (names := [row.name for row in rows]):
+        raise Mistake(f"--reference {reference}: the rows of {args.name} are {', '.join(names)}")
+    device, cells = pick_device(given.get("device", "auto")), []
     store = Store.open(out, args.name, given["data"])
-    device = pick_device(given.get("device", "auto"))
-    with store.lock():  # one process at a time makes the city
-        ids = Identities(open_from_settings, device)
-        cells, missing = cells_of(rows, args.seeds, given, args.as_published, ids)
+    try:
+        with store.lock():  # one process at a time makes the city
+            ids = Identities(open_from_settings, device)
+            cells, missing = cells_of(rows, args.seeds, given, args.as_published, ids)
+    finally:
+        if not cells:
+            store.discard()
     if not cells:
         raise Mistake(f"no row of {args.name} can be made: {missing[0]}")
     for line in missing:
@@ -99,12 +109,56 @@ def sweep(args: argparse.Namespace) -> int:
     done, damaged = store.read()
     for line in damaged:
         print(line, file=sys.stderr)
+    if args.list:
+        print_cells(chosen, store, device, ids)
+        return 0
     work = Sweep(store, device, args.processes, table.cost)
     with noted_signals() as noted:
         work.make(chosen, lambda line: print(line, flush=True), noted)
-    done = store.read()[0]
-    print(markdown(args.name, [done[c.key] for c in cells if c.key in done]))
+    show(args, store, reference, cells)
     return 1 if missing or work.failed else 0
+
+
+def show(args: argparse.Namespace, store: Store, reference: str, cells: list[Cell]) -> None:
+    """Prints the table of all that is done, and writes it where it is asked for."""
+    done, table = store.read()[0], TABLES[args.name]
+    rows = {cell.row.name: cell.s.modalities for cell in cells}
+    results = [done[cell.key] for cell in cells if cell.key in done]
+    lines = lines_of(args.name, rows, results, reference)
+    print(markdown(args.name, lines, reference, table.cost))
+    if len(results) < len(cells):
+        print(f"{len(cells) - len(results)} of {len(cells)} cells are not made yet: --list")
+    if len(done) > len(results):
+        print(f"{len(done) - len(results)} results of other settings, code or tiles are not shown")
+    with store.lock():
+        page = store.path / "results.html"
+        write_sweep_page(page, args.name, table.title, lines, reference)
+    texts = {args.csv: as_csv(lines, reference)}
+    texts |= {args.latex: as_latex(args.name, lines, reference, table.cost)}
+    for path, text in texts.items():
+        if path is not None:
+            write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    try:
+        replace_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise Mistake(f"{path} cannot be written ({error.strerror})") from error
+
+
+def print_cells(cells: list[Cell], store: Store, device: torch.device, ids: Identities) -> None:
+    """The cells, how far each is, and what a plan or a finished one of its row says it takes."""
+    done, told = store.read()[0], {}
+    for cell in cells:
+        row, state = cell.row.name, store.state(cell.folder, cell.key, done, cell.s)
+        for other in cells:
+            if other.row.name == row and other.key in done:
+                seconds = done[other.key]["seconds"]
+                told.setdefault(row, f"{seconds:.0f} s of training, as {other.name}")
+        if row not in told:
+            told[row] = plan.in_words(cell.s, ids.dataset(cell.s), device)
+        print(f"{cell.name}: {state}; {told[row]}")
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import json
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from engine.device import resolve_precision
 from engine.networks import build_model
 from engine.settings import Settings
 from geodata.layouts import MODALITIES
-from geodata.slices import row_strips
+from geodata.slices import DataError, row_strips
 from tuners import TUNERS
 
 HOME = Path(__file__).resolve().parent.parent
@@ -36,6 +36,7 @@ NEUTRAL |= {"engine.settings", "engine.recipes", "engine.plugins", "engine.pretr
 NEUTRAL |= {"engine.budget", "geodata.doctor", "geodata.city", "geodata.canvas"}
 NEUTRAL |= {"geodata.synthetic"}
 
+SPLITS = ("train", "test")
 FREE = {*FREE_ON_RESUME, "weights"}  # settings that move no score; weights count by their content
 
 
@@ -114,14 +115,14 @@ def registers(node: ast.AST) -> bool:
     return simple and "TUNERS" in names
 
 
-# ------------------------------------------------------------------------- pixels, backbone, the key
+# ------------------------------------------------------------------------ pixels, backbone, the key
 
 
 def pixels_digest(dataset: Any, modalities: tuple[str, ...]) -> str:
     """SHA-256 of what a network of `modalities` is given of all tiles, before it is scaled:
     images, heights, labels. Raises DataError."""
     digest = hashlib.sha256()
-    for split in ("train", "test"):
+    for split in SPLITS:
         for tile in dataset.tiles(split, modalities):
             loaded = tile.load(modalities)
             digest.update(f"{split} {tile.name}".encode())
@@ -138,7 +139,7 @@ class Identities:
     """Keys of runs; what many of them share is computed once. `open_data` opens the data set of
     settings."""
 
-    def __init__(self, open_data, device: torch.device):
+    def __init__(self, open_data: Callable[[Settings], Any], device: torch.device):
         self.open_data, self.device, self.known = open_data, device, {}
 
     def once(self, key: tuple, compute):
@@ -162,6 +163,25 @@ class Identities:
         if "dsm" in MODALITIES[s.modalities]:
             kept["heights_kind"] = self.dataset(s).chosen_heights()[0]
         return kept | {"precision": resolve_precision(s.precision, self.device)}
+
+    def watch(self, s: Settings) -> Callable[[], bool]:
+        """A function that says whether code and files are what they are now."""
+
+        def look() -> list:
+            tiles = [self.dataset(s).tiles(split, MODALITIES[s.modalities]) for split in SPLITS]
+            paths = [path for found in tiles for tile in found for path in tile.paths.values()]
+            stats = [path.stat() for path in paths if path.exists()]
+            return [code_digest(s.tuner), [(stat.st_size, stat.st_mtime_ns) for stat in stats]]
+
+        before = look()
+
+        def is_current() -> bool:
+            try:
+                return look() == before
+            except DataError:
+                return False
+
+        return is_current
 
     def key(self, s: Settings) -> str:
         """Raises DataError or WeightsError for a run that cannot be."""

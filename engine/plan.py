@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from engine.recipes import RECIPES
 from engine.settings import Settings
 from engine.speed import Case, peak_of
 from geodata.crops import sliding_windows
+from geodata.layouts import MODALITIES
 from mfnet import build_mfnet
 from sam_vit import SIZES
 from tuners import TUNERS
@@ -62,6 +64,18 @@ def measure_image(s: Settings, device: torch.device) -> dict:
     except RuntimeError:
         return {}
     return dict(image_seconds=seconds, image_mb=megabytes)
+
+
+def in_words(s: Settings, dataset: Any, device: torch.device) -> str:
+    """What the run `s` takes on a `data.Dataset`."""
+    try:
+        needs = measure_needs(s, device)
+    except RuntimeError as error:
+        return f"a step could not be tried ({error})"
+    sizes = [tile.size for tile in dataset.tiles("test", MODALITIES[s.modalities])]
+    training, scoring = needs.step * s.steps * s.epochs, needs.window * count_windows(sizes, s)
+    used = needs.memory(s.batch_size) / 1000
+    return f"about {training:.0f} s of training, {scoring:.0f} s of scoring, {used:.1f} GB"
 
 
 def count_windows(sizes: list[tuple[int, int]], s: Settings, crop: int | None = None) -> int:

@@ -21,6 +21,7 @@ from engine.files import replace_atomically
 from engine.folder import RunFolder
 from engine.identity import sha256
 from engine.locks import locked, try_lock
+from engine.settings import Settings
 from geodata.rasters import DataError
 
 NEEDED = ("key", "cell", "row", "seed", "scores", "tiles", "scored", "trained", "sha256")
@@ -54,6 +55,18 @@ class Store:
             replace_atomically(marker, lambda p: p.write_text(text, encoding="utf-8"))
         return store
 
+    def discard(self) -> None:
+        """Removes the folder where nothing was made in it."""
+        if (self.path / "results.jsonl").exists():
+            return
+        try:
+            (self.path / "cells").rmdir()
+        except OSError:
+            return
+        for name in ("sweep.json", "lock"):
+            (self.path / name).unlink(missing_ok=True)
+        self.path.rmdir()
+
     def lock(self):
         return locked(self.path / "lock")
 
@@ -81,6 +94,18 @@ class Store:
                     f"{path}, line {number}: damaged; left alone, its cell is made again"
                 )
         return found, damaged
+
+    def state(self, folder: str, key: str, done: dict, s: Settings) -> str:
+        """How far a cell is, in a word or two."""
+        if key in done:
+            return "done"
+        if (claim := self.claim(folder)) is None:
+            return "being made"
+        os.close(claim)
+        step = last_step(self.path / "cells" / folder)
+        return (
+            "not begun" if step is None else f"interrupted at step {step} of {s.epochs * s.steps}"
+        )
 
     def append(self, entry: dict) -> None:
         """Adds a line, unless there is one of its key."""

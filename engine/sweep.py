@@ -22,7 +22,7 @@ import torch
 from engine.commandline import parse_settings
 from engine.console import Mistake
 from engine.cost import machine
-from engine.identity import HOME, Identities, code_digest
+from engine.identity import HOME, Identities
 from engine.plan import measure_image
 from engine.settings import Settings, flag
 from engine.store import Store, result_of_run
@@ -30,6 +30,8 @@ from engine.tables import Row
 from engine.training import TrainingStopped
 from geodata.rasters import DataError
 from sam_vit import WeightsError
+
+TRAIN = HOME / "train.py"
 
 
 @dataclass
@@ -40,7 +42,7 @@ class Cell:
     s: Settings
     words: list[str]  # of train.py
     key: str
-    code: str  # digest of the code in it
+    is_current: Callable[[], bool]  # whether code and files are still those of the key
     base: str  # SHA-256 of the backbone in it
     scored: tuple[int, ...]  # the classes that means average
 
@@ -107,14 +109,13 @@ def cells_of(
             words = [*words_of(given), *words_of({**parts, "seed": seed})]
             try:
                 s, *_ = parse_settings([*words, "--as-published"] if published else words)
-                key, code, base = ids.key(s), code_digest(s.tuner), ids.base(s)
-                scored = tuple(ids.dataset(s).scored)
+                key, base, scored = ids.key(s), ids.base(s), tuple(ids.dataset(s).scored)
             except (DataError, WeightsError) as error:
                 line = f"{row.name}: {error}"
                 missing += [line] if line not in missing else []
                 continue
             words += ["--as-published"] * published
-            cells.append(Cell(row, s, words, key, code, base, scored))
+            cells.append(Cell(row, s, words, key, ids.watch(s), base, scored))
     return cells, missing
 
 
@@ -130,7 +131,7 @@ class Sweep:
     def make(self, cells: list[Cell], say: Callable[[str], None], noted: list[int]) -> None:
         """Makes what is missing, and waits for what another process makes. `noted` are signals that
         ask to stop. Raises TrainingStopped."""
-        todo, elsewhere, jobs = list(cells), [], []
+        todo, elsewhere, jobs, waits = list(cells), [], [], False
         while todo or jobs or elsewhere:
             if noted:
                 self.stop(jobs, noted[0])
@@ -147,6 +148,9 @@ class Sweep:
                 jobs.remove(job)
                 self.end(job, say)
             if elsewhere and not todo and (not jobs or free):
+                if not waits and not jobs:
+                    say(f"waiting for cells that another process makes: {elsewhere[0].name}")
+                    waits = True
                 todo, elsewhere = elsewhere, []
                 time.sleep(0.5)
             time.sleep(0.05)
@@ -173,7 +177,7 @@ class Sweep:
         held = {"pass_fds": (claim,)} if os.name == "posix" else {}
         with open(cells / f"{cell.folder}.txt", "ab") as output:
             child = subprocess.Popen(
-                [*python, str(HOME / "train.py"), *words],
+                [*python, str(TRAIN), *words],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, **held,
             )  # fmt: skip
         return Job(cell, child, claim, slot)
@@ -183,14 +187,14 @@ class Sweep:
         cell, code = job.cell, job.child.returncode
         output = self.store.path / "cells" / f"{cell.folder}.txt"
         reason = ""
-        if code_digest(cell.s.tuner) != cell.code:
-            reason = "the code changed while it was trained; it is made again"
+        if not cell.is_current():
+            reason = "code or tiles changed while it was trained; it is to be made again"
             shutil.rmtree(self.store.path / "cells" / cell.folder, ignore_errors=True)
         elif code:
             lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             reason = lines[-1] if lines else f"exit status {code}"
         elif (entry := self.keep(cell, job.slot)) is None:
-            reason = "it ended without scores"
+            reason = "it ended without scores on its backbone"
         os.close(job.claim)
         if reason:
             self.failed.append(f"{cell.name} failed: {reason} ({output})")
