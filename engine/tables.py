@@ -79,9 +79,9 @@ def every_tuner(_) -> list[Row]:
 
 def placements(_) -> list[Row]:
     return [
-        Row(f"{name}-{blocks}", dict(tuner=tuner, tuner_option=dict(blocks=blocks)))
+        Row(f"{name}-{where}", dict(tuner=tuner, tuner_option=dict(blocks=blocks)))
         for name, tuner in (("MMLoRA", "lora"), ("MMAdapter", "adapter"))
-        for blocks in ("all", "late", "last2")
+        for where, blocks in (("all", "all"), ("late-half", "late"), ("last-two", "2"))
     ]
 
 

@@ -40,7 +40,7 @@ from reports.competitors import PAPER
 from reports.statistics import mean_iou, paired_difference, t_quantile
 from reports.sweep import Line, as_latex, cells_of, lines_of, write_sweep_page
 from sam_vit import build_image_encoder
-from tuners import TUNERS
+from tuners import tuner_options
 
 HOME = Path(benchmark.__file__).parent
 TINY = "--weights none --epochs 1 --steps 1 --crop 64 --eval-stride 64 --batch-size 2"
@@ -116,9 +116,7 @@ def start(*words):
 
     def work():
         os.setsid()
-        with open("printed.txt", "a") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = open("printed.txt", "a", buffering=1)
         sys.argv = ["benchmark.py", *map(str, words)]
         benchmark.run_script(benchmark.main)
 
@@ -431,7 +429,7 @@ def test_every_row_can_be_parsed_and_every_row_of_the_paper_s_method_is_one(name
     assert table.reference in ("", *(row.name for row in rows))
     for row in rows:
         options = row.settings.get("tuner_option", {})
-        if "blocks" not in options or "blocks" in TUNERS["lora"].__init__.__code__.co_varnames:
+        if options.keys() <= tuner_options(row.settings["tuner"]).keys():
             s, *_ = parse_settings(words_of({"data": table.data, **row.settings}))
             assert all(getattr(s, k) == v for k, v in row.settings.items() if k != "tuner_option")
     if name in PAPER:
@@ -485,7 +483,7 @@ def test_a_share_of_the_tiles_is_drawn_by_the_seed_and_grows():
 
 def test_a_sweep_in_earnest_from_nothing_to_the_page(world, tmp_path):
     (tmp_path / "city").symlink_to(world / "city")
-    words = ["table4", *FLAGS, "--seeds", "0", "1", "--only", "image-Adapter*", "--csv", "a.csv"]
+    words = ["table4", *FLAGS, "--seeds", "0", "--only", "image-Adapter*", "--csv", "a.csv"]
     words += ["--latex", "a.tex", "--reference", "image-Adapter"]
     command = [sys.executable, str(HOME / "benchmark.py"), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -493,7 +491,7 @@ def test_a_sweep_in_earnest_from_nothing_to_the_page(world, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     out = tmp_path / "results" / "table4_vaihingen"
     lines = stored(out)
-    assert [line["cell"] for line in lines] == ["image-Adapter/seed-0", "image-Adapter/seed-1"]
+    assert [line["cell"] for line in lines] == ["image-Adapter/seed-0"]
     run = out / "cells"
     for line in lines:
         (folder,) = run.glob(f"image-Adapter_seed-{line['seed']}_{line['key'][:16]}")
