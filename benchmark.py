@@ -134,7 +134,7 @@ def show(args: argparse.Namespace, store: Store, reference: str, cells: list[Cel
         page = store.path / "results.html"
         write_sweep_page(page, args.name, table.title, lines, reference)
     texts = {args.csv: as_csv(lines, reference)}
-    texts |= {args.latex: as_latex(args.name, lines, reference, table.cost)}
+    texts |= {args.latex: as_latex(lines, table.cost)}
     for path, text in texts.items():
         if path is not None:
             write_text(path, text)

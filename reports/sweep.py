@@ -28,6 +28,8 @@ COST = {  # of a line -> as shown, how, and whether every sweep measures it
     "image_seconds": ("one image, s", 1, "{:.3f}"),
     "image_mb": ("memory of one image, MB", 1, "{:.0f}"),
 }
+PAPER_COST = ("trained, M", "memory, MB")  # of table 6
+NAN = float("nan")
 
 
 @dataclass
@@ -106,36 +108,44 @@ def told(difference: Difference | None) -> str:
     return text if difference.is_told else f"{text}, not told apart"
 
 
-def cells_of(lines: list[Line], reference: str, cost: bool, classes: bool) -> list[list[str]]:
-    """Head and rows. `cost` adds what differs from run to run: times and memory; `classes` the
-    recall of each class."""
-    names = class_names(lines) if classes else []
+def cells_of(lines: list[Line], cost: bool) -> list[list[str]]:
+    """Head and rows; `cost` adds what differs from run to run, times and memory."""
     costs = [key for key in COST if key == "trained" or cost and any(ln.cost(key) for ln in lines)]
-    columns = [c for ln in lines for c in ln.paper if c in MEANS.values() or cost or c in names]
-    columns = list(dict.fromkeys(columns))
-    head = ["row", "image", "height", "seeds", *names, *MEANS.values(), f"mIoU less {reference}'s"]
-    head += [COST[key][0] for key in costs] + [f"paper: {column}" for column in columns]
-    rows = []
-    for line in lines:
-        mean = statistics.fmean
-        spent = [line.cost(key) for key in costs]
-        rows.append(
-            [
-                line.name + (f" ({line.backbone})" if line.backbone else ""),
-                "✓" * line.has("image"),
-                "✓" * line.has("dsm"),
-                str(len(line.results)) if line.results else "",
-                *(spread(line.recalls(name)) for name in names),
-                *(spread(line.scores(key)) for key in MEANS),
-                told(line.difference),
-                *(
-                    COST[k][2].format(mean(values)) if values else ""
-                    for k, values in zip(costs, spent)
-                ),
-                *(f"{line.paper[c]:.2f}" if c in line.paper else "" for c in columns),
-            ]
-        )
-    return [head, *rows]
+    printed = [
+        c for ln in lines for c in ln.paper if c in MEANS.values() or cost and c in PAPER_COST
+    ]
+    printed = list(dict.fromkeys(printed))
+    head = ["row", "image", "height", "seeds", *MEANS.values(), "difference of mIoU"]
+    head += [COST[key][0] for key in costs] + [f"paper: {column}" for column in printed]
+    rows = [
+        [
+            line.name + (f" ({line.backbone})" if line.backbone else ""),
+            "✓" * line.has("image"),
+            "✓" * line.has("dsm"),
+            str(len(line.results)) if line.results else "",
+            *(spread(line.scores(key)) for key in MEANS),
+            told(line.difference),
+            *(COST[key][2].format(statistics.fmean(line.cost(key) or [NAN])) for key in costs),
+            *(f"{line.paper.get(column, NAN):.2f}" for column in printed),
+        ]
+        for line in lines
+    ]
+    return [head, *([cell.replace("nan", "") for cell in row] for row in rows)]
+
+
+def class_cells(lines: list[Line]) -> list[list[str]]:
+    """Head and rows: the recall of each class, here and in the paper."""
+    names = class_names(lines)
+    printed = [name for name in names if any(name in line.paper for line in lines)]
+    rows = [
+        [
+            line.name,
+            *(spread(line.recalls(name)) for name in names),
+            *(f"{line.paper[name]:.2f}" if name in line.paper else "" for name in printed),
+        ]
+        for line in lines
+    ]
+    return [["recall", *names, *(f"paper: {name}" for name in printed)], *rows]
 
 
 def class_names(lines: list[Line]) -> list[str]:
@@ -159,7 +169,7 @@ def captions(name: str, lines: list[Line], reference: str) -> list[str]:
 
 
 def markdown(name: str, lines: list[Line], reference: str, cost: bool = False) -> str:
-    head, *rows = cells_of(lines, reference, cost, classes=False)
+    head, *rows = cells_of(lines, cost)
     rule = ["---", *["---:"] * (len(head) - 1)]
     drawn = [
         "| " + " | ".join(c.replace("|", r"\|") for c in cells) + " |"
@@ -196,16 +206,15 @@ def as_csv(lines: list[Line], reference: str) -> str:
     return text.getvalue()
 
 
-def as_latex(name: str, lines: list[Line], reference: str, cost: bool = False) -> str:
-    """A tabular of the table on the terminal, which needs amssymb for its ticks."""
+def as_latex(lines: list[Line], cost: bool = False) -> str:
+    """A tabular of the table on the terminal; its ticks need the package amssymb."""
     signs = {"\\": r"\textbackslash{}", "±": r"$\pm$", "✓": r"\checkmark"}
     signs |= {sign: f"\\{sign}" for sign in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\^{}"}
+    cells = cells_of(lines, cost)
     head, *rows = (
-        " & ".join("".join(signs.get(c, c) for c in cell) for cell in cells) + r" \\"
-        for cells in cells_of(lines, reference, cost, classes=False)
+        " & ".join("".join(signs.get(c, c) for c in cell) for cell in row) + r" \\" for row in cells
     )
-    width = len(cells_of(lines, reference, cost, classes=False)[0]) - 1
-    begin = rf"\begin{{tabular}}{{l{'r' * width}}}"
+    begin = rf"\begin{{tabular}}{{l{'r' * (len(cells[0]) - 1)}}}"
     return "\n".join([begin, r"\hline", head, r"\hline", *rows, r"\hline", r"\end{tabular}", ""])
 
 
@@ -214,10 +223,13 @@ def as_latex(name: str, lines: list[Line], reference: str, cost: bool = False) -
 
 def write_sweep_page(path: Path, name: str, title: str, lines: list[Line], reference: str) -> None:
     """The table with every class, the intervals, the score against the cost, and the cells."""
-    head, *rows = cells_of(lines, reference, cost=True, classes=True)
-    count = sum(bool(line.results) for line in lines)
-    whole = table(head, rows, lambda row, _: "" if lines[row].results else ' class="dim"')
-    sections = {"": whole + "".join(note(text) for text in captions(name, lines, reference))}
+
+    def drawn_table(cells: list[list[str]]) -> str:
+        head, *rows = ([cell.replace(" ", "\u00a0") for cell in row] for row in cells)
+        return table(head, rows, lambda row, _: "" if lines[row].results else ' class="dim"')
+
+    notes = "".join(note(text) for text in captions(name, lines, reference))
+    sections = {"": drawn_table(cells_of(lines, cost=True)) + notes}
     intervals = {
         ln.name: ln.difference for ln in lines if ln.difference and ln.difference.low is not None
     }
@@ -234,7 +246,8 @@ def write_sweep_page(path: Path, name: str, title: str, lines: list[Line], refer
         charts += [scatter_chart(COST[key][0], "mIoU, %", points)] if len(points) > 1 else []
     if charts:
         sections["Score and cost"] = f'<div class="charts">{"".join(charts)}</div>'
-    if count:
+    if any(line.results for line in lines):
+        sections["Classes"] = drawn_table(class_cells(lines))
         sections["Cells"] = made_by(lines)
     write_page(path, f"{name}: {title}", sections)
 

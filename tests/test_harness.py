@@ -526,8 +526,8 @@ def test_the_table_says_what_cannot_be_told_apart_and_the_page_draws_it(tmp_path
     values["best"] = (0.9, 0.91, 0.92)
     results = [result(row, i, v) for row, found in values.items() for i, v in enumerate(found)]
     lines = lines_of("tuners", dict.fromkeys(values, "image+dsm"), results, "best")
-    head, low, same, noisy, best = cells_of(lines, "best", cost=False, classes=True)
-    column = head.index("mIoU less best's")
+    head, low, same, noisy, best = cells_of(lines, cost=False)
+    column = head.index("difference of mIoU")
     assert "not told" not in low[column] and low[column].startswith("-")
     assert same[column] == "+0.00, the same scores" and best[column] == ""
     assert noisy[column].endswith("not told apart")
@@ -539,13 +539,13 @@ def test_the_table_says_what_cannot_be_told_apart_and_the_page_draws_it(tmp_path
     )
     sizes = [float(size) for size in re.findall(r"font-size[:=]\"?\s*([\d.]+)px", page)]
     assert min(sizes) >= 11
-    text = as_latex("tuners", lines, "best")
+    text = as_latex(lines)
     assert r"51.00 $\pm$ 1.00" in text and text.count(r"\\") == 5
 
 
 def test_a_competitor_s_row_has_its_numbers_alone():
     line = Line("ESANet", [], {"mIoU": 79.42}, backbone="R34")
-    head, cells = cells_of([line], "x", cost=True, classes=True)
+    head, cells = cells_of([line], cost=True)
     assert cells[0] == "ESANet (R34)" and cells[-1] == "79.42" and set(cells[1:-1]) == {""}
 
 
