@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from engine.commandline import FREE_ON_RESUME
+from engine.console import Ticker
 from engine.device import resolve_precision
 from engine.networks import build_model
 from engine.settings import Settings
@@ -154,8 +155,9 @@ class Identities:
         """The SHA-256 of the encoder's weights. Raises WeightsError."""
         seed = s.seed if s.weights == "none" else None
         plain = replace(s, tuner="frozen", tuner_option={})
+        ticker = Ticker("fetching SAM's weights, bytes")
         key = ("base", s.encoder, s.weights, s.relative_positions, seed)
-        return self.once(key, lambda: build_model(plain, 2)[1]["sha256"])
+        return self.once(key, lambda: build_model(plain, 2, ticker)[1]["sha256"])
 
     def counted(self, s: Settings) -> dict:
         """The settings that may move a score, with what a run fills in by itself."""
