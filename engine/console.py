@@ -31,8 +31,13 @@ class Parser(argparse.ArgumentParser):
             self.error(self.unknown_word(unknown[0]))
         return args
 
+    def subparsers(self) -> list[argparse.ArgumentParser]:
+        kind = argparse._SubParsersAction
+        return [p for a in self._actions if isinstance(a, kind) for p in a.choices.values()]
+
     def unknown_word(self, word: str) -> str:
-        flags = [flag for action in self._actions for flag in action.option_strings]
+        actions = [action for parser in (self, *self.subparsers()) for action in parser._actions]
+        flags = [flag for action in actions for flag in action.option_strings]
         name = word.split("=")[0].replace("_", "-")
         longer = [flag for flag in flags if name.startswith("--") and flag.startswith(name)]
         meant = difflib.get_close_matches(name, flags, n=1, cutoff=0.75) or longer

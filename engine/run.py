@@ -20,7 +20,7 @@ from engine.settings import Settings, held_out_tiles
 from engine.training import Trainer
 from fast import accelerate
 from geodata.layouts import MODALITIES
-from geodata.loading import facts_of, fingerprint, load_tiles, memory_line
+from geodata.loading import facts_of, fingerprint, load_tiles, memory_line, share_of
 from geodata.rasters import DataError
 from mfnet import MFNet, count_parameters, trained_names
 
@@ -54,7 +54,7 @@ class Run:
             raise Mistake(f"--batch-size {s.batch_size} is no multiple of {parts}")
         self.dataset = dataset.hold_out(held_out_tiles(s.val)) if s.val else dataset
         self.classes = [[name, list(color)] for name, color in dataset.classes]
-        tiles = self.dataset.tiles("train", modalities)
+        tiles = share_of(self.dataset.tiles("train", modalities), s.share, s.seed)
         # A test tile that is missing or broken is to be found now, not after the training.
         self.dataset.check(modalities)
         if "dsm" in modalities:

@@ -177,7 +177,9 @@ def sum_up(counts: dict[str, np.ndarray], dataset, protocol: dict) -> dict:
         own.counts = confused
         total.counts += confused
         own_scores = own.scores()
-        per_tile[name] = {k: own_scores[k] for k in ("oa", "mf1", "miou", "kappa", "pixels")}
+        per_tile[name] = {
+            k: own_scores[k] for k in ("oa", "mf1", "miou", "kappa", "pixels", "confusion")
+        }
     result = total.scores()
     for name, row in zip(names, result["per_class"]):
         row["name"] = name

@@ -51,6 +51,7 @@ class Settings:
     heights: str = of_data("minmax", "heights: minmax, percentiles, ground, or metres LOW:HIGH")
     heights_kind: str = of_data("", "kind of heights, of several (potsdam: normalised, absolute)")
     image_scaling: str = of_data("unit", "images: unit, sam, reflectance, minmax, or LOW:HIGH")
+    share: float = of_data(1.0, "share of the training tiles, above 0 to 1; --seed draws which")
     memory_gb: float = of_data(4.5, "memory for training tiles; the others are read crop by crop")
 
     encoder: str = of_network("vit_l", "SAM's size; vit_t is made up, tiny", lambda: tuple(SIZES))
@@ -201,6 +202,7 @@ def check_ranges(s: Settings) -> None:
     need(1 <= s.eval_stride <= s.crop, "eval_stride", f"give 1 to the crop's {s.crop} pixels")
     need(0 <= s.select_stride <= s.crop, "select_stride", f"give 0 to the crop's {s.crop} pixels")
     need(0 < s.lr < math.inf, "lr", "a positive number is needed")
+    need(0 < s.share <= 1, "share", "more than 0 to 1 is needed")
     need(0 <= s.label_smoothing < 1, "label_smoothing", "0 to less than 1 is needed")
     need(s.select != "val" or bool(s.val), "select", "needs --val: the tiles to hold out")
     need(-1 <= s.seed < 2**32, "seed", "0 to 4294967295 is needed, or -1 to draw one")

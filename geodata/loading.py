@@ -48,6 +48,19 @@ def load_tiles(
     return loaded
 
 
+def share_of(tiles: list[Tile], share: float, seed: int) -> list[Tile]:
+    """So many of the tiles, rounded, in their order; which ones is a function of the seed.
+
+    Whole tiles are what somebody would have to label less of. They keep the crops of a full run,
+    also of patches that are no larger than a crop, and a smaller share is a part of a larger one.
+    Raises DataError where not one tile is left."""
+    count = round(share * len(tiles))
+    if count < 1:
+        raise DataError(f"--share {share:g} of {len(tiles)} training tiles is none; give more")
+    drawn = np.random.default_rng((seed, len(tiles))).permutation(len(tiles))[:count]
+    return [tiles[i] for i in sorted(drawn)]
+
+
 def fingerprint(tiles: list[LoadedTile]) -> str:
     """A checksum of training tiles, of about a thousand rows of each, so that a run is not resumed
     on other data."""

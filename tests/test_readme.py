@@ -145,7 +145,10 @@ def test_the_commands_of_every_script_are_shown():
 
 
 def test_every_flag_that_is_named_is_one_of_the_scripts(parser_of):
-    known = {flag for name in SCRIPTS for flag in parser_of(name)._option_string_actions}
+    parsers = [parser_of(name) for name in SCRIPTS]
+    ours = [parser for parser in parsers if isinstance(parser, Parser)]
+    parsers += [sub for parser in ours for sub in parser.subparsers()]
+    known = {flag for parser in parsers for flag in parser._option_string_actions}
     for page, text in PAGES.items():
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
         assert named - known - {"--include", "--nproc"} == set(), page

@@ -865,7 +865,7 @@ def test_a_mistake_in_looking_inside_is_one_line_and_writes_no_page(
 
 
 def test_the_benchmark_prints_and_keeps_both_networks_with_their_ratio_memory_and_ceiling(tmp_path):
-    words = "--encoder vit_t --tasks network --crop 64 --batch 1 --repeats 1 --precision fp32"
+    words = "speed --encoder vit_t --tasks network --crop 64 --batch 1 --repeats 1 --precision fp32"
     words = [*words.split(), "--memory", "--out", "here/rows.csv", "--device", "cpu"]
     done = shell(tmp_path, "benchmark.py", *words)
     assert (done.returncode, done.stderr) == (0, "")
@@ -881,7 +881,7 @@ def test_the_benchmark_prints_and_keeps_both_networks_with_their_ratio_memory_an
 
 
 def test_a_plan_tells_hours_windows_and_memory_of_the_recipe_for_each_crop(tmp_path):
-    done = shell(tmp_path, "benchmark.py", *"--plan vaihingen --encoder vit_t --device cpu".split())
+    done = shell(tmp_path, "benchmark.py", *"plan vaihingen --encoder vit_t --device cpu".split())
     assert (done.returncode, done.stderr) == (0, "") and "50 x 1000 steps of 10" in done.stdout
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]]
@@ -906,5 +906,5 @@ def test_a_plan_tells_hours_windows_and_memory_of_the_recipe_for_each_crop(tmp_p
     ],
 )
 def test_a_mistake_in_the_benchmark_is_one_line(script, tmp_path, words, part):
-    assert_refused(script("benchmark.py", *words.split(), "--device", "cpu"), part)
+    assert_refused(script("benchmark.py", "speed", *words.split(), "--device", "cpu"), part)
     assert files_below(tmp_path) == []

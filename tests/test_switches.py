@@ -41,6 +41,7 @@ TABLE = {
     "heights": (dict(heights="percentiles"), "inputs"),
     "heights_kind": (dict(data="two kinds", heights="0:600", heights_kind="b"), "inputs"),
     "image_scaling": (dict(image_scaling="sam"), "inputs"),
+    "share": (dict(share=0.5), "inputs"),
     "memory_gb": (dict(memory_gb=0.0), NEUTRAL),
     "encoder": (dict(encoder="wider", weights="none"), "trained"),
     "weights": (dict(weights="none"), "weights"),

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-import benchmark
-from benchmark import Case, Result, published_loop
+from engine import speed
 from engine.cost import encoder_products, operations
 from engine.inference import predict_tile
+from engine.speed import Case, Result, published_loop
 from fast import accelerate
 from mfnet import build_mfnet
 from sam_vit import SIZES
@@ -106,31 +106,26 @@ def test_ratios_are_to_the_plain_network_in_fp32_and_in_the_same_precision():
     }
     results = {case(precision=p, order=o): Result(seconds=s) for (p, o), s in seconds.items()}
     results[case(order="checkpointed")] = Result(note="failed")
-    benchmark.compare(results)
+    speed.compare(results)
     assert [r.times_plain_fp32 for r in results.values()] == [1, 2, 4, 8, None]
     assert [r.times_plain for r in results.values()] == [1, 2, 1, 2, None]
 
 
 def test_a_difference_is_relative_to_the_largest_value_and_of_maps_the_share_of_pixels():
-    assert (
-        benchmark.difference(torch.tensor([1.0, -4.0, 2.5]), torch.tensor([1.0, -4.0, 2.0]))
-        == 0.125
-    )
-    assert (
-        benchmark.difference(torch.tensor([[0, 1], [2, 2]]), torch.tensor([[0, 1], [2, 1]])) == 0.25
-    )
+    assert speed.difference(torch.tensor([1.0, -4.0, 2.5]), torch.tensor([1.0, -4.0, 2.0])) == 0.125
+    assert speed.difference(torch.tensor([[0, 1], [2, 2]]), torch.tensor([[0, 1], [2, 1]])) == 0.25
 
 
 def test_rows_are_kept_in_place_of_those_of_the_same_case_and_failures_stay_in(tmp_path):
     path = tmp_path / "deep" / "rows.csv"
-    benchmark.keep(
+    speed.keep(
         {
             case(): Result(seconds=2.0, fastest=1, slowest=3),
             case(order="checkpointed"): Result(note="no compiler"),
         },
         path,
     )
-    benchmark.keep(
+    speed.keep(
         {
             case(): Result(seconds=1.0, fastest=1, slowest=1),
             case(batch=2): Result(seconds=5.0, fastest=5, slowest=5),
@@ -150,7 +145,7 @@ def test_rows_are_kept_in_place_of_those_of_the_same_case_and_failures_stay_in(t
 
 
 def test_a_case_that_fails_keeps_its_reason_and_the_others_their_figures(monkeypatch):
-    plain = benchmark.prepare
+    plain = speed.prepare
 
     def fail(case, model):
         def out_of_memory():
@@ -158,11 +153,11 @@ def test_a_case_that_fails_keeps_its_reason_and_the_others_their_figures(monkeyp
 
         return out_of_memory if case.precision == "bf16" else plain(case, model)
 
-    monkeypatch.setattr(benchmark, "prepare", fail)
+    monkeypatch.setattr(speed, "prepare", fail)
     cases = [
         case(order=order, precision=p) for p in ("fp32", "bf16") for order in ("plain", "fast")
     ]
-    results = benchmark.measure(cases, 1, torch.device("cpu"))
+    results = speed.measure(cases, 1, torch.device("cpu"))
     assert [r.note for r in results.values()] == ["", "", "no room", "no room"]
     assert (
         results[cases[1]].seconds > 0
@@ -175,9 +170,9 @@ def test_a_case_that_fails_keeps_its_reason_and_the_others_their_figures(monkeyp
 @pytest.mark.parametrize("tuner", ["adapter", "lora"])
 def test_both_orders_compute_the_same_in_the_benchmark_itself(task, tuner):
     one, other = case(task=task, tuner=tuner, order="plain"), case(task=task, tuner=tuner)
-    models = benchmark.networks([one, other], torch.device("cpu"))
-    first, second = (benchmark.prepare(c, models[c])() for c in (one, other))
-    assert benchmark.difference(second, first) < (1e-3 if task == "step" else 1e-5)
+    models = speed.networks([one, other], torch.device("cpu"))
+    first, second = (speed.prepare(c, models[c])() for c in (one, other))
+    assert speed.difference(second, first) < (1e-3 if task == "step" else 1e-5)
     assert torch.equal(
-        benchmark.prepare(other, models[other])(), second
+        speed.prepare(other, models[other])(), second
     )  # a step leaves the weights as they are
