@@ -294,6 +294,14 @@ def test_a_confidence_png_is_grey_clear_without_data_and_has_both_sidecars(tmp_p
     assert files_in(tmp_path) == ["image.tif", "sure.pgw", "sure.png", "sure.png.aux.xml"]
 
 
+def test_a_class_map_png_is_clear_without_data_alone(tmp_path):
+    classes = np.array([[0, 1, 2, 3, 4, 255]], np.uint8)
+    write_map(tmp_path / "map.png", [classes], (1, 6), CLASSES)
+    with Image.open(tmp_path / "map.png") as picture:
+        clear = np.asarray(picture.convert("RGBA"))[..., 3] == 0
+    assert np.array_equal(clear, classes == NO_DATA)
+
+
 def test_only_a_file_that_could_outgrow_32_bit_offsets_has_64_bit_ones(tmp_path, monkeypatch):
     outputs, bands = all_three(tmp_path), random_bands(6, 300, 513)  # 2 x 3 tiles
     monkeypatch.setattr(maps, "CLASSIC", 30 * 256**2)
