@@ -192,6 +192,7 @@ def test_a_large_map_holds_smaller_copies_in_the_order_of_a_cloud_optimised_geot
             pages = list(tiff.pages)
             assert [page.subfiletype for page in pages] == [0] + [1] * (len(pages) - 1)
             assert max(pages[-1].shape[-2:]) <= 512 and pages[0].offset <= 16
+            assert all(max(page.shape[-2:]) > 512 for page in pages[:-1])
             assert max(page.offset for page in pages) < min(min(p.dataoffsets) for p in pages)
             starts = [min(page.dataoffsets) for page in pages]
             assert starts == sorted(starts, reverse=True)
