@@ -253,6 +253,13 @@ def test_what_looks_wrong_in_labels_and_heights_is_named_with_its_numbers(check,
     assert status == 0 and remark in out and "SUSPICIOUS" in out
 
 
+def test_labels_of_two_unknown_values_are_not_taken_for_labels_counted_from_1(check, tmp_path):
+    labels = rng.integers(0, 2, (20, 20)).astype(np.uint8)
+    labels[0, :2] = 2, 7
+    out = check("--data", "tiles", "--root", write_tiles(tmp_path, labels=labels))[1]
+    assert "fit no class" in out and "counted from 1" not in out
+
+
 def test_heights_of_three_bands_are_unusable(check, tmp_path):
     changes = dict(dsm=rng.integers(0, 255, (20, 20, 3)).astype(np.uint8))
     status, out, _ = check("--data", "tiles", "--root", write_tiles(tmp_path, **changes))

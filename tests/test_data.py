@@ -606,6 +606,13 @@ def test_an_order_from_a_later_epoch_on_is_the_tail_of_the_whole_one(epochs, ste
     assert len(set(drawn)) == len(drawn) == epochs * steps * batch
 
 
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_shares_of_all_processes_make_up_each_batch(world):
+    shares = [CropOrder(2, 3, 6, 1, rank, world) for rank in range(world)]
+    batches = [sorted(sum(parts, [])) for parts in zip(*shares)]
+    assert batches == list(CropOrder(2, 3, 6, 1)) and {len(share) for share in shares} == {5}
+
+
 # ------------------------------------------------------------------------------------------ windows
 
 

@@ -192,6 +192,7 @@ def test_a_large_map_holds_smaller_copies_in_the_order_of_a_cloud_optimised_geot
             pages = list(tiff.pages)
             assert [page.subfiletype for page in pages] == [0] + [1] * (len(pages) - 1)
             assert max(pages[-1].shape[-2:]) <= 512 and pages[0].offset <= 16
+            assert all(max(page.shape[-2:]) > 512 for page in pages[:-1])
             assert max(page.offset for page in pages) < min(min(p.dataoffsets) for p in pages)
             starts = [min(page.dataoffsets) for page in pages]
             assert starts == sorted(starts, reverse=True)
@@ -292,6 +293,14 @@ def test_a_confidence_png_is_grey_clear_without_data_and_has_both_sidecars(tmp_p
     band = ElementTree.parse(tmp_path / "sure.png.aux.xml").find("PAMRasterBand[@band='1']")
     assert band.findtext("Description") == "confidence" and band.findtext("UnitType") == "percent"
     assert files_in(tmp_path) == ["image.tif", "sure.pgw", "sure.png", "sure.png.aux.xml"]
+
+
+def test_a_class_map_png_is_clear_without_data_alone(tmp_path):
+    classes = np.array([[0, 1, 2, 3, 4, 255]], np.uint8)
+    write_map(tmp_path / "map.png", [classes], (1, 6), CLASSES)
+    with Image.open(tmp_path / "map.png") as picture:
+        clear = np.asarray(picture.convert("RGBA"))[..., 3] == 0
+    assert np.array_equal(clear, classes == NO_DATA)
 
 
 def test_only_a_file_that_could_outgrow_32_bit_offsets_has_64_bit_ones(tmp_path, monkeypatch):

@@ -215,12 +215,26 @@ def test_pixels_in_feet_are_not_metres(tmp_path):
     assert Tile("a", {"dsm": tmp_path / "d.tif"}, TWO_CLASSES).pixel_size() == grid.pixel_size()
 
 
+@pytest.mark.parametrize("photometric", ["rgb", "minisblack"])
 @pytest.mark.parametrize("pixels", [image(8, 8), np.dstack([image(8, 8), image(8, 8)[..., :1]])])
-def test_an_orthophoto_is_no_height_raster(tmp_path, pixels):
-    path = write(tmp_path / "d.tif", pixels)
+def test_an_orthophoto_is_no_height_raster(tmp_path, pixels, photometric):
+    path = tmp_path / "d.tif"
+    tifffile.imwrite(path, pixels, photometric=photometric, planarconfig="contig")
     for way in ("load", "open"):
         with pytest.raises(DataError, match=r"d.tif: heights are one band.*gdal_translate -b 1"):
             getattr(Tile("a", {"dsm": path}, TWO_CLASSES), way)(("dsm",))
+
+
+def test_heights_on_another_grid_are_resampled_once_and_held_in_memory(tmp_path):
+    labels = np.ones((20, 20), np.uint8)
+    tile = labelled(tmp_path, labels, geo_tags(1000, 2000))
+    dsm = write(tmp_path / "d.tif", np.ones((10, 10), np.float32), geo_tags(1000, 2000, (2.0, 2.0)))
+    tile.paths["dsm"] = dsm
+    (loaded,) = load_tiles([tile], ("image", "dsm"), 1700e-9)  # of 400, 1,600 and 1,200 bytes
+    assert isinstance(loaded.dsm, np.ndarray) and loaded.nbytes() == 1600
+    assert load_tiles([tile], ("image", "dsm"), 2e-6)[0].nbytes() == 2000  # the labels just fit
+    with pytest.raises(DataError, match="d.tif: only TIFFs.*more than --memory-gb"):
+        load_tiles([tile], ("image", "dsm"), 1500e-9)
 
 
 def test_a_note_says_how_much_of_the_tile_a_height_raster_leaves_open(tmp_path):
