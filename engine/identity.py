@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from engine.commandline import FREE_ON_RESUME
-from engine.console import Ticker
 from engine.device import resolve_precision
 from engine.networks import build_model
 from engine.settings import Settings
@@ -35,7 +34,7 @@ HOME = Path(__file__).resolve().parent.parent
 NEUTRAL = {"reports", "engine.console", "engine.files", "engine.signals", "engine.commandline"}
 NEUTRAL |= {"engine.settings", "engine.recipes", "engine.plugins", "engine.pretrained"}
 NEUTRAL |= {"engine.budget", "geodata.doctor", "geodata.city", "geodata.canvas"}
-NEUTRAL |= {"geodata.synthetic"}
+NEUTRAL |= {"geodata.synthetic", "geodata.sensor", "geodata.things"}
 
 SPLITS = ("train", "test")
 FREE = {*FREE_ON_RESUME, "weights"}  # settings that move no score; weights count by their content
@@ -155,9 +154,8 @@ class Identities:
         """The SHA-256 of the encoder's weights. Raises WeightsError."""
         seed = s.seed if s.weights == "none" else None
         plain = replace(s, tuner="frozen", tuner_option={})
-        ticker = Ticker("fetching SAM's weights, bytes")
         key = ("base", s.encoder, s.weights, s.relative_positions, seed)
-        return self.once(key, lambda: build_model(plain, 2, ticker)[1]["sha256"])
+        return self.once(key, lambda: build_model(plain, 2)[1]["sha256"])
 
     def counted(self, s: Settings) -> dict:
         """The settings that may move a score, with what a run fills in by itself."""

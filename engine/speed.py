@@ -27,7 +27,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.console import Mistake, Parser
 from engine.cost import Product, ceiling, encoder_products, machine, operations, timed
-from engine.device import autocast, peak_memory, pick_device, store_frozen_weights, version
+from engine.device import (
+    autocast,
+    peak_memory,
+    pick_device,
+    store_frozen_weights,
+    use_large_pages,
+    version,
+)
 from engine.files import replace_atomically
 from engine.inference import predict_tile
 from engine.networks import build_network
@@ -266,6 +273,7 @@ def peak_of(
     """(most memory in MB, seconds of a pass) of a case in a process of its own, and then, in that
     process, the seconds of `more` cases of its network, by default that of the case's names, else
     that of the settings `s`. Raises RuntimeError if that fails."""
+    use_large_pages()  # as a run does
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_tell_peak, args=((case, *more), s, str(device), sender))

@@ -1,6 +1,7 @@
 """The published loop over a tile; what the benchmark counts, compares and keeps."""
 
 import csv
+import os
 
 import numpy as np
 import pytest
@@ -176,3 +177,12 @@ def test_both_orders_compute_the_same_in_the_benchmark_itself(task, tuner):
     assert torch.equal(
         speed.prepare(other, models[other])(), second
     )  # a step leaves the weights as they are
+
+
+def test_memory_is_measured_with_the_large_pages_that_runs_have(monkeypatch):
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")  # given back after the test
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    monkeypatch.setattr(speed.multiprocessing, "get_context", lambda kind: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        speed.peak_of(Case("step", "vit_t", "adapter", 64, 1, "fp32", "fast"), torch.device("cpu"))
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
