@@ -70,7 +70,9 @@ class Settings:
         "vit_l", "size of SAM's encoder; vit_t is made up, for laptops", lambda: tuple(SIZES)
     )
     weights: str = of_network(
-        "auto", "SAM's weights: auto (the official file), none (random), or a path"
+        "auto",
+        "the encoder's weights: auto (SAM's official file; this repository's for vit_t), none "
+        "(random), or a path",
     )
     relative_positions: str = of_network(
         "sam", "SAM's tables, or zero as the published code has them", ("sam", "zero")
