@@ -23,7 +23,7 @@ OFFICIAL = {
 
 
 # The encoder that lies in the repository, made by `pretraining.py`: file and sha256.
-OURS = {"vit_t": ("vit_t.pth", "0")}
+OURS = {"vit_t": ("vit_t.pth", "5bfd0cf19f56dc8eaae5c83c33eab555ae583bb5aff0339fe2c20e45cfdf4435")}
 FOLDER = Path(__file__).resolve().parent.parent / "weights"
 
 

@@ -1,12 +1,13 @@
 """Teaches `vit_t` to see, on pictures of nothing: how `weights/vit_t.pth` was made.
 
-    python -m engine.pretraining --out FILE          an encoder, in SAM's names; hours on one core
+    python -m engine.pretraining --out FILE          an encoder, in SAM's names
     python -m engine.pretraining --probe FILE        what a linear classifier reads off its features
 
 The pictures are those of `geodata/leaves.py`; no city, no class, no height. The task is dense and
 knows no class, in the spirit of Segment Anything: which pixels belong together, where a shape ends,
 and of what colour it is without its texture, its light and the noise. A head of one layer answers
-it for cells of 4 x 4 pixels, and is thrown away.
+it for cells of 4 x 4 pixels, and is thrown away. A last term keeps the features' channels apart,
+which otherwise end up saying much the same. docs/log.md has what else was tried.
 
 Every random choice is a function of the seed and the step: the same command with the same number
 of threads on the same machine writes the same bytes, also when it was interrupted and begun again.
@@ -37,7 +38,7 @@ from fast import accelerate
 from geodata.city import make_tile
 from geodata.layouts import VAIHINGEN
 from geodata.leaves import Picture, make_picture
-from geodata.scaling import height_range, image_input, scale_heights
+from geodata.scaling import fill_missing_heights, height_range, image_input, scale_heights
 from sam_vit import (
     ImageEncoderViT,
     WeightsError,
@@ -241,7 +242,8 @@ def probe_tokens(encoder: ImageEncoderViT, area: int, raster: str) -> tuple[Tens
     if raster == "image":
         x = image_input(scene.image)
     else:
-        x = np.repeat(scale_heights(scene.dsm, height_range(scene.dsm))[None], 3, axis=0)
+        dsm, _ = fill_missing_heights(scene.dsm)
+        x = np.repeat(scale_heights(dsm, height_range(dsm))[None], 3, axis=0)
     windows = torch.from_numpy(x).unflatten(2, (4, 128)).unflatten(1, (4, 128))
     maps = encoder(windows.permute(1, 3, 0, 2, 4).flatten(0, 1))  # (windows, 256, 8, 8)
     cells = torch.from_numpy(scene.labels[CELL // 2 :: CELL, CELL // 2 :: CELL].astype(np.int64))
@@ -300,8 +302,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=Path, metavar="FILE", help="write the encoder")
     add("--probe", metavar="FILE", help="measure an encoder on the city; none is a random one")
     add("--seed", type=int, default=0, help="of every random choice [0]")
-    add("--steps", type=int, default=10_000, help="optimiser steps [10000]")
-    add("--pictures", type=int, default=1000, help="that crops are cut from [1000]")
+    add("--steps", type=int, default=1200, help="optimiser steps [1200]")
+    add("--pictures", type=int, default=600, help="that crops are cut from [600]")
     add("--tokens", type=int, default=1024, help="in a step, of 16 x 16 pixels [1024]")
     add("--lr", type=float, default=1e-3, help="learning rate at its highest [0.001]")
     add("--save-every", type=int, default=500, help="steps between saves of FILE.part [500]")

@@ -2,6 +2,8 @@
 
 import hashlib
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from engine.networks import build_model
 from engine.pretrained import find_weights
 from engine.settings import Settings
 from geodata.leaves import make_picture
+from geodata.synthetic import write_city
 from sam_vit import WeightsError, build_image_encoder, load_sam_weights, read_state_dict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -184,6 +187,24 @@ def test_a_missing_or_damaged_file_is_refused_in_one_line(how, tmp_path, monkeyp
     assert "\n" not in line and str(tmp_path / "vit_t.pth") in line
     assert "git checkout -- weights/vit_t.pth" in line and "weights/README.md" in line
     assert find_weights("none", "vit_t") is None
+
+
+def test_a_damaged_file_ends_a_run_with_one_line_and_status_2(tmp_path):
+    write_city(tmp_path / "city", size=128)
+    (tmp_path / "vit_t.pth").write_bytes(FILE.read_bytes()[:-1])
+    code = (
+        "import pathlib, runpy, sys; from engine import pretrained; "
+        "pretrained.FOLDER = pathlib.Path(sys.argv.pop(1)); "
+        "sys.argv[0] = 'train.py'; runpy.run_path('train.py', run_name='__main__')"
+    )
+    words = ["--root", str(tmp_path / "city"), "--data", "vaihingen", "--encoder", "vit_t"]
+    words += ["--crop", "64", "--eval-stride", "64", "--device", "cpu"]
+    words += ["--out", str(tmp_path / "run")]
+    command = [sys.executable, "-c", code, str(tmp_path), *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "vit_t.pth" in done.stderr
+    assert "it is damaged; git checkout" in done.stderr and not (tmp_path / "run").exists()
 
 
 def test_a_run_stands_on_the_file_whatever_its_seed():
