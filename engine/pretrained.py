@@ -1,4 +1,4 @@
-"""SAM's official weights: found on this machine, or fetched and checked."""
+"""An encoder's weights: SAM's, fetched and checked, or this repository's for `vit_t`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ OFFICIAL = {
 }
 
 
+# The encoder that lies in the repository, made by `pretraining.py`: file and sha256.
+OURS = {"vit_t": ("vit_t.pth", "5bfd0cf19f56dc8eaae5c83c33eab555ae583bb5aff0339fe2c20e45cfdf4435")}
+FOLDER = Path(__file__).resolve().parent.parent / "weights"
+
+
 ADDRESS = "https://dl.fbaipublicfiles.com/segment_anything/"
 
 
@@ -32,11 +37,11 @@ Progress = Callable[[int, int], None]  # bytes so far, bytes in all (0 if unknow
 
 
 def find_weights(weights: str, size: str, progress: Progress | None = None) -> Path | None:
-    """`--weights`: a path; "auto" for the official file of a size, fetched if need be; "none" ->
-    None.
+    """`--weights`: a path; "auto" for SAM's official file of a size, fetched if need be, or this
+    repository's; "none" -> None.
 
-    Raises WeightsError in one line when the file is missing or cannot be fetched, or for a size
-    that SAM does not have."""
+    Raises WeightsError in one line when the file is missing, damaged or cannot be fetched, or for a
+    size of which there is none."""
     if weights == "none":
         return None
     if weights != "auto":
@@ -45,14 +50,32 @@ def find_weights(weights: str, size: str, progress: Progress | None = None) -> P
                 f"{weights}: no such file; give a SAM checkpoint, --weights auto or --weights none"
             )
         return Path(weights)
+    if size in OURS:
+        return check_ours(FOLDER / OURS[size][0], OURS[size][1])
     if size not in OFFICIAL:
         raise WeightsError(
-            f"SAM has no weights of size {size}; use --weights none, or {', '.join(OFFICIAL)}"
+            f"there are no weights of size {size}; use --weights none, or "
+            f"{', '.join((*OURS, *OFFICIAL))}"
         )
     name, md5 = OFFICIAL[size]
     target = Path(torch.hub.get_dir()) / "checkpoints" / name
     fetch(ADDRESS + name, target, md5, progress)
     return target
+
+
+def check_ours(path: Path, sha256: str) -> Path:
+    """The path, if it is the file with that sha256. Raises WeightsError."""
+    remedy = (
+        f"git checkout -- weights/{path.name}, or make it again as weights/README.md says, or "
+        "--weights none"
+    )
+    try:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read ({first_line(error)}); {remedy}") from error
+    if found != sha256:
+        raise WeightsError(f"{path} has sha256 {found}, not {sha256}: it is damaged; {remedy}")
+    return path
 
 
 def fetch(url: str, target: Path, md5: str, progress: Progress | None = None) -> None:

@@ -30,7 +30,7 @@ RECIPES: dict[str, dict] = {
         eval_stride=128,
     ),
     "synthetic": dict(
-        encoder="vit_t", weights="none", crop=128, batch_size=8, epochs=10, steps=30,
+        encoder="vit_t", crop=128, batch_size=8, epochs=10, steps=30,
         optimizer="adamw", lr=2e-3, schedule="cosine", warmup=20, eval_stride=64,
     ),
 }  # fmt: skip

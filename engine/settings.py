@@ -55,7 +55,9 @@ class Settings:
     memory_gb: float = of_data(4.5, "memory for training tiles; the others are read crop by crop")
 
     encoder: str = of_network("vit_l", "SAM's size; vit_t is made up, tiny", lambda: tuple(SIZES))
-    weights: str = of_network("auto", "SAM's: auto (the official file), none (random), or a path")
+    weights: str = of_network(
+        "auto", "auto (official; vit_t: this project's), none (random), a path"
+    )
     relative_positions: str = of_network("sam", "SAM's, or zero as published", ("sam", "zero"))
     tuner: str = of_network("adapter", "how the encoder is tuned", lambda: tuple(TUNERS))
     tuner_option: dict = of_network({}, "an option of the tuner; may be repeated")

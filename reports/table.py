@@ -68,8 +68,9 @@ def differences(traits: dict) -> list[str]:
     }
     if "eval_stride" in traits:
         pairs[flag("eval_stride")] = (traits.get("select_stride") or traits["eval_stride"], during)
+    taught = "pre-trained" if traits["encoder"] == "vit_t" else "SAM's"
     pairs["weights"] = tuple(
-        "random" if random else "SAM's"
+        "random" if random else taught
         for random in (traits["base"] == "random", theirs.weights == "none")
     )
     pairs["scored at stride"] = (scored["stride"], final)

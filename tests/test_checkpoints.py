@@ -264,8 +264,8 @@ def test_weights_that_cannot_be_found_are_named(tmp_path):
     assert find_weights("none", "vit_b") is None
     with pytest.raises(WeightsError, match="nowhere.pth"):
         find_weights(str(tmp_path / "nowhere.pth"), "vit_b")
-    with pytest.raises(WeightsError, match="vit_t.*none.*vit_l"):
-        find_weights("auto", "vit_t")
+    with pytest.raises(WeightsError, match="tiny.*none.*vit_t.*vit_l"):
+        find_weights("auto", "tiny")
 
 
 # -------------------------------------------------------------------------------------------- a run

@@ -30,7 +30,7 @@ PAGES = {"README.md": README} | {
 OF_EXTENDING = re.findall(r"```python\n(.*?)```", PAGES["docs/extending.md"], re.DOTALL)
 SCRIPTS = (
     *("train", "evaluate", "predict", "explain", "benchmark", "data"),
-    *("geodata.synthetic", "engine.checkpoints"),
+    *("geodata.synthetic", "engine.checkpoints", "engine.pretraining"),
 )
 TINY = "--encoder vit_t --weights none --batch-size 2 --crop 64 --eval-stride 64 --device cpu"
 

@@ -627,7 +627,6 @@ def assert_refused(result, *parts):
         ("--eval-stride 0", ["--eval-stride 0"]),
         ("--epochs 0", ["--epochs 0"]),
         ("--weights nowhere.pth", ["nowhere.pth"]),
-        ("--weights auto", ["vit_t", "--weights none"]),
         ("--device gpu7", ["gpu7"]),
         ("--spell right", ["--spell"]),
     ],

@@ -58,7 +58,7 @@ def test_the_largest_encoder_trains_with_a_batch_of_4_as_the_paper_says(data, fl
 
 
 @pytest.mark.parametrize(
-    "data, encoder, weights", [("tiles", "vit_l", "auto"), ("synthetic", "vit_t", "none")]
+    "data, encoder, weights", [("tiles", "vit_l", "auto"), ("synthetic", "vit_t", "auto")]
 )
 def test_the_other_recipes_are_short_ones_of_adamw(data, encoder, weights):
     settings = parsed(f"--data {data}")
