@@ -287,7 +287,7 @@ ALL = {"adapter", "lora", "frozen"}
 @pytest.mark.parametrize(
     "file, old, new, changed",
     [
-        ("tuners.py", "mlp(n) + self.mix(", "mlp(n) - self.mix(", {"adapter"}),
+        ("tuners.py", "self.mlp(n) + mix_streams", "self.mlp(n) - mix_streams", {"adapter"}),
         ("tuners.py", "alpha / max(rank, 1), 1.0, mixing", "alpha / rank, 1.0, mixing", {"lora"}),
         ("mfnet.py", "nn.Dropout2d(0.1)", "nn.Dropout2d(0.2)", ALL),
         ("train.py", "trainer.model.train()", "trainer.model.eval()", ALL),
