@@ -38,7 +38,7 @@ from fast import accelerate
 from geodata.city import make_tile
 from geodata.layouts import VAIHINGEN
 from geodata.leaves import Picture, make_picture
-from geodata.scaling import fill_missing_heights, height_range, image_input, scale_heights
+from geodata.scaling import height_range, image_input, scale_heights
 from sam_vit import (
     ImageEncoderViT,
     WeightsError,
@@ -231,18 +231,19 @@ def save_encoder(encoder: ImageEncoderViT, out: Path) -> None:
 
 # -------------------------------------------------------------------------------------------- probe
 
-PROBE_TRAIN, PROBE_TEST = range(1, 9), range(9, 13)  # areas of city 0, each of 512 x 512 pixels
+PROBE_TRAIN, PROBE_TEST = range(1, 9), range(9, 13)  # areas of city 0, each of 512 x 512 pixels;
+# the test's are flown later, as those of the data set
 
 
 @torch.no_grad()
 def probe_tokens(encoder: ImageEncoderViT, area: int, raster: str) -> tuple[Tensor, Tensor]:
     """Features (T, 256) of the tokens of a tile's image or heights, in windows of 128 pixels, and
     the classes (T, R) of their cells."""
-    scene = make_tile(0, area, 512, 512)
+    scene = make_tile(0, area, 512, 512, later=area in PROBE_TEST)
     if raster == "image":
         x = image_input(scene.image)
     else:
-        dsm, _ = fill_missing_heights(scene.dsm)
+        dsm = np.where(np.isnan(scene.dsm), np.nanmin(scene.dsm), scene.dsm)  # as in files
         x = np.repeat(scale_heights(dsm, height_range(dsm))[None], 3, axis=0)
     windows = torch.from_numpy(x).unflatten(2, (4, 128)).unflatten(1, (4, 128))
     maps = encoder(windows.permute(1, 3, 0, 2, 4).flatten(0, 1))  # (windows, 256, 8, 8)
