@@ -222,7 +222,8 @@ def test_vpt_lets_every_window_attend_to_the_prompts_of_its_modality(h, w, M, P)
 
 
 OPTIONS = {
-    "adaptformer": dict(bottleneck=st.integers(1, 40), scale=st.sampled_from([0.1, 2.0])),
+    # Few ReLUs may all be shut for every token, and then nothing before them gets a gradient.
+    "adaptformer": dict(bottleneck=st.integers(8, 40), scale=st.sampled_from([0.1, 2.0])),
     "convpass": dict(bottleneck=st.integers(1, 10), scale=st.sampled_from([0.1, 2.0])),
     "dora": dict(rank=st.integers(1, 5), layers=st.sampled_from(["attn", "mlp", "attn+mlp"])),
     "vpt": dict(prompts=st.integers(1, 6)),
