@@ -179,7 +179,7 @@ def is_known(layer: nn.Module) -> bool:
     """Whether a layer treats each token by itself, by the modality at most: it gives one key for
     all padding of an image."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks
-    known = isinstance(layer, (FastLinear, LoRA, FastFrozen))
+    known = isinstance(layer, (FastLinear, FastFrozen))
     return known and layer.bias is not None and not hooked
 
 

@@ -28,7 +28,6 @@ class Table:
     data: str = "synthetic"
     sizes: bool = False  # whether the rows are those of SAM's encoders
     cost: bool = False  # whether one image is timed, too
-    note: str = ""
 
 
 def by_size(encoders: tuple[str, ...]) -> list[Row]:
@@ -103,5 +102,4 @@ def rows_of(name: str, data: str, encoder: str | None = None) -> list[Row]:
     made-up one of the city is beside them where the table is about cost."""
     table = TABLES[name]
     small = ("vit_t",) if table.cost and data == "synthetic" else ()
-    rows = table.rows((encoder,) if encoder else (*small, *SIZES))
-    return rows
+    return table.rows((encoder,) if encoder else (*small, *SIZES))

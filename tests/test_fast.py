@@ -179,6 +179,21 @@ def test_the_padding_of_a_hooked_layer_is_what_the_layer_gives():
     assert_close(block(x), plain(x))
 
 
+class NeighbourLoRA(tuners.LoRA):
+    """A user's: the key of a token depends on the others of its window, padding too."""
+
+    def forward(self, x):
+        return super().forward(x) + x.mean(dim=(1, 2), keepdim=True).repeat(1, 1, 1, 3)
+
+
+def test_a_layer_derived_from_a_known_one_is_left_as_it_is_and_right():
+    block = Tuner(small_block(), 2)
+    block.attn.qkv = NeighbourLoRA(block.attn.qkv, 2, 1, 1.0, [slice(0, 8)], False)
+    x, plain = torch.randn(2, 4, 5, 8), deepcopy(block)
+    accelerate(blocks(block))
+    assert_close(block(x), plain(x))
+
+
 @pytest.mark.parametrize("kind", [StandardAdapter, MMAdapter])
 def test_nothing_inside_the_adapters_is_kept_for_the_backward_pass(kind):
     block = kind(Block(32, 2, 4.0, table_size=3, window=3).requires_grad_(False), 2, ratio=0.75)

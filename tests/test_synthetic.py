@@ -57,7 +57,7 @@ def above_ground(scene, mask):
     heights = []
     for row, column in np.argwhere(mask)[::499]:
         window = slice(max(0, row - 44), row + 45), slice(max(0, column - 44), column + 45)
-        if ground[window].any():
+        if np.isfinite(scene.dsm[window][ground[window]]).any():
             heights.append(scene.dsm[row, column] - np.nanmedian(scene.dsm[window][ground[window]]))
     return np.nanmedian(heights)
 
