@@ -18,7 +18,7 @@ from geodata.sensor import measure_heights, photograph, plan_flight
 from geodata.things import crown, draw_car, draw_clutter, gable, hedge, pick, slab
 
 # Raise it whenever a tile changes, so that old folders are not taken for new ones.
-GENERATOR_VERSION = 3
+GENERATOR_VERSION = 4
 
 HARDEST = 2.0  # of the difficulties
 
@@ -54,7 +54,7 @@ def make_tile(
 
 STREET, WALK = 6.8, 1.7  # widths of a carriageway and of a sidewalk
 # What stands on a lot: as many of each in any tile, beginning with those in its middle.
-KINDS = ("house", "house", "flat", "flat", "flat", "yard", "yard", "works")
+KINDS = ("house", "house", "flat", "flat", "yard", "yard", "works", "works")
 
 
 @dataclass
@@ -194,8 +194,8 @@ def draw_works(canvas: Canvas, lot: Lot) -> None:
             draw_clutter(canvas, thing, *lot.at(rng.uniform(-3, 3), b), lot.angle)
         return
     thing = "basin" if kind == "pool" else kind
-    draw_clutter(canvas, thing, *lot.at(0, -3), lot.angle)
-    draw_clutter(canvas, thing if kind == "pool" else "container", *lot.at(1, 6), lot.angle)
+    for b in (-4.7, 4.7):
+        draw_clutter(canvas, thing, *lot.at(0, b), lot.angle)
 
 
 def flat_material(canvas: Canvas, roof: bool) -> str:

@@ -139,8 +139,8 @@ def playground(canvas: Canvas, window, a, b, mask) -> None:
 
 # What it is -> its painter, length and width.
 CLUTTERS = {
-    "container": (container, 6.1, 2.5), "rubble": (rubble, 6.5, 5.5), "basin": (basin, 7.5, 4.5),
-    "court": (court, 13, 8), "playground": (playground, 8, 7),
+    "container": (container, 6.1, 2.5), "rubble": (rubble, 6.5, 5.5), "basin": (basin, 8, 5),
+    "court": (court, 14, 9), "playground": (playground, 9, 8),
 }  # fmt: skip
 
 
