@@ -1,6 +1,6 @@
 """Frozen numerics: the losses of 20 steps for each tuner, precision and layout, as committed.
 
-    python tests/test_frozen.py          writes tests/frozen/*.json anew, for a change that is meant
+    PYTHONPATH=. python tests/test_frozen.py  writes tests/frozen/*.json anew, for a meant change
 
 A change of the arithmetic, the samples or the recipe shows here before anybody trains for a day.
 The committed numbers hold within the rounding of another processor or library: RTOL of a loss. For
