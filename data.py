@@ -131,8 +131,10 @@ class Dataset:
     def hold_out(self, names: tuple[str, ...] | int | None = None) -> Dataset:
         """The data set with a split `val` that is taken out of `train`.
 
-        Named tiles, so many tiles spread evenly over the list, or None: the layout's own list.
-        Raises DataError."""
+        Named tiles, so many tiles spread evenly over the list, or None: the layout's own list. Of
+        own tiles "val" is the folder of that name. Raises DataError."""
+        if names == ("val",) and self.layout is None:
+            return self  # the folder of that name
         whole = replace(self, held_out=())
         train = [tile.name for tile in whole.tiles("train", ())]
         if names is None and self.layout is None:

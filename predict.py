@@ -1,13 +1,16 @@
 """From two rasters to a class map, and to how sure the network is of it.
 
     python predict.py --run runs/NAME --image ortho.tif --dsm heights.tif --out map.tif
-    python predict.py --image ortho.tif --dsm heights.tif --out map.png --stride 64 --blend cosine
+    python predict.py --image ortho.tif --dsm heights.tif --out map.png --stride 64
     python predict.py --image ortho.tif --dsm heights.tif --out map.tif --confidence sure.tif
     python predict.py --image ortho.tif --dsm heights.tif --out map.tif --probabilities classes.tif
+    python predict.py --image ortho.tif --dsm heights.tif --out map.tif --polygons map.geojson
+    python predict.py --image FOLDER --dsm heights.tif --out FOLDER
 
 The map is a PNG or a GeoTIFF, by the ending of --out: class indices with a colour table, laid where
 the image lies; see `geodata/maps.py`. Rasters are read and the map is written strip by strip.
-`predict_strips` is what `evaluate.py` uses too.
+`predict_strips` is what `evaluate.py` uses too, which averages windows as the paper does; a map
+trusts the middle of a window more than its border.
 
 The probabilities of a pixel are the softmax of the mean of its windows' logits. They are what the
 network says, and networks are often surer than they are right.
@@ -17,45 +20,64 @@ Shapes: `H, W` pixels of the raster, `B` windows of a batch, `K` classes.
 
 from __future__ import annotations
 
+import math
+import shlex
+from argparse import Namespace
 from pathlib import Path
 from typing import Iterator
 
 import numpy as np
 
-from data import facts_of_run, tile_of_files
+from data import _files_by_stem, facts_of_run, tile_of_files
 from engine.checkpoints import load_model, newest_run
 from engine.console import Parser, Ticker, run_script
 from engine.device import pick_device, store_frozen_weights
 from engine.inference import BLENDS, percent, predict_loaded, predict_strips, predict_tile
+from engine.settings import Settings
 from fast import accelerate
+from geodata.grids import read_grid
 from geodata.layouts import MODALITIES
-from geodata.maps import Output, check_outputs, cut_out, write_maps
+from geodata.maps import ENDINGS, POLYGONS, Output, check_outputs, cut_out, write_maps
 from geodata.rasters import DataError, one_line
 from geodata.tiles import Tile
-from mfnet import MIN_SIZE
+from mfnet import MIN_SIZE, MFNet
 from sam_vit import WeightsError
 
 __all__ = ["predict_strips", "predict_tile"]  # from engine/inference.py, for users
+EXTRAS = ("--confidence", "--probabilities", "--polygons")  # in the order of the bands
 
 
-def bands_of(strips: Iterator, confidence: bool, probabilities: bool) -> Iterator[np.ndarray]:
-    """The bands (C, n, W) uint8 of what is written: classes, then what is asked for in percent."""
+def bands_of(strips: Iterator, confidence: bool, probabilities: bool, polygons: bool = False):
+    """Yields the bands (C, n, W) uint8 of what is written: classes, then what is asked for in
+    percent, then what polygons are made of, classes and confidence."""
     for classes, probs in strips:
-        sure = [percent(probs.max(axis=0, keepdims=True))] if confidence else []
-        yield np.concatenate([classes[None], *sure, *([percent(probs)] if probabilities else [])])
+        sure = percent(probs.max(axis=0, keepdims=True)) if confidence or polygons else None
+        parts = [classes[None], *([sure] if confidence else [])]
+        parts += [percent(probs)] if probabilities else []
+        yield np.concatenate([*parts, *([classes[None], sure] if polygons else [])])
 
 
 def write_prediction(
-    paths: dict[str, Path], strips: Iterator, tile: Tile, size: tuple[int, int], like: Path
+    paths: dict[str, Path],
+    strips: Iterator,
+    tile: Tile,
+    size: tuple[int, int],
+    like: Path,
+    min_area: float = 0.0,
 ) -> None:
-    """Writes what `predict_strips` yields to `paths` (by flag), laid where the raster `like` lies.
-    Raises DataError where they cannot be written."""
-    strips = bands_of(strips, "--confidence" in paths, "--probabilities" in paths)
-    strips = cut_out(strips, tile.without_data())
-    names = tuple(name for name, _ in tile.classes)
-    bands = {"--out": ("class",), "--confidence": ("confidence",), "--probabilities": names}
-    colors = {"--out": tile.classes}
-    outputs = [Output(path, bands[f], colors.get(f, ())) for f, path in paths.items()]
+    """Writes what `predict_strips` yields to `paths` (by flag), laid where the raster `like` lies;
+    polygons of `min_area` square metres, or pixels where it does not tell metres, and more. Raises
+    DataError where they cannot be written."""
+    strips = cut_out(bands_of(strips, *(flag in paths for flag in EXTRAS)), tile.without_data())
+    grid, names = read_grid(like), tuple(name for name, _ in tile.classes)
+    smallest = math.ceil(min_area / ((grid and grid.pixel_area()) or 1))
+    kinds = {
+        "--out": (("class",), tile.classes),
+        "--confidence": (("confidence",),),
+        "--probabilities": (names,),
+        "--polygons": (("class", "confidence"), tile.classes, smallest),
+    }
+    outputs = [Output(paths[flag], *kind) for flag, kind in kinds.items() if flag in paths]
     try:
         write_maps(outputs, strips, size, like)
     except OSError as error:
@@ -63,44 +85,91 @@ def write_prediction(
         raise DataError(f"{listed}: cannot be written ({one_line(error)})") from error
 
 
-def main() -> None:
-    parser = Parser(prog="predict.py", description="Predicts a class map from image and heights.")
-    add = parser.add_argument
-    add("--run", type=Path, help="folder of a run; by default the newest below runs/")
-    add("--image", type=Path, help="image of three or more bands (TIFF, PNG, JPEG)")
-    add("--dsm", type=Path, help="heights of the same size, or a GeoTIFF on another grid")
-    add("--out", type=Path, required=True, help="class map to write: .png or .tif")
-    add("--confidence", type=Path, metavar="FILE", help="write how sure the map is: .png or .tif")
-    add("--probabilities", type=Path, metavar="FILE", help="write a band for every class: .tif")
-    add("--blend", choices=list(BLENDS), default="mean", help="how windows are averaged")
-    add("--flips", action="store_true", help="average each window over its four reflections")
-    add("--stride", type=int, help="pixels between windows; by default as the run was scored")
-    add("--weights", help="where SAM's weights are now; by default as the run found them")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    args = parser.parse_args()
-    paths = {f"--{name}": getattr(args, name) for name in ("out", "confidence", "probabilities")}
-    paths = {flag: path for flag, path in paths.items() if path}
-    check_outputs(paths, [path for path in (args.image, args.dsm) if path])
+Job = tuple[Path | None, Path | None, dict[str, Path]]  # image, heights, what to write by flag
 
-    run = args.run or newest_run()
-    device = pick_device(args.device)
-    model, s, classes = load_model(run / "model.pt", args.weights)
-    store_frozen_weights(model, s.precision, device)
-    accelerate(model.to(device))
-    tile = tile_of_files(s, args.out.stem, args.image, args.dsm, classes, str(run))
+
+def jobs_of(image: Path | None, dsm: Path | None, paths: dict[str, Path]) -> list[Job]:
+    """One for the rasters, or one for each image of a folder, whose maps go to folders and take its
+    name. Raises DataError."""
+    first = image or dsm
+    if first is None or not first.is_dir():
+        check_outputs(paths, [path for path in (image, dsm) if path])
+        return [(image, dsm, paths)]
+    for flag, path in paths.items():
+        if path.suffix.lower() in (*ENDINGS, POLYGONS):
+            raise DataError(f"{flag} {path}: {first} is a folder; give a folder too")
+    files, jobs = [_files_by_stem(p) if p and p.is_dir() else p for p in (image, dsm)], []
+    for name in files[0] or files[1]:
+        rasters = [found.get(name) if isinstance(found, dict) else found for found in files]
+        if isinstance(files[1], dict) and not rasters[1]:
+            raise DataError(f"--dsm {dsm}: no heights for {rasters[0]}; add {name}.tif")
+        ends = {flag: name + (POLYGONS if flag == "--polygons" else ".tif") for flag in paths}
+        jobs.append((*rasters, {flag: path / ends[flag] for flag, path in paths.items()}))
+    if not jobs:
+        raise DataError(f"{first}: no image in this folder; give one with TIFF, PNG or JPEG files")
+    for path in paths.values():
+        path.mkdir(parents=True, exist_ok=True)
+    for *rasters, job in jobs:
+        check_outputs(job, [path for path in rasters if path])
+    return jobs
+
+
+def predict_job(job: Job, model: MFNet, s: Settings, classes: list, run: Path, args: Namespace):
+    """Writes the maps of one image. Raises DataError."""
+    image, dsm, paths = job
+    tile = tile_of_files(s, paths["--out"].stem, image, dsm, classes, str(run))
     loaded = tile.open(MODALITIES[s.modalities])
     H, W = loaded.size
     if min(H, W) < MIN_SIZE:
-        few = f"{args.image or args.dsm}: {W} x {H} pixels are too few"
+        few = f"{image or dsm}: {W} x {H} pixels are too few"
         raise DataError(f"{few}; give a raster of {MIN_SIZE} and more")
     for note in [*tile.notes, *tile.far_from(facts_of_run(run))]:
         print(f"note: {note}")
     stride = s.eval_stride if args.stride is None else args.stride
     how = dict(blend=args.blend, flips=args.flips, progress=Ticker("rows of windows"))
     strips = predict_loaded(model, loaded, s, stride, probabilities=len(paths) > 1, **how)
-    write_prediction(paths, strips, tile, (H, W), tile.paths.get("image", args.dsm))
+    like = tile.paths.get("image", dsm)
+    write_prediction(paths, strips, tile, (H, W), like, args.min_area)
     listed = ", ".join(map(str, paths.values()))
     print(f"{listed}: {W} x {H} pixels by {run}, windows of {s.crop}, stride {stride}")
+
+
+def main() -> None:
+    parser = Parser(prog="predict.py", description="Predicts a class map from image and heights.")
+    add = parser.add_argument
+    add("--run", type=Path, help="folder of a run; by default the newest below runs/")
+    add("--image", type=Path, help="image of three or more bands (TIFF, PNG, JPEG), or a folder")
+    add("--dsm", type=Path, help="heights of the same size, or a GeoTIFF on another grid")
+    add("--out", type=Path, required=True, help="class map to write: .png or .tif")
+    add("--confidence", type=Path, metavar="FILE", help="write how sure the map is: .png or .tif")
+    add("--probabilities", type=Path, metavar="FILE", help="write a band for every class: .tif")
+    add("--polygons", type=Path, metavar="FILE", help="write the map's regions: .geojson")
+    text = "smaller polygons become part of the largest beside them: square metres, or pixels"
+    add("--min-area", type=float, default=0.0, metavar="AREA", help=text)
+    add("--blend", choices=list(BLENDS), default="cosine", help="how windows are averaged")
+    add("--flips", action="store_true", help="average each window over its four reflections")
+    add("--stride", type=int, help="pixels between windows; by default as the run was scored")
+    add("--weights", help="where SAM's weights are now; by default as the run found them")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    args = parser.parse_args()
+    if not 0 <= args.min_area < math.inf or args.min_area and not args.polygons:
+        parser.error("--min-area is 0 or more, and for --polygons")
+    paths = {flag: getattr(args, flag[2:]) for flag in ("--out", *EXTRAS)}
+    jobs = jobs_of(args.image, args.dsm, {flag: path for flag, path in paths.items() if path})
+
+    run = args.run or newest_run()
+    device = pick_device(args.device)
+    model, s, classes = load_model(run / "model.pt", args.weights)
+    store_frozen_weights(model, s.precision, device)
+    accelerate(model.to(device))
+    for number, job in enumerate(jobs, 1):
+        if len(jobs) > 1:
+            print(f"{job[0] or job[1]}, {number} of {len(jobs)}")
+        predict_job(job, model, s, classes, run, args)
+    words = {"--run": run, "--image": jobs[0][0], "--dsm": jobs[0][1]}
+    words |= {"--out": f"{args.out.with_suffix('')}_explained"}
+    given = shlex.join(str(word) for pair in words.items() if pair[1] for word in pair)
+    print(f"next: python explain.py {given}")
 
 
 if __name__ == "__main__":

@@ -61,6 +61,19 @@ class Grid:
         x = self.left + column * self.step_x + row * self.turn[0]
         return x, self.top - row * self.step_y + column * self.turn[1]
 
+    def pixels(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Fractional (column, row) of places: the reverse of `corner`."""
+        right, down, (turn_x, turn_y) = x - self.left, self.top - y, self.turn
+        whole = self.step_x * self.step_y + turn_x * turn_y
+        column = (right * self.step_y - down * turn_x) / whole
+        return column, (down * self.step_x + right * turn_y) / whole
+
+    def pixel_area(self) -> float | None:
+        """Square metres, None where the coordinates are degrees."""
+        if self.projected is False:
+            return None
+        return abs(self.step_x * self.step_y + self.turn[0] * self.turn[1]) * self.unit**2
+
     def world_file(self) -> str:
         """The six lines of a world file, which tells of the middle of the first pixel."""
         x, y = self.corner(0.5, 0.5)
@@ -125,17 +138,25 @@ def _system(geo: dict) -> int | None:
     return int(named[1]) if named else None
 
 
-def geo_tags(path: Path) -> list[tuple]:
-    """The tags that say where a raster lies, as tifffile writes them (code, type, count, value,
-    True); [] without."""
+def geo_tags(path: Path, row: int = 0, column: int = 0) -> list[tuple]:
+    """The tags that say where a raster lies from a pixel on, as tifffile writes them (code, type,
+    count, value, True); [] without."""
     raster = open_raster(path)
     if 33922 in raster.geo or 34264 in raster.geo:
-        kept = [(code, kind) for code, kind in GEO_TAGS.items() if code in raster.geo]
-        counts = [0 if kind == "s" else np.size(raster.geo[code]) for code, kind in kept]
-        return [(*tag, n, raster.geo[tag[0]], True) for tag, n in zip(kept, counts)]
+        geo = dict(raster.geo)
+        if row or column:  # every tie point is that much nearer to the first pixel
+            tie, matrix = (np.array(geo.get(code, [])) for code in (33922, 34264))
+            tie[0::6] -= column
+            tie[1::6] -= row
+            matrix[3::4] += column * matrix[0::4] + row * matrix[1::4]
+            geo |= {33922: tuple(tie.tolist()), 34264: tuple(matrix.tolist())}
+        kept = [(code, kind) for code, kind in GEO_TAGS.items() if np.size(geo.get(code, ()))]
+        counts = [0 if kind == "s" else np.size(geo[code]) for code, kind in kept]
+        return [(*tag, n, geo[tag[0]], True) for tag, n in zip(kept, counts)]
     grid = read_grid(raster)
     if grid is None:
         return []
+    grid = grid.moved(row, column)
     if grid.north_up:
         tie = (0.0, 0.0, 0.0, grid.left, grid.top, 0.0)
         return [(33550, "d", 3, (grid.step_x, grid.step_y, 0.0), True), (33922, "d", 6, tie, True)]
@@ -151,10 +172,10 @@ def same_grid(one: Grid, other: Grid, size: tuple[int, int]) -> bool:
     pixel = min(abs(one.step_x) + abs(one.turn[0]), abs(one.step_y) + abs(one.turn[1]))
     corners = [(0, 0), (size[0], 0), (0, size[1]), size]
     drift = [np.subtract(one.corner(*c), other.corner(*c)) for c in corners]
-    return _one_system(one, other) and float(np.abs(drift).max()) <= SAME * pixel
+    return one_system(one, other) and float(np.abs(drift).max()) <= SAME * pixel
 
 
-def _one_system(one: Grid, other: Grid) -> bool:
+def one_system(one: Grid, other: Grid) -> bool:
     """False where both files name their systems and these differ, by number or in a parameter;
     what is not named is taken for the same."""
     if None not in (one.projected, other.projected) and one.projected != other.projected:
@@ -183,7 +204,7 @@ def places_in(
 def on_grid(source: View, source_grid: Grid, target: Grid, size: tuple[int, int], lay) -> View:
     """A raster (h, w) on the target's grid of `size`, slice by slice, by `lay`: `resample` or
     `nearest`. Raises DataError where it cannot be laid there."""
-    if not _one_system(source_grid, target):
+    if not one_system(source_grid, target):
         one, other = (
             f"EPSG:{g.system}" if g.system else "degrees" if g.projected is False else "parameters"
             for g in (source_grid, target)

@@ -5,7 +5,8 @@ A TIFF carries the image's georeference in its tags, and a large one smaller cop
 class map holds class indices with a colour table; everything else is in whole percent, which a GIS
 shows and thresholds without a scale factor, and which takes a quarter of the bytes of floats. 255
 is no data in all of them. TIFFs name their bands for GDAL in a tag; the names of classes, and of
-the band of a PNG, are in GDAL's sidecar (.aux.xml).
+the band of a PNG, are in GDAL's sidecar (.aux.xml), names and colours in QGIS's (.qml). Polygons of
+a map are a GeoJSON.
 
 Shapes: `H, W` pixels of the map, `n` rows of a strip, `C` bands of all outputs, one after the
 other."""
@@ -17,20 +18,23 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Callable, Iterable, Iterator
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
 import tifffile
 from PIL import Image
 
 from engine.files import replace_together
+from geodata.geojson import write_regions
 from geodata.grids import geo_tags, read_grid
 from geodata.labels import labels_to_colors
 from geodata.layouts import Classes
+from geodata.polygons import trace
 from geodata.rasters import GDAL_METADATA, NODATA
-from geodata.slices import DataError
+from geodata.slices import DataError, View
 
 TIFF_ENDINGS = (".tif", ".tiff")
+POLYGONS = ".geojson"
 ENDINGS = (".png", *TIFF_ENDINGS)
 NO_DATA = 255  # no class, and no percentage
 SIDE = 256  # pixels of a TIFF's tile
@@ -42,8 +46,13 @@ class Output:
     """A file to be written."""
 
     path: Path
-    bands: tuple[str, ...]  # their names
+    bands: tuple[str, ...]  # their names; of polygons the class and the confidence
     classes: Classes = ()  # whose indices it holds; without, it holds percent
+    smallest: int = 1  # pixels of a polygon
+
+    @property
+    def is_polygons(self) -> bool:
+        return self.path.suffix.lower() == POLYGONS
 
     @property
     def is_tiff(self) -> bool:
@@ -68,14 +77,17 @@ def write_maps(
     wait on the disk, because the tiles of overviews come first in a file."""
     beside = {path: text for output in outputs for path, text in sidecars(output, source).items()}
     texts = {path: text for path, text in beside.items() if text is not None}
-    tags = geo_tags(source) if source else []
+    tags, grid = (geo_tags(source), read_grid(source)) if source else ([], None)
 
     def write(*temporary: Path) -> None:
         with tempfile.TemporaryFile(dir=temporary[0].parent) as file:
             bands, first = Scratch(file, (sum(len(o.bands) for o in outputs), *size)), 0
             bands.write(strips)
             for path, output in zip(temporary, outputs):
-                if output.is_tiff:
+                if output.is_polygons:
+                    maps = [bands.band(first + i) for i in (0, 1)]
+                    write_regions(path, trace(*maps, output.smallest), output.classes, grid)
+                elif output.is_tiff:
                     _write_tiff(path, output, bands, first, tags)
                 else:
                     _write_png(path, output, bands, first)
@@ -108,6 +120,9 @@ class Scratch:
     def __getitem__(self, box) -> np.ndarray:
         return np.array(self.mapped()[box])
 
+    def band(self, number: int) -> View:
+        return View(self.shape[1:], np.dtype(np.uint8), lambda box: self[(number, *box)])
+
     def mapped(self) -> np.ndarray:
         return np.memmap(self.file, np.uint8, "r", shape=self.shape)
 
@@ -115,6 +130,8 @@ class Scratch:
 def sidecars(output: Output, source: Path | None) -> dict[Path, str | None]:
     """The text of each file that may lie beside an output; None where none belongs there."""
     path, about, place = output.path, "", None
+    if output.is_polygons:
+        return {}
     if output.classes:
         names = "".join(f"<Category>{escape(name)}</Category>" for name, _ in output.classes)
         about = f"<CategoryNames>{names}</CategoryNames>"
@@ -129,7 +146,20 @@ def sidecars(output: Output, source: Path | None) -> dict[Path, str | None]:
     # The world file of the image itself is none of the map's.
     if not output.is_tiff or source is None or source.with_suffix("") != path.with_suffix(""):
         beside[path.with_suffix(".tfw" if output.is_tiff else ".pgw")] = place
+    if output.classes:
+        beside[path.with_suffix(".qml")] = _qgis_style(output.classes)
     return beside
+
+
+def _qgis_style(classes: Classes) -> str:
+    """A layer style, which QGIS takes from beside a raster of the same name."""
+    entry = '<paletteEntry value="{}" color="#{:02x}{:02x}{:02x}" alpha="255" label={}/>'
+    entries = (entry.format(k, *rgb, quoteattr(name)) for k, (name, rgb) in enumerate(classes))
+    return (
+        '<qgis version="3.0"><pipe><rasterrenderer type="paletted" band="1" opacity="1" '
+        f'alphaBand="-1"><colorPalette>{"".join(entries)}</colorPalette></rasterrenderer></pipe>'
+        "</qgis>\n"
+    )
 
 
 def _write_tiff(path: Path, output: Output, pixels: Scratch, first: int, tags: list[tuple]) -> None:
@@ -218,8 +248,10 @@ def check_outputs(paths: dict[str, Path], sources: Iterable[Path]) -> None:
         place, problem = path.resolve(), None
         # On many systems A.tif and a.tif are one file.
         other = taken.setdefault(str(place).casefold(), flag)
-        if path.suffix.lower() not in ENDINGS:
-            problem = "maps are written as .png or .tif"
+        endings = (POLYGONS,) if flag == "--polygons" else ENDINGS
+        if path.suffix.lower() not in endings:
+            written = "polygons are written as" if flag == "--polygons" else "maps are written as"
+            problem = f"{written} {POLYGONS if flag == '--polygons' else '.png or .tif'}"
         elif flag == "--probabilities" and path.suffix.lower() not in TIFF_ENDINGS:
             problem = "a PNG has no bands for all classes; give a .tif"
         elif not place.parent.is_dir():

@@ -157,7 +157,7 @@ class Tile:
         without such places. That is where the image has none, or, without an image, the heights."""
         columns = slice(0, self.size[1])
         if "image" not in self.paths:
-            heights = self._heights(self.raster("dsm"))
+            heights = self.heights()
             return lambda rows: ~valid_heights(heights[rows, columns])
         raster = open_raster(self.paths["image"])  # with segments of its own
         return (lambda rows: ~raster.valid((rows, columns))) if raster.has_holes else None
@@ -168,6 +168,10 @@ class Tile:
         """(H, W) float32 metres, missing heights set to the tile's lowest; None for a tile without
         heights."""
         return self._open_heights("array")[0] if "dsm" in self.paths else None
+
+    def heights(self) -> View:
+        """Metres (H, W) behind slices, NaN where the file has no data."""
+        return self._heights(self.raster("dsm"))
 
     def use_heights_of(self, layout: Layout, kind: str) -> None:
         """Reads heights as a run on a layout's `kind` of them does: 8-bit ones without a scale of
