@@ -41,7 +41,7 @@ from geodata.slices import Box, row_strips, strip_boxes
 from geodata.tiles import Tile
 from reports.panels import assemble
 
-PARTS = {"train": (0, 90, 200), "test": (200, 0, 120), "val": (230, 160, 0)}  # colours in split.png
+PARTS = {"train": (255, 255, 255), "test": (0, 0, 0), "val": (200, 0, 160)}  # colours in split.png
 LEAST = 64  # pixels of a block: what the network takes
 CROP = 256  # train.py's
 SHOWN = 900  # pixels of the longer side of a picture
@@ -234,7 +234,10 @@ def prepare(args, tile: Tile, folder: Path) -> list[str]:
         print(line)
     least = min(part.stop - part.start for box in blocks for part in box)
     told += ["--val", "val"] if "val" in used else []
-    return told + (["--crop", str(max(LEAST, least // 16 * 16))] if least < CROP else [])
+    if least < CROP:
+        crop = max(LEAST, least // 16 * 16)
+        told += ["--crop", str(crop), "--eval-stride", str(crop // 2)]
+    return told
 
 
 def main() -> None:
