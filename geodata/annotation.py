@@ -1,0 +1,80 @@
+"""Labels of one image as a user has them, polygons or a raster -> classes, with a name and a colour
+each, and class indices.
+
+Shapes: `H, W` pixels of the image; labels are uint8 class indices, 255 = not labelled."""
+
+from __future__ import annotations
+
+import colorsys
+from itertools import count
+from pathlib import Path
+from typing import Iterator
+from xml.etree import ElementTree
+
+import numpy as np
+
+from geodata.geojson import MOST, read_polygons
+from geodata.grids import read_grid
+from geodata.layouts import IGNORE, Classes
+from geodata.polygons import burn
+from geodata.slices import DataError, Raster, row_strips
+from geodata.tiles import Tile
+
+# Told apart also by those who do not tell red from green (M. Okabe, K. Ito, 2008)
+SAFE = "e69f00 56b4e9 009e73 f0e442 0072b2 d55e00 cc79a7 999999".split()
+
+
+def colours() -> Iterator[tuple[int, ...]]:
+    """Colours without end: the safe ones, then around the circle."""
+    yield from (tuple(bytes.fromhex(code)) for code in SAFE)
+    for i in count():
+        rgb = colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.55 + 0.09 * (i % 5), 0.95 - 0.17 * (i % 3))
+        yield tuple(round(255 * v) for v in rgb)
+
+
+def from_polygons(path: Path, field: str, tile: Tile) -> tuple[Classes, np.ndarray]:
+    """Classes, and labels (H, W) on the tile's grid; of polygons that overlap the later one counts,
+    and what none covers is not labelled. Raises DataError."""
+    found = read_polygons(path, field, read_grid(tile.raster("image")), tile.size)
+    labels, twice = np.full(tile.size, IGNORE, np.uint8), 0
+    for name, rings in found.polygons:
+        twice += burn(labels, rings, found.names.index(name))
+    tile.notes += found.notes
+    if twice:
+        tile.notes.append(f"{path}: polygons of two classes share {twice} pixels, the later counts")
+    return tuple(zip(found.names, colours())), labels
+
+
+def from_raster(tile: Tile) -> tuple[Classes, np.ndarray]:
+    """The same of the tile's label raster: a class for each of its colours, or for each number but
+    255 and no data. Raises DataError."""
+    raster = tile.raster("labels")
+    if raster.bands >= 3:
+        codes = (strip[..., :3].astype(np.int32) @ (65536, 256, 1) for strip in row_strips(raster))
+        found = [(v >> 16, v >> 8 & 255, v & 255) for v in _values(raster, codes)]
+        tile.classes = tuple(("#{:02x}{:02x}{:02x}".format(*rgb), rgb) for rgb in found)
+    else:
+        values = _values(raster, row_strips(raster), IGNORE, raster.nodata)
+        beside, names = raster.path.with_name(raster.path.name + ".aux.xml"), {}
+        if beside.is_file():
+            categories = ElementTree.parse(beside).iter("Category")
+            names = {k: category.text for k, category in enumerate(categories)}
+        own = [] if raster.palette is None else [tuple(c.tolist()) for c in raster.palette]
+        own = [own[v] for v in values if v < len(own)]
+        free = own if len(set(own)) == len(values) else colours()
+        tile.classes = tuple((names.get(v) or f"class {v}", c) for v, c in zip(values, free))
+        number = {v: k for k, v in enumerate(values)}
+        tile.codes = tuple(number.get(v, IGNORE) for v in range(values[-1] + 1))
+    return tile.classes, tile.read_labels()
+
+
+def _values(raster: Raster, strips: Iterator[np.ndarray], *left_out: float | None) -> list[int]:
+    """The different values of a raster that are classes. Raises DataError."""
+    values = np.unique(np.concatenate([np.unique(strip) for strip in strips])).tolist()
+    values = [v for v in values if v not in left_out]
+    if raster.dtype.kind not in "ui" or not 2 <= len(values) <= MOST or values[0] < 0:
+        held = f"holds {len(values)} different values of {raster.dtype}"
+        needed = f"labels are 2 to {MOST} class numbers from 0, or as many flat colours"
+        remedy = "gdal_translate -ot Byte IN OUT.tif"
+        raise DataError(f"{raster.path}: {held}; {needed}: {remedy}")
+    return values
