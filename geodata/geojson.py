@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Iterable
@@ -20,6 +19,7 @@ from geodata.slices import DataError, one_line
 
 DEGREES = 4326  # EPSG's number of the system of GeoJSON files that name none
 MOST = 64  # classes
+PARTS = ("geometry", "properties")  # of a feature
 Rings = list[np.ndarray]  # (n, 2) each: x and y; the outline, then the holes
 
 
@@ -36,13 +36,13 @@ def read_polygons(path: Path, key: str, grid: Grid | None, size: tuple[int, int]
     """The polygons of a GeoJSON file on the grid of a raster of `size` (H, W), by the property that
     holds their class. Without a grid, coordinates are pixels, y upwards from the raster's upper
     edge, as QGIS shows such a raster. Raises DataError where they cannot be laid there."""
-    content = _read(path)
-    named = [(_class_of(feature, key), *_rings(feature, path)) for feature in _features(content)]
+    features, system = _read(path)
+    named = [(_class_of(feature, key), *_rings(feature, path)) for feature in features]
     if not any(rings for _, rings, _ in named):
         raise DataError(f"{path}: holds no polygon; draw some, or give another file")
     names = {name for name, rings, _ in named if rings} - {None}
     if not names:
-        known = Counter(k for f in _features(content) for k in f.get("properties") or {})
+        known = dict.fromkeys(k for f in features for k in f.get("properties") or {})
         fields = ", ".join(known) or "none at all"
         raise DataError(f"{path}: has no field {key!r}; give one of its own by --field: {fields}")
     if not 2 <= len(names) <= MOST:
@@ -52,7 +52,7 @@ def read_polygons(path: Path, key: str, grid: Grid | None, size: tuple[int, int]
     to_pixels = (grid or Grid(0, 0, 1, 1)).pixels
     if grid:
         corners = np.concatenate([ring for _, rings, _ in named for part in rings for ring in part])
-        _check_system(path, content, grid, corners)
+        _check_system(path, system, grid, corners)
     for name, parts, _ in named:
         for rings in parts if name else ():
             rings = [np.stack(to_pixels(*ring.T), 1) for ring in rings]
@@ -76,21 +76,22 @@ def read_polygons(path: Path, key: str, grid: Grid | None, size: tuple[int, int]
     return found
 
 
-def _read(path: Path) -> dict:
-    remedy = f"convert it: ogr2ogr -f GeoJSON {path.stem}.geojson {path}"
+def _read(path: Path) -> tuple[list[dict], str]:
+    """The features of a file, and the name of its system, if any."""
+    remedy = f"convert it: ogr2ogr -f GeoJSON {path.stem}_new.geojson {path}"
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); give another file") from error
-    except ValueError as error:
-        raise DataError(f"{path}: no GeoJSON; {remedy}") from error
-    if not isinstance(content, dict) or content.get("type") not in ("FeatureCollection", "Feature"):
-        raise DataError(f"{path}: no collection of features; {remedy}")
-    return content
-
-
-def _features(content: dict) -> list[dict]:
-    return content.get("features", []) if content["type"] == "FeatureCollection" else [content]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: no GeoJSON ({one_line(error)}); {remedy}") from error
+    try:
+        kind = content["type"]
+        features = {"FeatureCollection": content.get("features"), "Feature": [content]}[kind]
+        crs = (content.get("crs") or {}).get("properties") or {}
+        if not all(isinstance(f.get(k) or {}, dict) for f in features for k in PARTS):
+            raise TypeError("not of its form")
+        return features, str(crs.get("name") or "")
+    except (AttributeError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: no collection of features; {remedy}") from error
 
 
 def _class_of(feature: dict, key: str) -> str | None:
@@ -122,17 +123,15 @@ def _rings(feature: dict, path: Path) -> tuple[list[Rings], bool]:
     return [part for part in parts if part], False
 
 
-def _check_system(path: Path, content: dict, grid: Grid, corners: np.ndarray) -> None:
+def _check_system(path: Path, name: str, grid: Grid, corners: np.ndarray) -> None:
     """Raises DataError for polygons in another system than the raster's. A file that names none is
     in degrees, unless its numbers cannot be."""
-    crs = content.get("crs") or {}
-    name = str((crs.get("properties") or {}).get("name", ""))
     code = re.search(r"EPSG:(?:[\d.]*:)?(\d+)$", name)
     system = DEGREES if "CRS84" in name else int(code[1]) if code else None
     degrees = system == DEGREES or not name and (np.abs(corners) <= (180, 90)).all()
     if not one_system(replace(grid, system=system, projected=False if degrees else None), grid):
         target = f"EPSG:{grid.system}" if grid.system else "SYSTEM"
-        own = name.rsplit("def:crs:")[-1] or "longitude and latitude"
+        own = "longitude and latitude" if degrees else f"EPSG:{system}"
         remedy = f"ogr2ogr -t_srs {target} {path.stem}_{grid.system or 'new'}.geojson {path}"
         raise DataError(f"{path}: is in {own}, and the image in {target}; convert it: {remedy}")
 

@@ -86,7 +86,8 @@ def test_a_map_holds_the_class_indices_and_a_table_of_their_colours(tmp_path, na
         with Image.open(tmp_path / name) as picture:
             colours = labels_to_colors(classes, [color for _, color in CLASSES])
             assert np.array_equal(np.asarray(picture.convert("RGB")), colours)
-    assert files_in(tmp_path) == sorted([name, name + ".aux.xml"])
+    style = name.rsplit(".", 1)[0] + ".qml"
+    assert files_in(tmp_path) == sorted([name, name + ".aux.xml", style])
 
 
 @given(
@@ -128,8 +129,22 @@ def test_a_png_has_a_world_file_of_the_middle_of_its_first_pixel(tmp_path, image
 def test_without_georeferencing_there_is_neither_a_tag_nor_a_world_file(tmp_path, name):
     tifffile.imwrite(tmp_path / "image.tif", np.zeros((5, 6), np.uint8))
     write_map(tmp_path / name, [random_map(5, 6)], (5, 6), CLASSES, tmp_path / "image.tif")
-    assert files_in(tmp_path) == sorted(["image.tif", name, name + ".aux.xml"])
+    assert files_in(tmp_path) == sorted(["image.tif", name, name + ".aux.xml", "map.qml"])
     assert name == "map.png" or read_grid(tmp_path / name) is None
+
+
+@pytest.mark.parametrize("name", ["map.tif", "map.png"])
+def test_a_style_beside_the_map_tells_qgis_the_name_and_colour_of_each_class(tmp_path, name):
+    classes = (("Straße & Weg", (1, 2, 3)), ('"<b>"', (255, 0, 10)))
+    write_map(tmp_path / name, [random_map(5, 6)], (5, 6), classes)
+    root = ElementTree.parse(tmp_path / "map.qml").getroot()
+    renderer = root.find("pipe/rasterrenderer")
+    assert root.tag == "qgis" and renderer.get("type") == "paletted" and renderer.get("band") == "1"
+    found = [e.attrib for e in renderer.findall("colorPalette/paletteEntry")]
+    assert [(e["value"], e["label"], e["color"]) for e in found] == [
+        ("0", "Straße & Weg", "#010203"),
+        ("1", '"<b>"', "#ff000a"),
+    ]
 
 
 def test_the_sidecar_names_the_classes_for_gdal(tmp_path):
@@ -207,7 +222,7 @@ def test_what_lay_beside_an_earlier_map_does_not_speak_for_the_new_one(tmp_path,
     for _ in range(2):
         (tmp_path / stale).write_bytes(b"stale")
         write_map(tmp_path / "map.tif", [random_map(5, 6)], (5, 6), CLASSES, image)
-        assert files_in(tmp_path) == ["image.tif", "map.tif", "map.tif.aux.xml"]
+        assert files_in(tmp_path) == ["image.tif", "map.qml", "map.tif", "map.tif.aux.xml"]
 
 
 def test_the_world_file_of_the_image_itself_is_not_taken_for_the_map_s(tmp_path):
@@ -281,7 +296,8 @@ def test_every_file_lies_where_the_image_lies_and_names_its_bands_and_its_no_dat
         assert open_raster(output.path).nodata == NO_DATA and read_grid(output.path) == read_grid(
             image
         )
-    assert files_in(tmp_path) == ["all.tif", "image.tif", "map.tif", "map.tif.aux.xml", "sure.tif"]
+    others = ["map.qml", "map.tif", "map.tif.aux.xml", "sure.tif"]
+    assert files_in(tmp_path) == ["all.tif", "image.tif", *others]
 
 
 def test_a_confidence_png_is_grey_clear_without_data_and_has_both_sidecars(tmp_path, image):
@@ -344,7 +360,7 @@ def test_a_map_without_a_place_leaves_no_sidecar_of_an_earlier_one_that_had_one(
         output.path.with_name(output.path.name + ".aux.xml").write_text("stale")
     image.unlink()
     write_maps(outputs, [random_bands(6, 5, 6)], (5, 6))
-    left = set(files_in(tmp_path)) - {output.path.name for output in outputs}
+    left = set(files_in(tmp_path)) - {output.path.name for output in outputs} - {"map.qml"}
     assert (
         left == {"map.tif.aux.xml"} if ending == ".tif" else {"map.png.aux.xml", "sure.png.aux.xml"}
     )

@@ -29,7 +29,7 @@ PAGES = {"README.md": README} | {
 (LESSON,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 OF_EXTENDING = re.findall(r"```python\n(.*?)```", PAGES["docs/extending.md"], re.DOTALL)
 SCRIPTS = (
-    *("train", "evaluate", "predict", "explain", "benchmark", "data"),
+    *("train", "evaluate", "predict", "explain", "benchmark", "data", "prepare"),
     *("geodata.synthetic", "engine.checkpoints", "engine.pretraining"),
 )
 TINY = "--encoder vit_t --weights none --batch-size 2 --crop 64 --eval-stride 64 --device cpu"

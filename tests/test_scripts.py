@@ -328,7 +328,7 @@ def test_a_map_of_a_geotiff_in_tiles_lies_where_the_image_lies(trained, tile, sc
     options = dict(tile=(32, 48), compression="zlib", photometric="rgb")
     tifffile.imwrite("image.tif", image, extratags=[*tags, no_data], **options)
     words = ["--run", run, "--dsm", tile[1], "--stride", 48, "--device", "cpu"]
-    for flags in ([], ["--blend", "cosine", "--flips"]):
+    for flags in ([], ["--blend", "mean", "--flips"]):
         tifffile.imwrite("plain.tif", image, photometric="rgb")
         assert (
             script("predict.py", *words, *flags, "--image", "plain.tif", "--out", "wanted.tif")[0]
@@ -347,8 +347,10 @@ def test_a_map_of_a_geotiff_in_tiles_lies_where_the_image_lies(trained, tile, sc
         "map.pgw",
         "map.png",
         "map.png.aux.xml",
+        "map.qml",
         "map.tif",
         "map.tif.aux.xml",
+        "wanted.qml",
         "wanted.tif",
         "wanted.tif.aux.xml",
     ]
@@ -368,18 +370,7 @@ def test_confidence_and_probabilities_belong_to_the_same_map_and_lie_where_it_li
     tifffile.imwrite(
         "image.tif", image, extratags=[*tags, (42113, "s", 0, "255", True)], photometric="rgb"
     )
-    words = [
-        "--run",
-        run,
-        "--image",
-        "image.tif",
-        "--dsm",
-        tile[1],
-        "--device",
-        "cpu",
-        "--blend",
-        "cosine",
-    ]
+    words = ["--run", run, "--image", "image.tif", "--dsm", tile[1], "--device", "cpu"]
     assert script("predict.py", *words, "--out", "alone.tif")[0] == 0
     more = ["--out", "map.tif", "--confidence", "sure.tif", "--probabilities", "all.tif"]
     status, out, err = script("predict.py", *words, *more)
@@ -408,8 +399,8 @@ def test_confidence_and_probabilities_belong_to_the_same_map_and_lie_where_it_li
     assert script("predict.py", *words, "--out", "map.tif", "--confidence", "sure.png")[0] == 0
     assert np.array_equal(read_raster(Path("sure.png")), sure)
     assert files_below(tmp_path) == [
-        "all.tif", "alone.tif", "alone.tif.aux.xml", "image.tif", "map.tif", "map.tif.aux.xml",
-        "sure.pgw", "sure.png", "sure.png.aux.xml", "sure.tif",
+        "all.tif", "alone.qml", "alone.tif", "alone.tif.aux.xml", "image.tif", "map.qml", "map.tif",
+        "map.tif.aux.xml", "sure.pgw", "sure.png", "sure.png.aux.xml", "sure.tif",
     ]  # fmt: skip
 
 
@@ -448,6 +439,8 @@ def test_a_map_of_the_run_s_own_stride_is_what_was_scored(trained, tile, city, s
         tile[1],
         "--out",
         "a.png",
+        "--blend",
+        "mean",
         "--device",
         "cpu",
     ]
@@ -781,6 +774,12 @@ def test_a_mistake_in_evaluation_is_one_line_and_leaves_the_scores(trained, scri
             {"--probabilities": "a.tif", "--confidence": "A.tif"},
             ["--probabilities a.tif", "is the file of --confidence"],
         ),
+        ({"--polygons": "map.shp"}, ["--polygons map.shp", ".geojson"]),
+        ({"--polygons": "nowhere/a.geojson"}, ["--polygons nowhere/a.geojson", "folder"]),
+        ({"--min-area": "3"}, ["--min-area", "--polygons"]),
+        ({"--min-area": "nan", "--polygons": "a.geojson"}, ["--min-area", "0 or more"]),
+        ({"--image": ".", "--dsm": None}, ["--out map.png", "give a folder"]),
+        ({"--image": ".", "--dsm": ".", "--out": "maps"}, ["garbage.tif"]),
         ({"--blend": "sum"}, ["--blend", "cosine"]),
         ({"--stride": "0"}, ["stride", "64"]),
         ({"--stride": "-8"}, ["stride", "64"]),
