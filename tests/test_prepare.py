@@ -139,12 +139,15 @@ def test_an_image_and_polygons_become_tiles_a_run_and_a_map_with_its_polygons(
     assert status == 0, err
     assert "val tiles" in out
     rasters = ["--image", "ortho.tif", "--dsm", "dsm.tif", "--device", "cpu", "--run", "run"]
-    more = ["--polygons", "map.geojson", "--min-area", 0.5]
+    more = ["--confidence", "sure.tif", "--polygons", "map.geojson", "--min-area", 0.5]
     status, out, err = script("predict.py", *rasters, "--out", "map.tif", *more)
     assert (status, err) == (0, "") and out.splitlines()[-1].startswith("next: python explain.py")
     found, classes = json.loads(Path("map.geojson").read_text()), read_raster(Path("map.tif"))
     areas = [f["properties"]["area"] for f in found["features"]]
     assert sum(areas) == pytest.approx(0.04 * H * W) and min(areas) >= 0.5
+    sure = [f["properties"]["confidence"] for f in found["features"]]
+    mean = read_raster(Path("sure.tif")).mean()
+    assert np.average(sure, weights=areas) == pytest.approx(mean, abs=0.05)
     assert found["crs"] == CRS and {f["properties"]["class"] for f in found["features"]} <= {*names}
     assert classes.shape == (H, W)
 
