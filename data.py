@@ -422,7 +422,7 @@ def main() -> None:
     if not check_dataset(dataset, MODALITIES[args.modalities]):
         what = "training cannot run; see above what is missing or unusable"
         raise DataError(f"{dataset.root}: {what}")
-    print("training can run")
+    print(f"training can run; next: python train.py --data {args.data} --root {dataset.root}")
 
 
 if __name__ == "__main__":
