@@ -99,7 +99,7 @@ def jobs_of(image: Path | None, dsm: Path | None, paths: dict[str, Path]) -> lis
         if path.suffix.lower() in (*ENDINGS, POLYGONS):
             raise DataError(f"{flag} {path}: {first} is a folder; give a folder too")
     files, jobs = [_files_by_stem(p) if p and p.is_dir() else p for p in (image, dsm)], []
-    for name in files[0] or files[1]:
+    for name in files[0] if image else files[1]:
         rasters = [found.get(name) if isinstance(found, dict) else found for found in files]
         if isinstance(files[1], dict) and not rasters[1]:
             raise DataError(f"--dsm {dsm}: no heights for {rasters[0]}; add {name}.tif")
@@ -107,8 +107,11 @@ def jobs_of(image: Path | None, dsm: Path | None, paths: dict[str, Path]) -> lis
         jobs.append((*rasters, {flag: path / ends[flag] for flag, path in paths.items()}))
     if not jobs:
         raise DataError(f"{first}: no image in this folder; give one with TIFF, PNG or JPEG files")
-    for path in paths.values():
-        path.mkdir(parents=True, exist_ok=True)
+    for flag, path in paths.items():
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{flag} {path}: cannot be written ({one_line(error)})") from error
     for *rasters, job in jobs:
         check_outputs(job, [path for path in rasters if path])
     return jobs
@@ -130,6 +133,10 @@ def predict_job(job: Job, model: MFNet, s: Settings, classes: list, run: Path, a
     strips = predict_loaded(model, loaded, s, stride, probabilities=len(paths) > 1, **how)
     like = tile.paths.get("image", dsm)
     write_prediction(paths, strips, tile, (H, W), like, args.min_area)
+    grid = read_grid(like)
+    if "--polygons" in paths and grid and grid.system is None:
+        remedy = f"ogr2ogr -a_srs EPSG:NUMBER OUT.geojson {paths['--polygons']}"
+        print(f"note: the image names no EPSG number, and so the polygons do not; add it: {remedy}")
     listed = ", ".join(map(str, paths.values()))
     print(f"{listed}: {W} x {H} pixels by {run}, windows of {s.crop}, stride {stride}")
 

@@ -780,6 +780,9 @@ def test_a_mistake_in_evaluation_is_one_line_and_leaves_the_scores(trained, scri
         ({"--min-area": "nan", "--polygons": "a.geojson"}, ["--min-area", "0 or more"]),
         ({"--image": ".", "--dsm": None}, ["--out map.png", "give a folder"]),
         ({"--image": ".", "--dsm": ".", "--out": "maps"}, ["garbage.tif"]),
+        ({"--image": "empty", "--out": "maps"}, ["empty", "no image in this folder"]),
+        ({"--image": ".", "--dsm": "empty", "--out": "maps"}, ["--dsm empty", "add garbage.tif"]),
+        ({"--image": ".", "--dsm": ".", "--out": "/proc/maps"}, ["--out /proc/maps"]),
         ({"--blend": "sum"}, ["--blend", "cosine"]),
         ({"--stride": "0"}, ["stride", "64"]),
         ({"--stride": "-8"}, ["stride", "64"]),
@@ -794,6 +797,7 @@ def test_a_mistake_in_prediction_is_one_line_and_writes_no_map(
     tifffile.imwrite("short.tif", np.zeros((125, 132), np.float32))
     tifffile.imwrite("grey.tif", np.zeros((128, 132), np.uint8))
     Path("garbage.tif").write_bytes(b"II*\x00 no more than this")
+    Path("empty").mkdir()
     words = {"--run": run, "--image": tile[0], "--dsm": tile[1], "--out": "map.png"} | flags
     given = [word for pair in words.items() if pair[1] is not None for word in pair]
     assert_refused(script("predict.py", *given), *parts)
