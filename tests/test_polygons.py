@@ -188,7 +188,8 @@ def test_regions_that_are_written_are_read_again_to_the_pixel(
     tmp_path_factory, drawn, turned, grid
 ):
     classes, confidence = drawn
-    classes[0, 0], classes = 0, np.pad(classes, 1, constant_values=1)
+    classes[0, 0] = 0
+    classes = np.pad(classes, 1, constant_values=1)
     if grid and turned:
         grid = Grid(grid.left, grid.top, grid.step_x, grid.step_y, grid.system, grid.projected,
                     (grid.step_x / 3, -grid.step_y / 4))  # fmt: skip
