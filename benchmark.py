@@ -79,7 +79,8 @@ def sweep(args: argparse.Namespace) -> int:
         raise Mistake("a sweep starts torchrun by itself: give it --processes N")
     if min(args.seeds) < 0 or args.processes < 1:
         raise Mistake("--seeds begin at 0, --processes at 1")
-    given = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
+    known = (f.name for f in fields(Settings) if f.name != "out")
+    given = {name: getattr(args, name) for name in known if hasattr(args, name)}
     given.setdefault("data", table.data)
     if table.data != "synthetic" and given["data"] not in (table.data, "synthetic"):
         raise Mistake(f"--data {given['data']} contradicts {args.name}, which is of {table.data}")
