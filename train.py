@@ -80,7 +80,8 @@ def loader(run: Run) -> torch.utils.data.DataLoader:
     s, on_gpu = run.s, run.device.type == "cuda"
     modalities, first = MODALITIES[s.modalities], run.trainer.progress.step
     last_pixel, rotations = s.crop_range == "full", s.augment == "flips+rotations"
-    crops = CropDataset(run.tiles, s.crop, s.seed, modalities, last_pixel, rotations)
+    balanced = len(run.classes) if s.balance_crops else 0
+    crops = CropDataset(run.tiles, s.crop, s.seed, modalities, last_pixel, rotations, balanced)
     order = CropOrder(s.epochs, s.steps, s.batch_size, first, run.team.rank, run.team.world)
     return torch.utils.data.DataLoader(
         crops,

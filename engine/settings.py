@@ -8,6 +8,7 @@ The same values are kept in `config.json` and in the checkpoints, and read back 
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Callable, get_type_hints
@@ -89,7 +90,10 @@ class Settings:
     warmup: int = of_training(0, "steps over which the learning rate rises first")
     clip: float = of_training(0.0, "largest norm of the gradient; 0: as it is")
     label_smoothing: float = of_training(0.0, "part of the target that is spread over all classes")
-    class_weights: str = of_training("", "of each class in the loss, as 1,1,2; by default all 1")
+    class_weights: str = of_training(
+        "", "of each class in the loss, as 1,1,2, or balanced: more for rare ones; by default all 1"
+    )
+    balance_crops: bool = of_training(False, "every other crop holds a class drawn with equal odds")
     seed: int = of_training(0, "seed of every random choice; -1 draws one")
 
     val: str = of_score("", "training tiles held out: how many, or names as 7,32 (one alone: 7,)")
@@ -156,6 +160,21 @@ class Settings:
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def command_line(script: str, given: dict) -> str:
+    """The command that gives settings, by name, to a script; a plugin by its file."""
+    words = ["python", script]
+    for name, value in given.items():
+        if isinstance(value, bool):
+            words.append(flag(name) if value else flag(f"no_{name}"))
+        elif name == "plugin":
+            words += [word for path in value for word in (flag(name), path)]
+        elif isinstance(value, dict):
+            words += [w for k, v in value.items() for w in (flag(name), f"{k}={v}")]
+        else:
+            words += [flag(name), str(value)]
+    return shlex.join(words)
 
 
 def choices_of(f) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ from sam_vit import SIZES, WeightsError
 
 ROOT = Path(train.__file__).resolve().parent
 SHORT = "--data vaihingen --encoder vit_t --weights none --epochs 2 --steps 8 --batch-size 2"
-SHORT += " --crop 64 --eval-stride 64"
+SHORT += " --crop 64 --eval-stride 64 --class-weights balanced --balance-crops"
 
 
 @pytest.fixture(scope="module")
