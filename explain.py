@@ -151,6 +151,8 @@ def main() -> None:
     title = f"One window through {run}"
     write_lesson(page, title, words, stages, method, functions, inside.parameters)
     print(f"{page}: one window through {run}")
+    rasters = " ".join(f"--{kind} FILE" for kind in MODALITIES[s.modalities])
+    print(f"next: python predict.py --run {run} {rasters} --out map.tif")
 
 
 if __name__ == "__main__":

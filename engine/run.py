@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +16,7 @@ from engine.distributed import Team
 from engine.folder import RunFolder, new_folder, read_last
 from engine.networks import base_file, build_model
 from engine.plugins import keep_plugins
-from engine.recipes import different_from_recipe
+from engine.recipes import command_of, different_from_recipe
 from engine.settings import Settings, held_out_tiles
 from engine.training import Trainer
 from fast import accelerate
@@ -119,6 +120,8 @@ class Run:
                 "parameters": count_parameters(self.trainer.model),
                 "lengthened": progress.lengthened,
                 "facts": self.facts,
+                "command": command_of(s),
+                "date": time.strftime("%Y-%m-%d %H:%M"),
             }
             self.folder.write_json("config.json", config)
             with self.folder.writing():

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Callable, get_type_hints
 
-from engine.console import Mistake
+from engine.console import Mistake, unknown
 from geodata.layouts import LABELS, LAYOUTS, MODALITIES
 from geodata.scaling import Scaling
 from mfnet import MIN_SIZE
@@ -35,6 +35,11 @@ of_network, of_data, of_training, of_score, of_machine = (partial(option, g) for
 ALIASES = {"mmhunan": "hunan"}  # names that earlier versions had beside today's
 # What config.json holds besides the settings.
 BESIDE_SETTINGS = ("base", "classes", "version", "processes", "parameters", "facts", "lengthened")
+BESIDE_SETTINGS += ("command", "date")
+
+
+# Flags that are not called as what a run's folder has. The old name is still taken.
+FLAGS = {"eval_stride": "--stride", "checkpointing": "--gradient-checkpointing"}
 
 
 def data_sets() -> tuple[str, ...]:
@@ -104,7 +109,7 @@ class Settings:
     )
     eval_every: int = of_score(0, "epochs between scores in training; 0: 1 if --select needs it")
     eval_stride: int = of_score(32, "pixels between windows when scoring")
-    select_stride: int = of_score(0, "the same while training; 0: as --eval-stride")
+    select_stride: int = of_score(0, "the same while training; 0: as --stride")
     repeat_border: bool = of_score(False, "count border windows as often as the published loop")
 
     out: str = of_machine("", "folder of the run; by default runs/TIME_DATA_TUNER")
@@ -114,7 +119,7 @@ class Settings:
         ("auto", "fp32", "bf16"),
     )
     accumulate: int = of_machine(1, "parts of a batch in the encoder: less memory, same gradients")
-    checkpointing: bool = of_machine(False, "blocks compute their activations again: less memory")
+    checkpointing: bool = of_machine(False, "blocks compute activations again: less memory")
     compile: bool = of_machine(False, "torch.compile each block of the encoder, on a GPU")
     deterministic: bool = of_machine(False, "bit-identical runs on a GPU, slower")
     save_every: int = of_machine(0, "steps between saves of last.pt, besides those after an epoch")
@@ -149,7 +154,7 @@ class Settings:
         for f in fields(self):
             choices, value = choices_of(f), getattr(self, f.name)
             if choices and value not in choices:
-                raise Mistake(f"{flag(f.name)} {value}: give {', '.join(choices)}")
+                raise Mistake(f"{flag(f.name)} {unknown(value, choices)}")
         self.tuner_option = complete_options(self.tuner, self.tuner_option)
         check_ranges(self)
         try:
@@ -159,7 +164,7 @@ class Settings:
 
 
 def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return FLAGS.get(name) or "--" + name.replace("_", "-")
 
 
 def command_line(script: str, given: dict) -> str:

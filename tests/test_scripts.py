@@ -25,9 +25,7 @@ from geodata.grids import read_grid
 from geodata.rasters import read_raster
 
 HOME = Path(__file__).parent.parent
-TINY = (
-    "--encoder vit_t --weights none --batch-size 2 --crop 64 --eval-stride 64 --device cpu".split()
-)
+TINY = "--encoder vit_t --weights none --batch-size 2 --crop 64 --stride 64 --device cpu".split()
 
 OWN = ["--data", "tiles", "--root", "mine", "--epochs", 1, "--steps", 1, *TINY]
 
@@ -617,7 +615,7 @@ def assert_refused(result, *parts):
         ("--bands bgr", ["--bands bgr", "counted from 1"]),
         ("--crop 32", ["--crop 32"]),
         ("--crop many", ["--crop", "many"]),
-        ("--eval-stride 0", ["--eval-stride 0"]),
+        ("--stride 0", ["--stride 0"]),
         ("--epochs 0", ["--epochs 0"]),
         ("--weights nowhere.pth", ["nowhere.pth"]),
         ("--device gpu7", ["gpu7"]),

@@ -418,9 +418,15 @@ def test_what_a_run_needs_grows_with_what_is_trained_and_shrinks_with_processes(
     [
         (
             torch.OutOfMemoryError("CUDA out of memory"),
-            ["MB", "--accumulate 2", "--checkpointing", "--precision bf16", "--resume --out run"],
+            [
+                "MB",
+                "--accumulate 2",
+                "--gradient-checkpointing",
+                "--precision bf16",
+                "--resume --out run",
+            ],
         ),
-        (MemoryError("Unable to allocate 3 TiB"), ["--accumulate 2", "--checkpointing"]),
+        (MemoryError("Unable to allocate 3 TiB"), ["--accumulate 2", "--gradient-checkpointing"]),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), ["--accumulate 2"]),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal"), ["--workers 0"]),
     ],
