@@ -9,7 +9,7 @@ import html
 import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -38,9 +38,13 @@ class Stage:
         self.figures.append(framed)
 
 
-def side_by_side(pictures: dict[str, np.ndarray], size: tuple[int, int]) -> str:
-    """Pictures (h, w, 3) by their short names, each as large as the window, `size`."""
-    drawn = [figure(n, Image.fromarray(enlarge(p, size)[1])) for n, p in pictures.items()]
+def side_by_side(
+    pictures: dict[str, np.ndarray], size: tuple[int, int], palette: Sequence = ()
+) -> str:
+    """Pictures (h, w, 3) by their short names, each as large as the window, `size`; class maps are
+    in the colours of `palette`."""
+    shown = {name: Image.fromarray(enlarge(p, size)[1]) for name, p in pictures.items()}
+    drawn = [figure(name, picture, palette=palette) for name, picture in shown.items()]
     return f'<div class="figures">{"".join(drawn)}</div>'
 
 
