@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 
 from engine.settings import Settings, command_line
+from geodata.layouts import LAYOUTS
 
 # The rate and the decay of an optimiser where neither recipe nor command line names them. AdamW's
 # was measured with the benchmarks' schedule on a synthetic Vaihingen of 160 px tiles (vit_t, 200
@@ -91,7 +92,11 @@ def published_protocol(s: Settings) -> Settings:
 
 def changes(s: Settings) -> dict:
     """What a run's settings change of the recipe of its data set, by name; data and files apart."""
-    theirs = Settings(**{**recipe(s.data, s.encoder), "data": s.data})
+    theirs = with_optimizer({}, recipe(s.data, s.encoder)) | {"data": s.data}
+    kinds = list(LAYOUTS[s.data].dsm) if s.data in LAYOUTS else []
+    if s.heights_kind in kinds[:1]:  # what a run fills in
+        theirs["heights_kind"] = s.heights_kind
+    theirs = Settings(**theirs)
     theirs.tuner = s.tuner  # whose options are compared with its own defaults
     theirs.complete()
     theirs.tuner, options, found = Settings.tuner, theirs.tuner_option, {}

@@ -62,15 +62,15 @@ def shape(*arrays: np.ndarray) -> str:
 def write_lesson(
     path: Path,
     title: str,
-    words: str,
+    head: str,
     stages: list[Stage],
     equations: dict[str, dict[int, str]],
     functions: dict[str, Callable],
     parameters: dict[str, tuple[int, int]],
 ) -> None:
-    """Writes the page: `equations` as of `reports.method`, `functions` by the names in the stages'
-    `code`, `parameters` (all, trained) by part of the network. Raises DataError."""
-    sections, shown = {"": note(words)}, {}  # an equation stands where it is computed first
+    """Writes the page: `head` is HTML, `equations` as of `reports.method`, `functions` by the names
+    in the stages' `code`, `parameters` (all, trained) by part of the network. Raises DataError."""
+    sections, shown = {"": head}, {}  # an equation stands where it is computed first
     for i, stage in enumerate(stages, 1):
         parts = [f"<p>{html.escape(stage.words)}</p>"]
         for name in stage.code:

@@ -39,6 +39,10 @@ pre { white-space: pre-wrap; }
 body:has(#safe:checked) .safe { display: revert; }
 .command { user-select: all; }
 a { color: inherit; }
+.even { font-size: .85rem; }
+.even table { table-layout: fixed; width: calc(8rem + var(--columns) * 6rem); }
+.even th { overflow-wrap: anywhere; padding: .2rem .4rem; } .even th:first-child { width: 8rem; }
+.bar { display: inline-block; width: 8rem; height: .8em; border: 1px solid var(--soft); }
 table { border-collapse: collapse; margin-bottom: 1rem; }
 td, th { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid var(--rule); }
 td:first-child, th:first-child { text-align: left; position: sticky; left: 0;
@@ -68,6 +72,10 @@ figure { margin: 0 0 1rem; } figcaption { font-size: .9rem; }
 @media print { body { max-width: none; } .wide img { min-width: 0; } h2 { break-after: avoid; } }
 """
 
+RANDOM = (
+    '<p class="banner">The encoder is random: SAM&rsquo;s weights were not loaded, and these '
+    "scores do not compare with the paper&rsquo;s.</p>"
+)
 Color = tuple[int, int, int]
 # Okabe and Ito's (2008) without black, and a grey; in the order of ISPRS's classes, whose own
 # colours they are akin to.
@@ -159,6 +167,18 @@ def legend(colors: dict[str, str], look: str = "") -> str:
     return f'<p class="note {look}">{"".join(keys)}</p>'
 
 
+def bar(low: str, high: str, colors: Sequence[Color]) -> str:
+    """The colours of a map from `low` to `high`."""
+    shades = ", ".join(f"rgb{tuple(map(int, color))}" for color in colors)
+    drawn = f'<span class="bar" style="background:linear-gradient(90deg, {shades})"></span>'
+    return f'<p class="note">{html.escape(low)} {drawn} {html.escape(high)}</p>'
+
+
+def command(words: str) -> str:
+    """A command, to be copied by a click."""
+    return f'<pre class="command">{html.escape(words)}</pre>'
+
+
 def class_legend(classes: Sequence[tuple[str, Color]]) -> str:
     """The legend of all class maps of a page, and the switch to colours that are safe for colour
     blindness, if there are so many."""
@@ -188,7 +208,7 @@ def line_chart(
 ) -> str:
     """Lines of (x, y) by name as inline SVG, over y from `low` to `high` with a tick in the middle;
     points that are not finite are left out. A legend where there is more than one."""
-    left, right, top, bottom = 46, 352, 30, 190
+    left, right, top, bottom = 58, 352, 30, 190
     lines = {n: [(x, y) for x, y in points if math.isfinite(y)] for n, points in lines.items()}
     xs = [x for points in lines.values() for x, _ in points] or [0]
     first, last = min(xs), max(xs)
@@ -220,7 +240,7 @@ def draw_boxes(rows: list[list[Box]], title: str) -> str:
     """The parts of a module in the order of its calls: rows of boxes, from top to bottom with an
     arrow between; orange where something is trained, grey where all is frozen or there are no
     parameters."""
-    across, gap, line = 358, 6, 13  # pixels; a phone shows the drawing at its own size
+    across, gap, line = 358, 6, 14  # pixels; a phone shows the drawing at its own size
     drawn, top = [], 2
     for i, row in enumerate(rows):
         height = 22 + line * max(len(lines) for _, _, lines, _ in row)

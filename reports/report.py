@@ -13,14 +13,20 @@ from PIL import Image
 from geodata.layouts import LAYOUTS
 from geodata.rasters import DataError
 from reports.files import MEANS, in_a_line, read_files
-from reports.page import class_legend, figure, line_chart, note, percent, table, write_page
+from reports.page import (
+    RANDOM,
+    class_legend,
+    command,
+    figure,
+    line_chart,
+    note,
+    percent,
+    table,
+    write_page,
+)
 from reports.paper import paper_scores
 
 FULL_BLUE = np.array((31, 119, 180))  # a cell of the confusion that holds a whole row
-RANDOM = (
-    '<p class="banner">The encoder is random: SAM&rsquo;s weights were not loaded, and these '
-    "scores do not compare with the paper&rsquo;s.</p>"
-)
 LISTED_APART = {"classes", "version", "parameters", "base", "command", "date"}  # not as settings
 
 
@@ -58,15 +64,15 @@ def describe(run: Path, config: dict, scores: dict, log: list[dict]) -> tuple[st
         sections["Settings"] = f'<div class="settings">{listed}</div>'
     else:
         head += note("There is no config.json in this folder: settings are not known.")
+    sections["Next"] = command(f"python explain.py --run {run}")
     return title, {"": head, **sections}
 
 
 def origin(config: dict) -> str:
     """The code, the seed, and as far as they were kept the date and the command."""
     parts = [str(config["version"]), f"seed {config['seed']}", str(config.get("date", ""))]
-    command = config.get("command")
-    code = f'<pre class="command">{html.escape(str(command))}</pre>' if command else ""
-    return note(", ".join(filter(None, parts))) + code
+    words = config.get("command")
+    return note(", ".join(filter(None, parts))) + (command(str(words)) if words else "")
 
 
 # ------------------------------------------------------------------------------------------- scores
@@ -109,13 +115,13 @@ def score_tables(scores: dict, config: dict) -> str:
         for row in scores["per_class"]
     ]
     inside = averaged(scores, config)
-    convention = "; ".join([scores["convention"], *scores.get("notes", [])])
     head = ["class", "IoU", "F1", "precision", "recall", "pixels"]
     dim = ["" if row in inside or not inside else ' class="dim"' for row in range(len(classes))]
     return (
         table(["percent", *mean_labels(scores, config).values()], means)
         + table(head, classes, lambda row, _: dim[row])
-        + note(f"{convention}; {scores['pixels']:,} pixels.")
+        + note(f"{scores['convention']}; {scores['pixels']:,} pixels.")
+        + "".join(f"<p>{html.escape(one)}</p>" for one in scores.get("notes", []))
     )
 
 
@@ -129,10 +135,11 @@ def confusion_table(scores: dict) -> str:
             return ""
         back = 255 + parts[row][column - 1] * (FULL_BLUE - 255)
         colors = f"background:rgb{tuple(back.round().astype(int).tolist())};color:{text_on(back)}"
-        return f' style="{colors};min-width:4rem" title="{counts[row][column - 1]:,} pixels"'
+        return f' style="{colors}" title="{counts[row][column - 1]:,} pixels"'
 
     rows = [[name, *(f"{100 * p:.1f}" for p in row)] for name, row in zip(names, parts)]
-    return table(["truth \\ prediction, %", *names], rows, attributes)
+    cells = table(["truth \\ prediction, %", *names], rows, attributes)
+    return f'<div class="even" style="--columns:{len(names)}">{cells}</div>'
 
 
 def text_on(color: np.ndarray) -> str:

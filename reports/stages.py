@@ -15,11 +15,13 @@ from geodata.layouts import IGNORE, Classes
 from geodata.tiles import LoadedTile
 from reports import features as draw
 from reports.lesson import SAME, Stage, percent, shape, side_by_side
-from reports.page import class_legend, draw_boxes, line_chart, table
+from reports.page import bar, class_legend, draw_boxes, line_chart, table
 from reports.panels import error_map, raster_pictures, shade, shade_confidence
 
 if TYPE_CHECKING:
     from engine.inside import Inside
+
+SHADES = (draw.LESS, (255, 255, 255), draw.MORE)  # of `draw.tint`
 
 
 def walk(
@@ -110,6 +112,7 @@ def attention_stage(inside: Inside) -> Stage:
     )
     wrong = "with SAM's weights relative positions move nothing: lost, as in the published code."
     stage.show(side_by_side(pictures, inside.size), see, wrong)
+    stage.figures.append(bar("less than an equal part", "more", SHADES))
     return stage
 
 
@@ -247,6 +250,8 @@ def fusion_stage(inside: Inside) -> Stage:
         )
     wrong = "a level has one colour all over; or a modality's mean is near 0: it is not heard."
     stage.show(side_by_side(pictures, inside.size), see, wrong)
+    if len(names) > 1:
+        stage.figures.append(bar("less than an equal part", "more", SHADES))
     if any(level["gates"] for level in levels):
         charts = []
         for m, name in enumerate(names):
@@ -336,6 +341,7 @@ def heat_stage(inside: Inside, classes: Classes) -> Stage:
         ) + ", ".join(f"{name} {percent(share)}" for name, share in shares)
         wrong = "after a training that share is no larger than the class's part of the window."
         stage.show(side_by_side(pictures, inside.size), f"{see}.", wrong)
+    stage.figures.append(bar("lowers the logits", "raises them", SHADES))
     return stage
 
 
