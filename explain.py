@@ -155,9 +155,9 @@ def main() -> None:
         at = f"{columns.start},{rows.start}"
         head += command(f"python explain.py --run {run} --tile {tile.name} --at {at}")
     write_lesson(page, title, head, stages, method, functions, inside.parameters)
-    print(f"{page}: one window through {run}")
     rasters = " ".join(f"--{kind} FILE" for kind in MODALITIES[s.modalities])
-    print(f"next: python predict.py --run {run} {rasters} --out map.tif")
+    again = f"python predict.py --run {run} {rasters} --out map.tif"
+    print(f"{page}: one window through {run}; next: {again}")
 
 
 if __name__ == "__main__":

@@ -40,8 +40,9 @@ body:has(#safe:checked) .safe { display: revert; }
 .command { user-select: all; }
 a { color: inherit; }
 .even { font-size: .85rem; }
-.even table { table-layout: fixed; width: calc(8rem + var(--columns) * 6rem); }
-.even th { overflow-wrap: anywhere; padding: .2rem .4rem; } .even th:first-child { width: 8rem; }
+.even table { table-layout: fixed; width: calc(8rem + var(--columns) * 7rem); }
+.even th { hyphens: auto; overflow-wrap: break-word; padding: .2rem .4rem; }
+.even th:first-child { width: 8rem; }
 .bar { display: inline-block; width: 8rem; height: .8em; border: 1px solid var(--soft); }
 table { border-collapse: collapse; margin-bottom: 1rem; }
 td, th { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid var(--rule); }
@@ -208,7 +209,7 @@ def line_chart(
 ) -> str:
     """Lines of (x, y) by name as inline SVG, over y from `low` to `high` with a tick in the middle;
     points that are not finite are left out. A legend where there is more than one."""
-    left, right, top, bottom = 58, 352, 30, 190
+    left, right, top, bottom = 64, 352, 30, 190
     lines = {n: [(x, y) for x, y in points if math.isfinite(y)] for n, points in lines.items()}
     xs = [x for points in lines.values() for x, _ in points] or [0]
     first, last = min(xs), max(xs)

@@ -170,7 +170,8 @@ def test_evaluation_without_a_word_scores_the_newest_run_with_the_same_digits(tr
     assert (run / "scores.json").read_bytes() == before
     table = again.stdout[again.stdout.index("class ") :]
     *table, written = table.strip().splitlines()
-    assert "\n".join(table) in process.stdout and written.endswith("scores.json")
+    assert "\n".join(table) in process.stdout
+    assert written.endswith(f"scores.json; next: python explain.py --run {run.relative_to(folder)}")
 
 
 def test_full_labels_are_scored_beside_the_eroded_ones_and_with_full_labels_the_other_way_round(
