@@ -63,7 +63,8 @@ class Run:
         check_budget(s, len(self.classes), self.device, world)
         self.tiles = load_tiles(tiles, modalities, s.memory_gb)
         self.fingerprint, self.facts = fingerprint(self.tiles), facts_of(tiles)
-        self.pixels = class_pixels(self.tiles, len(self.classes))
+        counted = self.tiles if s.class_weights == "balanced" else []  # seconds, of large tiles
+        self.pixels = class_pixels(counted, len(self.classes))
         self.notes = [note for tile in tiles for note in tile.notes]
         if last is not None and last["data"] != self.fingerprint:
             others = f"{s.root}: not the training tiles that {s.out} began with"
