@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.console import Parser, run_script
-from engine.settings import Settings
+from engine.settings import Settings, command_line
 from geodata import synthetic
 from geodata.crops import Crop, CropDataset, CropOrder, draw_crop, sliding_windows, window_places
 from geodata.doctor import check_dataset
@@ -422,7 +422,8 @@ def main() -> None:
     if not check_dataset(dataset, MODALITIES[args.modalities]):
         what = "training cannot run; see above what is missing or unusable"
         raise DataError(f"{dataset.root}: {what}")
-    print(f"training can run; next: python train.py --data {args.data} --root {dataset.root}")
+    given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
+    print(f"training can run; next: {command_line('train.py', given)}")
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def evaluate(run: Path, args: argparse.Namespace) -> None:
         replace_atomically(run / name, lambda p: p.write_text(text, encoding="utf-8"))
         if name == "scores.json" and (run / "config.json").exists():
             write_report(run)
-        print(f"{run / name}")
+        print(f"{run / name}; next: python explain.py --run {run}")
     except OSError as error:
         print(f"note: the scores are not kept, {run} cannot be written ({one_line(error)})")
 

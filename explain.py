@@ -34,6 +34,7 @@ from geodata.tiles import LoadedTile, Tile
 from mfnet import MIN_SIZE, MFNet
 from reports.lesson import write_lesson
 from reports.method import equations
+from reports.page import RANDOM, command, note
 from reports.stages import walk
 from sam_vit import WeightsError
 
@@ -128,8 +129,8 @@ def main() -> None:
     loaded = tile.open(MODALITIES[s.modalities])
     box = place_window(loaded.size, window_side(model, s.crop), args.at)
     cut, rasters = cut_window(tile, loaded, box), {}
-    for note in tile.notes:
-        print(f"note: {note}")
+    for line in tile.notes:
+        print(f"note: {line}")
     if cut.image is not None:
         rasters["image"] = torch.from_numpy(cut.scale.image_input(cut.image))[None].to(device)
     if cut.dsm is not None:
@@ -149,8 +150,14 @@ def main() -> None:
     page = (args.out or run / "explain") / "explain.html"
     method = equations(METHOD.read_text(encoding="utf-8"))
     title = f"One window through {run}"
-    write_lesson(page, title, words, stages, method, functions, inside.parameters)
-    print(f"{page}: one window through {run}")
+    head = (RANDOM if s.weights == "none" else "") + note(words)
+    if not (args.image or args.dsm):
+        at = f"{columns.start},{rows.start}"
+        head += command(f"python explain.py --run {run} --tile {tile.name} --at {at}")
+    write_lesson(page, title, head, stages, method, functions, inside.parameters)
+    rasters = " ".join(f"--{kind} FILE" for kind in MODALITIES[s.modalities])
+    again = f"python predict.py --run {run} {rasters} --out map.tif"
+    print(f"{page}: one window through {run}; next: {again}")
 
 
 if __name__ == "__main__":

@@ -102,7 +102,8 @@ def picture(tile: Tile, labels: np.ndarray, classes: Classes, blocks: list[Box],
         ends = columns.start, rows.start, columns.stop - 1, rows.stop - 1
         draw.rectangle([v // step for v in ends], outline=PARTS[part], width=3)
     shown = {"image": Image.fromarray(image), "labels, and the blocks of each part": mixed}
-    return assemble(shown, (*classes, *((f"({part})", PARTS[part]) for part in sorted(set(parts)))))
+    named = *classes, *((f"({part})", PARTS[part]) for part in sorted(set(parts)))
+    return assemble(shown, named)[0]
 
 
 def table(classes: Classes, own: dict[str, np.ndarray]) -> Iterator[str]:
@@ -171,7 +172,7 @@ def prepare(args: Namespace, tile: Tile, folder: Path) -> list[str]:
     told += ["--val", "val"] if "val" in own else []
     if (least := min(side.stop - side.start for box in blocks for side in box)) < CROP:
         crop = max(LEAST, least // 16 * 16)
-        told += ["--crop", str(crop), "--eval-stride", str(crop // 2)]
+        told += ["--crop", str(crop), "--stride", str(crop // 2)]
     return told
 
 

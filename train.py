@@ -7,6 +7,7 @@
     python train.py --data tiles --root DIR                      own tiles
     python train.py --seeds 0 1 2 --out runs/NAME                three runs, and their mean
     python train.py --resume --out runs/NAME                     go on with an interrupted run
+    python train.py --start-or-continue --out runs/NAME ...      the same command, again and again
     torchrun --nproc_per_node=4 train.py --data vaihingen ...    the same run on four GPUs
 
 A run's folder holds config.json, log.jsonl (a line per epoch), last.pt (everything to go on), and
@@ -80,7 +81,8 @@ def loader(run: Run) -> torch.utils.data.DataLoader:
     s, on_gpu = run.s, run.device.type == "cuda"
     modalities, first = MODALITIES[s.modalities], run.trainer.progress.step
     last_pixel, rotations = s.crop_range == "full", s.augment == "flips+rotations"
-    crops = CropDataset(run.tiles, s.crop, s.seed, modalities, last_pixel, rotations)
+    balanced = len(run.classes) if s.balance_crops else 0
+    crops = CropDataset(run.tiles, s.crop, s.seed, modalities, last_pixel, rotations, balanced)
     order = CropOrder(s.epochs, s.steps, s.batch_size, first, run.team.rank, run.team.world)
     return torch.utils.data.DataLoader(
         crops,
@@ -153,6 +155,7 @@ def finish(run: Run, noted: list[int]) -> dict:
         with run.folder.writing():
             write_report(run.folder.path)
     run.say(f"{run.folder}: model.pt, scores.json, pictures/, report.html")
+    run.say(f"next: python explain.py --run {run.folder}")
     return scores
 
 
@@ -231,13 +234,20 @@ def all_seeds(s: Settings, seeds: list[int], team: Team, device: torch.device) -
     if not s.out:
         raise Mistake("--seeds needs --out: the folder that the runs are written below")
     for seed in dict.fromkeys(seeds):
-        own = replace(s, seed=seed, out=str(Path(s.out) / f"seed-{seed}"))
-        begun = (Path(own.out) / "last.pt").exists()
-        # A run fills in which kind of heights there is; see `Run.open_data`.
-        given = {k: v for k, v in asdict(own).items() if (k, v) != ("heights_kind", "")}
-        one_run(own, given if begun else None, team, device, lengthen=False)
+        start_or_continue(
+            replace(s, seed=seed, out=f"{Path(s.out) / f'seed-{seed}'}"), team, device
+        )
     if team.is_main:
         print(markdown(read_runs([Path(s.out)])[0]))
+        print(f"next: python explain.py --run {Path(s.out) / f'seed-{seeds[0]}'}")
+
+
+def start_or_continue(s: Settings, team: Team, device: torch.device) -> None:
+    """A run that goes on if --out holds it, and is refused if that holds one of other settings."""
+    # A run fills in which kind of heights there is; see `Run.open_data`.
+    given = {k: v for k, v in asdict(s).items() if (k, v) != ("heights_kind", "")}
+    begun = (Path(s.out) / "last.pt").exists()
+    one_run(s, given if begun else None, team, device, lengthen=False)
 
 
 def main() -> None:
@@ -253,6 +263,8 @@ def main() -> None:
             torch.backends.cudnn.benchmark = False
         if args.seeds:
             all_seeds(s, args.seeds, team, device)
+        elif args.start_or_continue:
+            start_or_continue(s, team, device)
         else:
             one_run(s, given if args.resume else None, team, device)
     finally:

@@ -49,7 +49,7 @@ def explain_failure(error: Exception, s: Settings, device: torch.device) -> Trai
     text, resume = first_line(error), f"python train.py --resume --out {s.out}"
     short = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     if short or "can't allocate memory" in str(error):
-        ways = [] if s.checkpointing else [f"{resume} --checkpointing"]
+        ways = [] if s.checkpointing else [f"{resume} --gradient-checkpointing"]
         if s.batch_size > s.accumulate:
             larger = range(s.accumulate + 1, s.batch_size + 1)
             parts = next(n for n in larger if s.batch_size % n == 0)

@@ -15,7 +15,7 @@ from typing import get_type_hints
 from engine.console import Mistake, Parser
 from engine.plugins import load_plugins
 from engine.recipes import recipe, with_optimizer
-from engine.settings import GROUPS, Settings, choices_of, flag
+from engine.settings import FLAGS, GROUPS, Settings, choices_of, flag
 from tuners import parse_option, tuner_options
 
 # What may differ between a run and its continuation: where things lie, and other ways to compute
@@ -40,8 +40,9 @@ def parse_settings(
 
     parser = build_parser(Settings(**{**chosen, "data": early.data}), description)
     args = parser.parse_args(argv)
-    if args.resume and (args.as_published or args.seeds):
-        parser.error("--resume has the run's own settings; leave --as-published and --seeds out")
+    if args.resume and (args.as_published or args.seeds or args.start_or_continue):
+        others = "--as-published, --seeds and --start-or-continue"
+        parser.error(f"--resume has the run's own settings; leave {others} out")
     if args.seeds and min(args.seeds) < 0:
         parser.error("--seeds takes numbers of 0 and more")
     given = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
@@ -54,6 +55,8 @@ def parse_settings(
         setattr(s, stride, min(getattr(s, stride), s.crop))
     if s.val and s.select == "last" and "select" not in given:
         s.select = "val"
+    if args.start_or_continue and (not s.out or s.seed == -1):
+        parser.error("--start-or-continue needs --out and --seed, to know the run again")
     if not args.resume:  # a resumed run has its own settings; see `resumed_settings`
         if "tuner_option" in given:
             s.tuner_option = given["tuner_option"] = read_options(s.tuner, given["tuner_option"])
@@ -69,6 +72,8 @@ def build_parser(defaults: Settings, description: str) -> Parser:
     add_settings(parser, defaults)
     text = "go on with the run in --out, by default the newest that is not finished"
     parser.add_argument("--resume", action="store_true", help=text)
+    text = "go on with the run in --out if it is this very one, or else begin it"
+    parser.add_argument("--start-or-continue", action="store_true", help=text)
     text = "train once with each seed, below --out; what is there is kept or gone on with"
     parser.add_argument("--seeds", type=int, nargs="+", help=text)
     return parser
@@ -93,7 +98,10 @@ def add_settings(parser: Parser, defaults: Settings, without: tuple[str, ...] = 
             how = dict(action=argparse.BooleanOptionalAction)
         text = text if f.name == "plugin" else f"{text} [{shown}]".replace("%", "%%")
         add = groups[f.metadata["group"]].add_argument
-        add(flag(f.name), default=argparse.SUPPRESS, help=text, **how)
+        add(flag(f.name), dest=f.name, default=argparse.SUPPRESS, help=text, **how)
+        if f.name in FLAGS:
+            old, how = "--" + f.name.replace("_", "-"), how | dict(help=argparse.SUPPRESS)
+            add(old, dest=f.name, default=argparse.SUPPRESS, **how)
     text = "depart from the paper where the published code does, in training and scoring"
     parser.add_argument("--as-published", action="store_true", help=text)
 
@@ -122,7 +130,8 @@ def resumed_settings(
         agrees = value.items() <= ours.items() if isinstance(value, dict) else value == ours
         if name not in free and not agrees:
             contradiction = f"{flag(name)} {value} contradicts the run in {folder}"
-            raise Mistake(f"{contradiction}, which has {ours}; leave it out")
+            remedy = "leave it out" if lengthen else "give another --out"
+            raise Mistake(f"{contradiction}, which has {ours}; {remedy}")
     settings = replace(stored, **{**free, "out": str(folder)})
     settings.complete()
     return settings

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from typing import Callable, NoReturn, TextIO
+from typing import Callable, Iterable, NoReturn, TextIO
 
 
 class Mistake(ValueError):
@@ -43,9 +43,20 @@ class Parser(argparse.ArgumentParser):
         meant = difflib.get_close_matches(name, flags, n=1, cutoff=0.75) or longer
         return f"{word} is no flag" + (f"; did you mean {meant[0]}?" if meant else "")
 
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, unknown(value, action.choices))
+
     def error(self, message: str) -> NoReturn:
         say_mistake(f"error: {message}; see python {self.prog} --help")
         sys.exit(2)
+
+
+def unknown(value: object, known: Iterable) -> str:
+    """What to say of a name that is none of the known ones: the one that was probably meant."""
+    close = difflib.get_close_matches(str(value), map(str, known), n=1)
+    meant = f"did you mean {close[0]}? " if close else ""
+    return f"{value}: {meant}give {', '.join(map(str, known))}"
 
 
 def run_script(main: Callable[[], None], *mistakes: type[Exception]) -> NoReturn:

@@ -132,7 +132,10 @@ def check_new(folder: Path) -> None:
     if there == ["last.pt"] and read_last(folder)["progress"]["step"] == 0:
         return
     if "last.pt" in there:
-        raise Mistake(f"{folder} holds a run; go on with it by --resume, or give another --out")
+        raise Mistake(
+            f"{folder} holds a run; go on with it: python train.py --resume --out {folder}; or "
+            f"give another --out"
+        )
     if there:
         raise Mistake(f"{folder} holds {there[0]}, which a run would overwrite; give another --out")
 

@@ -239,7 +239,7 @@ def part_lines(part: nn.Module) -> list[str]:
         own = dict(module.named_parameters(recurse=False))
         for name, p in own.items():
             if name != "bias":
-                shape = " × ".join(map(str, p.shape))
+                shape = "×".join(map(str, p.shape))
                 line = f"{path}.{name} {shape}".removeprefix(".").replace(".weight", "")
                 lines.append("● " * p.requires_grad + line)
         if not own and not list(module.children()):

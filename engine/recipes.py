@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
-from engine.settings import Settings
+from engine.settings import Settings, command_line
+from geodata.layouts import LAYOUTS
 
 # The rate and the decay of an optimiser where neither recipe nor command line names them. AdamW's
 # was measured with the benchmarks' schedule on a synthetic Vaihingen of 160 px tiles (vit_t, 200
@@ -89,20 +90,36 @@ def published_protocol(s: Settings) -> Settings:
     return replace(s, repeat_border=True, eval_stride=stride)
 
 
-def different_from_recipe(s: Settings) -> str:
-    """What a run's settings change of the recipe of its data set, in words."""
-    theirs = Settings(**{**recipe(s.data, s.encoder), "data": s.data})
+def changes(s: Settings) -> dict:
+    """What a run's settings change of the recipe of its data set, by name; data and files apart."""
+    theirs = with_optimizer({}, recipe(s.data, s.encoder)) | {"data": s.data}
+    kinds = list(LAYOUTS[s.data].dsm) if s.data in LAYOUTS else []
+    if s.heights_kind in kinds[:1]:  # what a run fills in
+        theirs["heights_kind"] = s.heights_kind
+    theirs = Settings(**theirs)
     theirs.tuner = s.tuner  # whose options are compared with its own defaults
     theirs.complete()
-    changed = {}
+    theirs.tuner, options, found = Settings.tuner, theirs.tuner_option, {}
     for f in fields(s):
         ours = getattr(s, f.name)
         if f.name == "tuner_option":
-            usual = theirs.tuner_option
-            changed |= {name: v for name, v in ours.items() if v != usual[name]}
+            ours = {name: v for name, v in ours.items() if v != options[name]}
+            found |= {f.name: ours} if ours else {}
         elif f.name not in ("data", "root", "out", "plugin") and ours != getattr(theirs, f.name):
-            changed[f.name] = ours
-    if s.tuner != Settings.tuner:
-        changed["tuner"] = s.tuner
+            found[f.name] = ours
+    return found
+
+
+def different_from_recipe(s: Settings) -> str:
+    """The same, in words."""
+    changed = changes(s)
+    changed |= changed.pop("tuner_option", {})
     listed = ", ".join(f"{name} {value}" for name, value in changed.items())
     return f"the recipe with {listed}" if listed else "the recipe as it stands"
+
+
+def command_of(s: Settings) -> str:
+    """The command that trains this very run, for a reader of its page."""
+    plugins = [f"{s.out}/plugins/{name}" for name in s.plugin]
+    files = dict(data=s.data, root=s.root, out=s.out) | ({"plugin": plugins} if plugins else {})
+    return command_line("train.py", files | changes(s))

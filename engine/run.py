@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -15,12 +16,12 @@ from engine.distributed import Team
 from engine.folder import RunFolder, new_folder, read_last
 from engine.networks import base_file, build_model
 from engine.plugins import keep_plugins
-from engine.recipes import different_from_recipe
+from engine.recipes import command_of, different_from_recipe
 from engine.settings import Settings, held_out_tiles
 from engine.training import Trainer
 from fast import accelerate
 from geodata.layouts import MODALITIES
-from geodata.loading import facts_of, fingerprint, load_tiles, memory_line, share_of
+from geodata.loading import class_pixels, facts_of, fingerprint, load_tiles, memory_line, share_of
 from geodata.rasters import DataError
 from mfnet import MFNet, count_parameters, trained_names
 
@@ -62,6 +63,8 @@ class Run:
         check_budget(s, len(self.classes), self.device, world)
         self.tiles = load_tiles(tiles, modalities, s.memory_gb)
         self.fingerprint, self.facts = fingerprint(self.tiles), facts_of(tiles)
+        counted = self.tiles if s.class_weights == "balanced" else []  # seconds, of large tiles
+        self.pixels = class_pixels(counted, len(self.classes))
         self.notes = [note for tile in tiles for note in tile.notes]
         if last is not None and last["data"] != self.fingerprint:
             others = f"{s.root}: not the training tiles that {s.out} began with"
@@ -81,7 +84,9 @@ class Run:
             raise DataError(f"{s.out} was begun on {bases}; {remedy}")
         store_frozen_weights(model, s.precision, self.device)
         accelerate(model, checkpointing=s.checkpointing)
-        self.trainer = Trainer(model.to(self.device), s, team, len(self.classes))
+        self.trainer = Trainer(model.to(self.device), s, team, self.pixels)
+        if self.trainer.weights is not None:
+            self.facts["class_weights"] = self.trainer.weights.tolist()
         if last is not None:
             self.trainer.load_state_dict(last, f"last.pt of {s.out}")
 
@@ -95,6 +100,10 @@ class Run:
         random = "NONE, the encoder is random; scores will be far below the paper"
         self.say(f"weights: {self.report or random}")
         self.say(describe_model(self.trainer.model))
+        if s.class_weights == "balanced":
+            named = zip(self.classes, self.facts["class_weights"])
+            listed = ", ".join(f"{name} {weight:.2f}" for (name, _), weight in named)
+            self.say(f"class weights: {listed}")
         self.say(f"{s.epochs} epochs x {s.steps} steps x {s.batch_size} crops of {s.crop}")
 
     def begin(self, last: dict | None) -> None:
@@ -112,6 +121,8 @@ class Run:
                 "parameters": count_parameters(self.trainer.model),
                 "lengthened": progress.lengthened,
                 "facts": self.facts,
+                "command": command_of(s),
+                "date": time.strftime("%Y-%m-%d %H:%M"),
             }
             self.folder.write_json("config.json", config)
             with self.folder.writing():

@@ -140,6 +140,11 @@ def score_split(
     protocol = dict(split=split, window=s.crop, stride=stride, repeat_border=s.repeat_border)
     protocol["windows"] = sum(windows for _, _, windows in found.values())
     result = {**sum_up(first, dataset, protocol), **protocol, "notes": []}
+    rows = result["per_class"]
+    lost = [row["name"] for row in rows if row["pixels"] and not row["iou"]]
+    if lost and not s.class_weights:
+        remedy = "train with --class-weights balanced --balance-crops"
+        result["notes"].append(f"{', '.join(lost)}: not one pixel was found; {remedy}")
     if other is not None:
         kind = "full" if other.full_labels else "eroded"
         unread = [why for why in second.values() if isinstance(why, str)]

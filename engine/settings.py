@@ -8,11 +8,12 @@ The same values are kept in `config.json` and in the checkpoints, and read back 
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Callable, get_type_hints
 
-from engine.console import Mistake
+from engine.console import Mistake, unknown
 from geodata.layouts import LABELS, LAYOUTS, MODALITIES
 from geodata.scaling import Scaling
 from mfnet import MIN_SIZE
@@ -34,6 +35,11 @@ of_network, of_data, of_training, of_score, of_machine = (partial(option, g) for
 ALIASES = {"mmhunan": "hunan"}  # names that earlier versions had beside today's
 # What config.json holds besides the settings.
 BESIDE_SETTINGS = ("base", "classes", "version", "processes", "parameters", "facts", "lengthened")
+BESIDE_SETTINGS += ("command", "date")
+
+
+# Flags that are not called as what a run's folder has. The old name is still taken.
+FLAGS = {"eval_stride": "--stride", "checkpointing": "--gradient-checkpointing"}
 
 
 def data_sets() -> tuple[str, ...]:
@@ -89,7 +95,10 @@ class Settings:
     warmup: int = of_training(0, "steps over which the learning rate rises first")
     clip: float = of_training(0.0, "largest norm of the gradient; 0: as it is")
     label_smoothing: float = of_training(0.0, "part of the target that is spread over all classes")
-    class_weights: str = of_training("", "of each class in the loss, as 1,1,2; by default all 1")
+    class_weights: str = of_training(
+        "", "of each class in the loss, as 1,1,2, or balanced: more for rare ones; by default all 1"
+    )
+    balance_crops: bool = of_training(False, "every other crop holds a class drawn with equal odds")
     seed: int = of_training(0, "seed of every random choice; -1 draws one")
 
     val: str = of_score("", "training tiles held out: how many, or names as 7,32 (one alone: 7,)")
@@ -100,7 +109,7 @@ class Settings:
     )
     eval_every: int = of_score(0, "epochs between scores in training; 0: 1 if --select needs it")
     eval_stride: int = of_score(32, "pixels between windows when scoring")
-    select_stride: int = of_score(0, "the same while training; 0: as --eval-stride")
+    select_stride: int = of_score(0, "the same while training; 0: as --stride")
     repeat_border: bool = of_score(False, "count border windows as often as the published loop")
 
     out: str = of_machine("", "folder of the run; by default runs/TIME_DATA_TUNER")
@@ -110,7 +119,7 @@ class Settings:
         ("auto", "fp32", "bf16"),
     )
     accumulate: int = of_machine(1, "parts of a batch in the encoder: less memory, same gradients")
-    checkpointing: bool = of_machine(False, "blocks compute their activations again: less memory")
+    checkpointing: bool = of_machine(False, "blocks compute activations again: less memory")
     compile: bool = of_machine(False, "torch.compile each block of the encoder, on a GPU")
     deterministic: bool = of_machine(False, "bit-identical runs on a GPU, slower")
     save_every: int = of_machine(0, "steps between saves of last.pt, besides those after an epoch")
@@ -145,7 +154,7 @@ class Settings:
         for f in fields(self):
             choices, value = choices_of(f), getattr(self, f.name)
             if choices and value not in choices:
-                raise Mistake(f"{flag(f.name)} {value}: give {', '.join(choices)}")
+                raise Mistake(f"{flag(f.name)} {unknown(value, choices)}")
         self.tuner_option = complete_options(self.tuner, self.tuner_option)
         check_ranges(self)
         try:
@@ -155,7 +164,22 @@ class Settings:
 
 
 def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return FLAGS.get(name) or "--" + name.replace("_", "-")
+
+
+def command_line(script: str, given: dict) -> str:
+    """The command that gives settings, by name, to a script; a plugin by its file."""
+    words = ["python", script]
+    for name, value in given.items():
+        if isinstance(value, bool):
+            words.append(flag(name) if value else flag(f"no_{name}"))
+        elif name == "plugin":
+            words += [word for path in value for word in (flag(name), path)]
+        elif isinstance(value, dict):
+            words += [w for k, v in value.items() for w in (flag(name), f"{k}={v}")]
+        else:
+            words += [flag(name), str(value)]
+    return shlex.join(words)
 
 
 def choices_of(f) -> tuple[str, ...]:

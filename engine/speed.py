@@ -376,7 +376,7 @@ def add_flags(parser: Parser) -> None:
     add("--encoder", choices=list(SIZES), default="vit_b")
     add("--tuner", choices=list(TUNERS), default="adapter")
     add("--crop", type=int, default=256, help="pixels")
-    add("--batch", type=int, default=2, help="images")
+    add("--batch-size", "--batch", dest="batch", type=int, default=2, help="images")
     add("--precision", nargs="+", choices=PRECISIONS, help="fp32 and bf16 by default")
     add("--variants", nargs="+", choices=ORDERS[2:], default=[], help="of the fast network, too")
     add("--memory", action="store_true", help="peak memory too, each case in its own process")
@@ -389,7 +389,7 @@ def compare_networks(args: argparse.Namespace) -> None:
     """Measures what the flags ask for, keeps the rows and prints them. Raises Mistake."""
     device = pick_device(args.device)
     if min(args.batch, args.repeats) < 1 or args.crop < 64:
-        raise Mistake("--batch and --repeats begin at 1, --crop at 64")
+        raise Mistake("--batch-size and --repeats begin at 1, --crop at 64")
     if "tf32" in (args.precision or ()) and device.type != "cuda":
         raise Mistake("--precision tf32: a GPU's; leave it out")
     case = Case("", args.encoder, args.tuner, args.crop, args.batch, "", "")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field, fields
+from typing import Sequence
 
 import torch
 import torch.nn as nn
@@ -73,18 +74,34 @@ def scored_weight(labels: Tensor, weights: Tensor | None = None) -> Tensor:
     return (scored.sum() if weights is None else weights[labels[scored]].sum()).double()
 
 
-def class_weights(s: Settings, num_classes: int) -> Tensor | None:
-    """The weights (K,) of the classes in the loss, None for equal ones. Raises Mistake."""
+def class_weights(s: Settings, pixels: Sequence[int]) -> Tensor | None:
+    """The weights (K,) of the classes in the loss, None for equal ones. `pixels` (K,) are those of
+    the training tiles. Raises Mistake."""
     if not s.class_weights:
         return None
+    if s.class_weights == "balanced":
+        return balanced_weights(pixels)
+    num_classes = len(pixels)
     try:
         weights = [float(w) for w in s.class_weights.split(",")]
     except ValueError:
         weights = []
     if len(weights) != num_classes or min(weights) < 0 or not 0 < sum(weights) < math.inf:
-        needed = f"{num_classes} numbers of 0 or more are needed, as 1,1,2"
+        needed = f"{num_classes} numbers of 0 or more are needed, as 1,1,2, or balanced"
         raise Mistake(f"--class-weights {s.class_weights}: {needed}")
     return torch.tensor(weights)
+
+
+def balanced_weights(pixels: Sequence[int]) -> Tensor:
+    """The weights (K,) of classes with so many pixels: by the inverse square root of their share,
+    and 1 for the mean pixel. A class without a pixel has none.
+
+    The square root stands between no weights and the inverse share, as of median frequency
+    balancing (Eigen and Fergus, ICCV 2015): that gives all classes the same part of the loss, and
+    pays for a rare one with many false pixels of it. A share below 0.1 % counts as that much."""
+    shares = torch.tensor(pixels, dtype=torch.float64) / max(sum(pixels), 1)
+    weights = torch.where(shares > 0, shares.clamp(min=1e-3) ** -0.5, 0)
+    return (weights / (weights * shares).sum()).float()
 
 
 def learning_rate(step: int, s: Settings) -> float:
@@ -140,7 +157,8 @@ def encode_in_parts(model: MFNet, parts: int) -> None:
 class Trainer:
     """A network in training: takes steps, and holds everything that it takes to go on."""
 
-    def __init__(self, model: MFNet, s: Settings, team: Team, num_classes: int):
+    def __init__(self, model: MFNet, s: Settings, team: Team, pixels: Sequence[int]):
+        """`pixels` (K,): of each class in the training tiles."""
         self.model, self.s, self.team = model, s, team
         self.device = next(model.parameters()).device
         if s.compile:
@@ -153,7 +171,7 @@ class Trainer:
             encode_in_parts(model, s.accumulate)
         self.forward = wrap_distributed(model, team)
         self.optimizer = build_optimizer(model, s)
-        self.weights = class_weights(s, num_classes)
+        self.weights = class_weights(s, pixels)
         self.progress = Progress()
 
     def step(self, rasters: list[Tensor], labels: Tensor) -> float:

@@ -7,7 +7,7 @@ Shapes: `H, W` pixels of a tile, `h, w` pixels of a crop or window."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Iterator
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from geodata.layouts import IGNORE
-from geodata.slices import DataError
+from geodata.slices import DataError, row_strips
 
 if TYPE_CHECKING:
     from geodata.tiles import LoadedTile
@@ -57,9 +57,56 @@ def draw_crop(
     return Crop(tile, top, left, *flips, rotations and bool(rng.integers(2)))
 
 
+class ClassPlaces:
+    """Where each class lies in the training tiles: its pixels by tile and row, so that one can be
+    drawn without a list of all."""
+
+    def __init__(self, labels: list, num_classes: int):
+        """`labels`: the (H, W) class indices of each tile, arrays or behind slices."""
+        self.labels, rows = labels, []
+        for one in labels:
+            for strip in row_strips(one):
+                rows.append([(strip == k).sum(axis=1) for k in range(num_classes)])
+        self.before = np.concatenate(rows, axis=1).cumsum(axis=1)  # (K, rows): pixels up to a row
+        self.present = np.flatnonzero(self.before[:, -1])
+        self.first = np.cumsum([0, *(one.shape[0] for one in labels)])  # the first row of each tile
+
+    def draw(self, rng: np.random.Generator) -> tuple[int, int, int]:
+        """(tile, row, column) of a uniformly drawn pixel of a uniformly drawn class."""
+        k = rng.choice(self.present)
+        nth = rng.integers(self.before[k, -1])
+        row = int(np.searchsorted(self.before[k], nth, side="right"))
+        tile = int(np.searchsorted(self.first, row, side="right")) - 1
+        row -= int(self.first[tile])
+        here = np.flatnonzero(self.labels[tile][row : row + 1, 0 : self.labels[tile].shape[1]] == k)
+        return tile, row, int(rng.choice(here))
+
+
+def around_pixel(
+    drawn: Crop,
+    place: tuple[int, int, int],
+    size: tuple[int, int],
+    crop: int,
+    last_pixel: bool,
+    rng: np.random.Generator,
+) -> Crop:
+    """A drawn crop, laid anew so that it holds the pixel `place`: uniformly drawn of the positions
+    that do."""
+    corner = []
+    for pixel, n in zip(place[1:], size):
+        last = max(n - crop + last_pixel, 1) - 1
+        low, high = max(pixel - crop + 1, 0), min(pixel, last)
+        corner.append(int(rng.integers(min(low, high), high + 1)))
+    return replace(drawn, tile=place[0], top=corner[0], left=corner[1])
+
+
 @dataclass
 class CropDataset(torch.utils.data.Dataset):
-    """Training samples; the index is the pair (epoch, index)."""
+    """Training samples; the index is the pair (epoch, index).
+
+    With `balanced` classes, so many, every sample of an odd index is a crop around a pixel of a
+    class that is drawn with equal odds (nnU-Net does so with a third of them: Isensee et al.,
+    Nature Methods 2021)."""
 
     tiles: list[LoadedTile]
     crop: int
@@ -67,13 +114,27 @@ class CropDataset(torch.utils.data.Dataset):
     modalities: tuple[str, ...]
     last_pixel: bool = True
     rotations: bool = False
+    balanced: int = 0
+
+    def __post_init__(self):
+        labels = [tile.labels for tile in self.tiles]
+        self.places = ClassPlaces(labels, self.balanced) if self.balanced else None
+
+    def draw(self, epoch: int, index: int) -> Crop:
+        sizes = [tile.size for tile in self.tiles]
+        how = self.crop, self.last_pixel
+        c = draw_crop(self.seed, epoch, index, sizes, *how, self.rotations)
+        if self.places is None or index % 2 == 0:
+            return c
+        rng = np.random.default_rng((self.seed, epoch, index, 1))  # another stream than draw_crop's
+        place = self.places.draw(rng)
+        return around_pixel(c, place, sizes[place[0]], *how, rng)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], Tensor]:
         """([image (3, h, w), dsm (h, w)] as the modalities ask, labels (h, w) int64).
 
         A tile smaller than the crop is continued by reflection; what was added is never scored."""
-        sizes, rasters = [tile.size for tile in self.tiles], []
-        c = draw_crop(self.seed, *key, sizes, self.crop, self.last_pixel, self.rotations)
+        c, rasters = self.draw(*key), []
         tile = self.tiles[c.tile]
         cut = np.s_[c.top : c.top + self.crop, c.left : c.left + self.crop]
         for kind in self.modalities:

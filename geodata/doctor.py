@@ -14,6 +14,7 @@ from geodata.slices import DataError
 from geodata.tiles import MUCH, Tile
 
 LISTED = 20  # missing files that are named
+RARE = 0.01  # the share of the training pixels below which a class is often not learned
 MOST = 0.8  # the share of class 0 from which it looks like a background
 MARKERS = (-9999, -999, -99, 999, 9999)  # heights that often stand for no data
 
@@ -153,3 +154,7 @@ def print_classes(dataset, split: str, counts: np.ndarray) -> None:
             wanted = [*VAIHINGEN_TEST_PIXELS, sum(VAIHINGEN_TEST_PIXELS)][i]
             beside = f"{wanted:>13,}  {'the same' if wanted == count else 'DIFFERENT'}"
         print(f"  {name:<16} {count:>13,} {100 * count / max(total, 1):>6.2f} %{beside}")
+    rare = [name for name, count in zip(names, counts) if 0 < count < RARE * total]
+    if rare and split == "train":
+        below = f"{', '.join(rare)}: below {RARE:.0%} of the pixels, and often not learned"
+        print(f"  RARE: {below}; train with --class-weights balanced --balance-crops")

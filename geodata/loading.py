@@ -61,6 +61,15 @@ def share_of(tiles: list[Tile], share: float, seed: int) -> list[Tile]:
     return [tiles[i] for i in sorted(drawn)]
 
 
+def class_pixels(tiles: list[LoadedTile], num_classes: int) -> list[int]:
+    """The pixels of each class in training tiles."""
+    counts = np.zeros(256, np.int64)
+    for tile in tiles:
+        for strip in row_strips(tile.labels):
+            counts += np.bincount(strip.ravel(), minlength=256)
+    return counts[:num_classes].tolist()
+
+
 def fingerprint(tiles: list[LoadedTile]) -> str:
     """A checksum of training tiles, of about a thousand rows of each, so that a run is not resumed
     on other data."""

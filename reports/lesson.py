@@ -9,7 +9,7 @@ import html
 import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -38,9 +38,13 @@ class Stage:
         self.figures.append(framed)
 
 
-def side_by_side(pictures: dict[str, np.ndarray], size: tuple[int, int]) -> str:
-    """Pictures (h, w, 3) by their short names, each as large as the window, `size`."""
-    drawn = [figure(n, Image.fromarray(enlarge(p, size)[1])) for n, p in pictures.items()]
+def side_by_side(
+    pictures: dict[str, np.ndarray], size: tuple[int, int], palette: Sequence = ()
+) -> str:
+    """Pictures (h, w, 3) by their short names, each as large as the window, `size`; class maps are
+    in the colours of `palette`."""
+    shown = {name: Image.fromarray(enlarge(p, size)[1]) for name, p in pictures.items()}
+    drawn = [figure(name, picture, palette=palette) for name, picture in shown.items()]
     return f'<div class="figures">{"".join(drawn)}</div>'
 
 
@@ -58,15 +62,15 @@ def shape(*arrays: np.ndarray) -> str:
 def write_lesson(
     path: Path,
     title: str,
-    words: str,
+    head: str,
     stages: list[Stage],
     equations: dict[str, dict[int, str]],
     functions: dict[str, Callable],
     parameters: dict[str, tuple[int, int]],
 ) -> None:
-    """Writes the page: `equations` as of `reports.method`, `functions` by the names in the stages'
-    `code`, `parameters` (all, trained) by part of the network. Raises DataError."""
-    sections, shown = {"": note(words)}, {}  # an equation stands where it is computed first
+    """Writes the page: `head` is HTML, `equations` as of `reports.method`, `functions` by the names
+    in the stages' `code`, `parameters` (all, trained) by part of the network. Raises DataError."""
+    sections, shown = {"": head}, {}  # an equation stands where it is computed first
     for i, stage in enumerate(stages, 1):
         parts = [f"<p>{html.escape(stage.words)}</p>"]
         for name in stage.code:

@@ -10,9 +10,10 @@ import io
 import itertools
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from engine.files import replace_atomically
@@ -31,7 +32,18 @@ pre { white-space: pre-wrap; }
 .banner { border: 2px solid; padding: .5rem 1rem; font-weight: 600; }
 .numbers { display: flex; flex-wrap: wrap; gap: 0 3rem; }
 .numbers b { display: block; font-size: 2.2rem; line-height: 1.1; }
-.wide { overflow-x: auto; } .wide img { min-width: 800px; width: 100%; }
+.wide { overflow-x: auto; padding-right: 1.5rem;  /* what goes on to the right fades out */
+  mask-image: linear-gradient(90deg, #000 calc(100% - 1.5rem), transparent); }
+.wide img { min-width: 800px; width: 100%; }
+.safe, body:has(#safe:checked) .usual { display: none; }
+body:has(#safe:checked) .safe { display: revert; }
+.command { user-select: all; }
+a { color: inherit; }
+.even { font-size: .85rem; }
+.even table { table-layout: fixed; width: calc(8rem + var(--columns) * 7rem); }
+.even th { hyphens: auto; overflow-wrap: break-word; padding: .2rem .4rem; }
+.even th:first-child { width: 8rem; }
+.bar { display: inline-block; width: 8rem; height: .8em; border: 1px solid var(--soft); }
 table { border-collapse: collapse; margin-bottom: 1rem; }
 td, th { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid var(--rule); }
 td:first-child, th:first-child { text-align: left; position: sticky; left: 0;
@@ -43,8 +55,8 @@ svg path { stroke: var(--rule); fill: none; } svg polyline { stroke-width: 2; fi
 figure { margin: 0 0 1rem; } figcaption { font-size: .9rem; }
 .figures { display: grid; gap: 1rem; margin: 1rem 0;
   grid-template-columns: repeat(auto-fill, minmax(max(150px, 22%), 1fr)); }
-.figures img { width: 100%; border: 1px solid var(--rule); box-sizing: border-box;
-  image-rendering: pixelated; }
+.figures img { width: 100%; border: 1px solid var(--rule); box-sizing: border-box; }
+.plate .figures img { image-rendering: pixelated; }
 .plate { border-left: 3px solid var(--rule); padding-left: .8rem; }
 .equation { overflow-x: auto; font: 1.1rem/1.9 Georgia, serif; }
 .equation > b { margin-left: 2em; font-size: 1rem; }
@@ -61,7 +73,18 @@ figure { margin: 0 0 1rem; } figcaption { font-size: .9rem; }
 @media print { body { max-width: none; } .wide img { min-width: 0; } h2 { break-after: avoid; } }
 """
 
-COLORS = ("#3987c2", "#d95f02", "#2ca02c", "#a57bc9", "#a8756a", "#d971b8")  # of lines, in turn
+RANDOM = (
+    '<p class="banner">The encoder is random: SAM&rsquo;s weights were not loaded, and these '
+    "scores do not compare with the paper&rsquo;s.</p>"
+)
+Color = tuple[int, int, int]
+# Okabe and Ito's (2008) without black, and a grey; in the order of ISPRS's classes, whose own
+# colours they are akin to.
+SAFE: tuple[Color, ...] = (
+    *((221, 221, 221), (0, 114, 178), (86, 180, 233), (0, 158, 115)),
+    *((240, 228, 66), (213, 94, 0), (204, 121, 167), (230, 159, 0)),
+)
+COLORS = ("#3987c2", "#d95f02", "#2ca02c", "#a57bc9", "#a8756a", "#d060ac")  # of lines, in turn
 
 
 def write_page(path: Path, title: str, sections: dict[str, str]) -> None:
@@ -104,20 +127,68 @@ def table(
     return f'<div class="wide"><table>{body}</table></div>'
 
 
-def figure(caption: str, picture: Image.Image, format: str = "PNG") -> str:
-    """A picture inside the page, with its caption."""
+def figure(
+    caption: str, picture: Image.Image, format: str = "PNG", palette: Sequence[Color] = ()
+) -> str:
+    """A picture inside the page, with its caption. What holds colours of the classes' `palette`
+    alone is there in the other colours too, for `class_legend` to switch to."""
+    text = html.escape(caption)
+    image = f'<img{{}} alt="{text}" src="{{}}">'
+    if (other := recolored(picture, palette)) is not None:
+        usual, safe = encoded(picture, "PNG"), encoded(other, "PNG")
+        images = image.format(' class="usual"', usual) + image.format(' class="safe"', safe)
+    else:
+        images = image.format("", encoded(picture, format))
+    return f"<figure>{images}<figcaption>{text}</figcaption></figure>"
+
+
+def encoded(picture: Image.Image, format: str) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, format=format, quality=85)
-    data = f"data:image/{format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    text = html.escape(caption)
-    return f'<figure><img alt="{text}" src="{data}"><figcaption>{text}</figcaption></figure>'
+    return f"data:image/{format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def legend(colors: dict[str, str]) -> str:
+def recolored(picture: Image.Image, palette: Sequence[Color]) -> Image.Image | None:
+    """A class map in the colours of `SAFE`; None for any other picture, and for more classes than
+    there are such colours. Black, which is not scored, stays."""
+    pixels = np.asarray(picture.convert("RGB"))
+    if not 0 < len(palette) <= len(SAFE):
+        return None
+    out, left = pixels.copy(), (pixels != 0).any(axis=-1)
+    for color, safe in zip(palette, SAFE):
+        there = (pixels == color).all(axis=-1)
+        out[there], left = safe, left & ~there
+    return None if left.any() else Image.fromarray(out)
+
+
+def legend(colors: dict[str, str], look: str = "") -> str:
     """Squares of CSS colours, by the text beside them."""
     key = '<span class="key"><span style="background:{}"></span>{}</span> '
     keys = [key.format(color, html.escape(text)) for text, color in colors.items()]
-    return f'<p class="note">{"".join(keys)}</p>'
+    return f'<p class="note {look}">{"".join(keys)}</p>'
+
+
+def bar(low: str, high: str, colors: Sequence[Color]) -> str:
+    """The colours of a map from `low` to `high`."""
+    shades = ", ".join(f"rgb{tuple(map(int, color))}" for color in colors)
+    drawn = f'<span class="bar" style="background:linear-gradient(90deg, {shades})"></span>'
+    return f'<p class="note">{html.escape(low)} {drawn} {html.escape(high)}</p>'
+
+
+def command(words: str) -> str:
+    """A command, to be copied by a click."""
+    return f'<pre class="command">{html.escape(words)}</pre>'
+
+
+def class_legend(classes: Sequence[tuple[str, Color]]) -> str:
+    """The legend of all class maps of a page, and the switch to colours that are safe for colour
+    blindness, if there are so many."""
+    usual = {name: f"rgb{tuple(color)}" for name, color in classes}
+    if len(classes) > len(SAFE):
+        return legend(usual)
+    safe = {name: f"rgb{color}" for name, color in zip(usual, SAFE)}
+    box = '<label><input type="checkbox" id="safe"> colours that are safe for colour blindness'
+    return legend(usual, "usual") + legend(safe, "safe") + f'<p class="note">{box}</label></p>'
 
 
 # ---------------------------------------------------------------------------------------- drawings
@@ -138,7 +209,7 @@ def line_chart(
 ) -> str:
     """Lines of (x, y) by name as inline SVG, over y from `low` to `high` with a tick in the middle;
     points that are not finite are left out. A legend where there is more than one."""
-    left, right, top, bottom = 46, 352, 30, 190
+    left, right, top, bottom = 64, 352, 30, 190
     lines = {n: [(x, y) for x, y in points if math.isfinite(y)] for n, points in lines.items()}
     xs = [x for points in lines.values() for x, _ in points] or [0]
     first, last = min(xs), max(xs)
@@ -170,7 +241,7 @@ def draw_boxes(rows: list[list[Box]], title: str) -> str:
     """The parts of a module in the order of its calls: rows of boxes, from top to bottom with an
     arrow between; orange where something is trained, grey where all is frozen or there are no
     parameters."""
-    across, gap, line = 358, 6, 13  # pixels; a phone shows the drawing at its own size
+    across, gap, line = 358, 6, 14  # pixels; a phone shows the drawing at its own size
     drawn, top = [], 2
     for i, row in enumerate(rows):
         height = 22 + line * max(len(lines) for _, _, lines, _ in row)
@@ -185,6 +256,6 @@ def draw_boxes(rows: list[list[Box]], title: str) -> str:
             drawn.append(f"<rect {place} {edge}/>")
             head = f'<tspan font-weight="600">{html.escape(name)}</tspan> {html.escape(kind)}'
             for k, text in enumerate([head, *map(html.escape, lines)]):
-                drawn.append(text_at(left + 6, top + 15 + line * k, text, ' font-size="10"'))
+                drawn.append(text_at(left + 6, top + 15 + line * k, text, ' font-size="12"'))
         top += height + 16
     return svg(title, across, top - 12, drawn)

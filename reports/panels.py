@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.Image import Resampling
+from PIL.PngImagePlugin import PngInfo
 
 from engine.files import replace_atomically
 from geodata.labels import labels_to_colors
@@ -33,8 +35,10 @@ def save_panel(
     # means of colours that stand for classes would be other classes
     columns |= {title: shrunk(pixels, Resampling.NEAREST) for title, pixels in flat.items()}
     columns["confidence (dark: unsure)"] = shrunk(shade_confidence(confidence, len(classes)))
-    panel = assemble(columns, classes)
-    replace_atomically(path, lambda p: panel.save(p, format="PNG"))
+    panel, boxes = assemble(columns, classes)
+    info = PngInfo()  # for a page, which shows each column with a caption of its own
+    info.add_text("columns", json.dumps(boxes))
+    replace_atomically(path, lambda p: panel.save(p, format="PNG", pnginfo=info))
 
 
 def raster_pictures(tile: LoadedTile) -> dict[str, np.ndarray]:
@@ -56,8 +60,11 @@ def shrunk(pixels: np.ndarray, way: Resampling = Resampling.BOX) -> Image.Image:
     return Image.fromarray(pixels).resize(size, way)
 
 
-def assemble(columns: dict[str, Image.Image], classes: Classes) -> Image.Image:
-    """Puts the columns side by side, their titles above, the legend of the classes below."""
+def assemble(
+    columns: dict[str, Image.Image], classes: Classes
+) -> tuple[Image.Image, dict[str, tuple[int, int, int, int]]]:
+    """Puts the columns side by side, their titles above, the legend of the classes below -> the
+    picture, and the box of each column in it (left, top, right, bottom)."""
     w, h = next(iter(columns.values())).size
     size = min(max(w // 24, 11), 22)  # of a line: readable when a wide panel is shown smaller
     font = ImageFont.load_default(size)
@@ -66,11 +73,12 @@ def assemble(columns: dict[str, Image.Image], classes: Classes) -> Image.Image:
     lengths = [round(font.getlength(name)) for name, _ in classes]
     width = max(gap + step * len(columns), gap + sum(lengths) + 3 * size * len(lengths))
     canvas = Image.new("RGB", (width, h + 2 * line), PAPER)
-    draw = ImageDraw.Draw(canvas)
+    draw, boxes = ImageDraw.Draw(canvas), {}
     for i, (title, picture) in enumerate(columns.items()):
         left = gap + i * step
         draw.text((left, line // 2), title, fill=INK, font=font, anchor="lm")
         canvas.paste(picture, (left, line))
+        boxes[title] = (left, line, left + w, line + h)
         draw.rectangle((left - 1, line - 1, left + w, line + h), outline=INK)
     left, middle = gap, line + h + line // 2
     for (name, color), length in zip(classes, lengths):
@@ -78,7 +86,7 @@ def assemble(columns: dict[str, Image.Image], classes: Classes) -> Image.Image:
         draw.rectangle(square, fill=color, outline=INK)
         draw.text((left + size + gap // 2, middle), name, fill=INK, font=font, anchor="lm")
         left += length + 3 * size
-    return canvas
+    return canvas, boxes
 
 
 def visible(tile: LoadedTile) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import math
 from pathlib import Path
 
@@ -12,14 +13,20 @@ from PIL import Image
 from geodata.layouts import LAYOUTS
 from geodata.rasters import DataError
 from reports.files import MEANS, in_a_line, read_files
-from reports.page import figure, line_chart, note, percent, table, write_page
+from reports.page import (
+    RANDOM,
+    class_legend,
+    command,
+    figure,
+    line_chart,
+    note,
+    percent,
+    table,
+    write_page,
+)
 from reports.paper import paper_scores
 
 FULL_BLUE = np.array((31, 119, 180))  # a cell of the confusion that holds a whole row
-RANDOM = (
-    '<p class="banner">The encoder is random: SAM&rsquo;s weights were not loaded, and these '
-    "scores do not compare with the paper&rsquo;s.</p>"
-)
 LISTED_APART = {"classes", "version", "parameters", "base", "command", "date"}  # not as settings
 
 
@@ -44,7 +51,8 @@ def describe(run: Path, config: dict, scores: dict, log: list[dict]) -> tuple[st
     if log:
         sections["Training"] = training_section(log)
     sections["Confusion"] = confusion_table(scores)
-    sections["Tiles"] = pictures(run / "pictures", f"{scores['split']}_")
+    classes = [(str(name), tuple(color)) for name, color in config.get("classes", ())]
+    sections["Tiles"] = pictures(run / "pictures", f"{scores['split']}_", classes)
     if config:
         title = ", ".join(str(config[k]) for k in ("data", "encoder", "tuner", "modalities"))
         head = (RANDOM if config["base"]["weights"] == "random" else "") + head + origin(config)
@@ -56,15 +64,15 @@ def describe(run: Path, config: dict, scores: dict, log: list[dict]) -> tuple[st
         sections["Settings"] = f'<div class="settings">{listed}</div>'
     else:
         head += note("There is no config.json in this folder: settings are not known.")
+    sections["Next"] = command(f"python explain.py --run {run}")
     return title, {"": head, **sections}
 
 
 def origin(config: dict) -> str:
     """The code, the seed, and as far as they were kept the date and the command."""
     parts = [str(config["version"]), f"seed {config['seed']}", str(config.get("date", ""))]
-    command = config.get("command")
-    code = f"<pre>{html.escape(str(command))}</pre>" if command else ""
-    return note(", ".join(filter(None, parts))) + code
+    words = config.get("command")
+    return note(", ".join(filter(None, parts))) + (command(str(words)) if words else "")
 
 
 # ------------------------------------------------------------------------------------------- scores
@@ -107,13 +115,13 @@ def score_tables(scores: dict, config: dict) -> str:
         for row in scores["per_class"]
     ]
     inside = averaged(scores, config)
-    convention = "; ".join([scores["convention"], *scores.get("notes", [])])
     head = ["class", "IoU", "F1", "precision", "recall", "pixels"]
     dim = ["" if row in inside or not inside else ' class="dim"' for row in range(len(classes))]
     return (
         table(["percent", *mean_labels(scores, config).values()], means)
         + table(head, classes, lambda row, _: dim[row])
-        + note(f"{convention}; {scores['pixels']:,} pixels.")
+        + note(f"{scores['convention']}; {scores['pixels']:,} pixels.")
+        + "".join(f"<p>{html.escape(one)}</p>" for one in scores.get("notes", []))
     )
 
 
@@ -130,7 +138,8 @@ def confusion_table(scores: dict) -> str:
         return f' style="{colors}" title="{counts[row][column - 1]:,} pixels"'
 
     rows = [[name, *(f"{100 * p:.1f}" for p in row)] for name, row in zip(names, parts)]
-    return table(["truth \\ prediction, %", *names], rows, attributes)
+    cells = table(["truth \\ prediction, %", *names], rows, attributes)
+    return f'<div class="even" style="--columns:{len(names)}">{cells}</div>'
 
 
 def text_on(color: np.ndarray) -> str:
@@ -154,6 +163,10 @@ def training_section(log: list[dict]) -> str:
         low, high = min(value for _, value in scored), max(value for _, value in scored)
         low, high, title = 10 * (low // 10), 10 * math.ceil(high / 10), "mIoU during training, %"
         charts.append(line_chart(title, {"": scored}, low, max(high, low + 10), "epoch"))
+    if rates := [(e["epoch"], e["lr"]) for e in log if "lr" in e]:
+        charts.append(
+            line_chart("learning rate", {"": rates}, 0, max(r for _, r in rates), "epoch")
+        )
     seconds, memory = sum(entry["seconds"] for entry in log), log[-1].get("peak_memory_mb")
     words = (
         f"{len(log)} epochs in {seconds:,.0f} s, {log[-1]['images_per_second']:.3g} images/s at "
@@ -162,16 +175,28 @@ def training_section(log: list[dict]) -> str:
     return f'<div class="charts">{"".join(charts)}</div>{note(words)}'
 
 
-def pictures(folder: Path, prefix: str) -> str:
-    """The panels of a folder whose names begin with `prefix`, at most 1600 pixels wide."""
-    found = []
+def pictures(folder: Path, prefix: str, classes: list) -> str:
+    """The panels of a folder whose names begin with `prefix`: a figure for each column, under one
+    legend, and a link to the whole."""
+    found, palette = [class_legend(classes) if classes else ""], [color for _, color in classes]
     for path in sorted(path for path in folder.glob("*.png") if path.name.startswith(prefix)):
         caption = path.stem.replace("_", " tile ", 1)
         try:
             with Image.open(path) as picture:
-                panel = picture.convert("RGB")
-            panel.thumbnail((1600, 1600))
-            found.append(f'<div class="wide">{figure(caption, panel, "JPEG")}</div>')
+                panel, boxes = picture.convert("RGB"), json.loads(picture.info.get("columns", "{}"))
+            found.append(panel_figures(caption, panel, boxes, palette))
         except (OSError, SyntaxError) as error:  # Pillow's, of damaged PNGs
             found.append(note(f"{caption}: cannot be read ({in_a_line(error)})"))
-    return "".join(found) or note("There are no pictures of these tiles in this folder.")
+        else:
+            whole = html.escape(f"{folder.name}/{path.name}")
+            found.append(f'<p class="note"><a href="{whole}">the whole picture</a></p>')
+    return "".join(found) if len(found) > 1 else note("There are no pictures of these tiles here.")
+
+
+def panel_figures(caption: str, panel: Image.Image, boxes: dict, palette: list) -> str:
+    if not boxes:  # of an earlier version
+        panel.thumbnail((1600, 1600))
+        return f'<div class="wide">{figure(caption, panel, "JPEG")}</div>'
+    parts = {title: panel.crop(box) for title, box in boxes.items()}
+    drawn = [figure(title, part, "JPEG", palette) for title, part in parts.items()]
+    return f'<h3>{html.escape(caption)}</h3><div class="figures">{"".join(drawn)}</div>'

@@ -15,11 +15,13 @@ from geodata.layouts import IGNORE, Classes
 from geodata.tiles import LoadedTile
 from reports import features as draw
 from reports.lesson import SAME, Stage, percent, shape, side_by_side
-from reports.page import draw_boxes, legend, line_chart, table
+from reports.page import bar, class_legend, draw_boxes, line_chart, table
 from reports.panels import error_map, raster_pictures, shade, shade_confidence
 
 if TYPE_CHECKING:
     from engine.inside import Inside
+
+SHADES = (draw.LESS, (255, 255, 255), draw.MORE)  # of `draw.tint`
 
 
 def walk(
@@ -52,15 +54,16 @@ def patch_stage(inside: Inside, cut: LoadedTile, classes: Classes) -> Stage:
         ("tokens (M, h, w, C)", shape(inside.tokens), "patch_embed"),
     )
     place, (y, x) = inside.place, inside.place
+    palette = [color for _, color in classes]
     rasters = raster_pictures(cut)
     pictures = {n: draw.outline(draw.grid(p, 16), place, 16) for n, p in rasters.items()}
     if cut.labels is not None:
-        pictures["labels"] = labels_to_colors(cut.labels, [color for _, color in classes])
+        pictures["labels"] = labels_to_colors(cut.labels, palette)
     see = "the same ground everywhere, cut into patches."
     if cut.dsm is not None and cut.dsm.min() == cut.dsm.max():
         see += " The heights do not vary: they tell nothing apart."
     wrong = "an outline lies elsewhere in the next picture: the files are not on one grid."
-    stage.show(side_by_side(pictures, inside.size), see, wrong)
+    stage.show(side_by_side(pictures, inside.size, palette), see, wrong)
     colors = draw.shared_colors([t.transpose(2, 0, 1) for t in inside.tokens])
     pictures = {f"tokens, {name}": picture for name, picture in zip(inside.names, colors)}
     unit = inside.positions / np.linalg.norm(inside.positions, axis=-1, keepdims=True)
@@ -109,6 +112,7 @@ def attention_stage(inside: Inside) -> Stage:
     )
     wrong = "with SAM's weights relative positions move nothing: lost, as in the published code."
     stage.show(side_by_side(pictures, inside.size), see, wrong)
+    stage.figures.append(bar("less than an equal part", "more", SHADES))
     return stage
 
 
@@ -246,6 +250,8 @@ def fusion_stage(inside: Inside) -> Stage:
         )
     wrong = "a level has one colour all over; or a modality's mean is near 0: it is not heard."
     stage.show(side_by_side(pictures, inside.size), see, wrong)
+    if len(names) > 1:
+        stage.figures.append(bar("less than an equal part", "more", SHADES))
     if any(level["gates"] for level in levels):
         charts = []
         for m, name in enumerate(names):
@@ -304,9 +310,8 @@ def class_stage(inside: Inside, labels: np.ndarray | None, classes: Classes) -> 
     for k in inside.heat:
         pictures[f"probability of {classes[k][0]} (dark: high)"] = shade(probs[k], 0, 1)
     wrong = "one class covers all after a training; or whole objects are wrong, not only outlines."
-    stage.show(side_by_side(pictures, inside.size), see, wrong)
-    present = {classes[k][0]: f"rgb{tuple(palette[k])}" for k in np.unique(pred)}
-    stage.figures.append(legend(present))
+    stage.show(side_by_side(pictures, inside.size, palette), see, wrong)
+    stage.figures.append(class_legend(classes))
     return stage
 
 
@@ -336,6 +341,7 @@ def heat_stage(inside: Inside, classes: Classes) -> Stage:
         ) + ", ".join(f"{name} {percent(share)}" for name, share in shares)
         wrong = "after a training that share is no larger than the class's part of the window."
         stage.show(side_by_side(pictures, inside.size), f"{see}.", wrong)
+    stage.figures.append(bar("lowers the logits", "raises them", SHADES))
     return stage
 
 
@@ -359,5 +365,5 @@ def other_stage(inside: Inside, labels: np.ndarray | None, classes: Classes) -> 
         "a modality at 0 changes nothing: the network does not use it. Or mixing weights change "
         "nothing though others were learned: what is mixed is small, or alike in all modalities."
     )
-    stage.show(side_by_side(pictures, inside.size), see, wrong)
+    stage.show(side_by_side(pictures, inside.size, palette), see, wrong)
     return stage

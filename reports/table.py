@@ -12,7 +12,7 @@ import json
 import re
 
 from engine.recipes import PUBLISHED_STRIDES, recipe, with_optimizer
-from engine.settings import Settings
+from engine.settings import Settings, flag
 from geodata.layouts import VAIHINGEN_TEST_PIXELS
 from reports.files import MEANS
 from reports.page import percent
@@ -62,12 +62,12 @@ def differences(traits: dict) -> list[str]:
     theirs = Settings(**with_optimizer({}, recipe(data, traits["encoder"], published)))
     during, final = PUBLISHED_STRIDES.get(data, (theirs.eval_stride, theirs.eval_stride))
     pairs = {
-        flag(name): (value, getattr(theirs, name))
+        named(name): (value, getattr(theirs, name))
         for name, value in traits.items()
         if name not in METHOD | {"eval_stride", "select_stride"} and hasattr(theirs, name)
     }
     if "eval_stride" in traits:
-        pairs[flag("eval_stride")] = (traits.get("select_stride") or traits["eval_stride"], during)
+        pairs[named("eval_stride")] = (traits.get("select_stride") or traits["eval_stride"], during)
     taught = "pre-trained" if traits["encoder"] == "vit_t" else "SAM's"
     pairs["weights"] = tuple(
         "random" if random else taught
@@ -86,9 +86,9 @@ def differences(traits: dict) -> list[str]:
     ]
 
 
-def flag(name: str) -> str:
+def named(name: str) -> str:
     """A setting as the notes call it."""
-    return f"`--{name.replace('_', '-')}`" + (" while choosing the epoch" if name in CHOICE else "")
+    return f"`{flag(name)}`" + (" while choosing the epoch" if name in CHOICE else "")
 
 
 def is_full(traits: dict) -> bool:

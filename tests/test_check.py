@@ -71,7 +71,7 @@ def test_a_sound_folder_can_be_trained_on(check, tmp_path):
     assert (
         status == 0
         and not err
-        and "training can run; next: python train.py" in out.splitlines()[-1]
+        and out.endswith(f"can run; next: python train.py --data tiles --root {tmp_path}\n")
         and "SUSPICIOUS" not in out
     )
     assert (
@@ -202,6 +202,19 @@ def test_bands_that_no_network_takes_are_refused_before_anything_is_looked_at(ch
         "--data", "potsdam", "--root", tmp_path / "nowhere", "--bands", "rgbir"
     )
     assert status == 2 and not out and len(err.splitlines()) == 1 and "--bands rgbir" in err
+
+
+def test_a_class_below_one_percent_of_the_training_pixels_is_named_with_what_helps(check, tmp_path):
+    labels = np.zeros((20, 20), np.uint8)
+    labels[0, :4] = 1
+    write_tiles(tmp_path, labels=labels)
+    assert "RARE" not in check("--data", "tiles", "--root", tmp_path)[1]  # one in a hundred
+    labels[0, 3] = 0
+    write_tiles(tmp_path, labels=labels)
+    status, out, _ = check("--data", "tiles", "--root", tmp_path, "--modalities", "image")
+    assert status == 0 and out.count("RARE: house") == 1  # the test tiles are not trained on
+    assert "--class-weights balanced --balance-crops" in out
+    assert out.endswith(f"python train.py --data tiles --root {tmp_path} --modalities image\n")
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs shared/data")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine import console, device
-from engine.console import Mistake, Ticker, clock, run_script, say_mistake
+from engine.console import Mistake, Parser, Ticker, clock, run_script, say_mistake
 from engine.distributed import Team, join_team
 from engine.training import TrainingStopped
 
@@ -39,6 +39,26 @@ def test_a_mistake_is_one_line_and_an_exit_status(error, status, line, capsys):
         run_script(main, Foreign)
     out, err = capsys.readouterr()
     assert (end.value.code, out, err.strip()) == (status, "", line)
+
+
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        ("--tuner adaptr", "did you mean adapter?"),
+        ("--tuner xyz", "xyz: give adapter, lora"),
+        ("--batch_size=2", "did you mean --batch-size?"),
+        ("swep", "did you mean sweep?"),
+    ],
+)
+def test_a_near_miss_of_a_flag_or_a_name_is_one_line_with_what_was_meant(words, part, capsys):
+    parser = Parser(prog="x.py")
+    parser.add_argument("--tuner", choices=("adapter", "lora"))
+    parser.add_argument("--batch-size", type=int)
+    parser.add_subparsers(dest="name").add_parser("sweep")
+    with pytest.raises(SystemExit) as end:
+        parser.parse_args(words.split())
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and part in err and len(err.splitlines()) == 1
 
 
 def test_a_bug_is_no_mistake():

@@ -579,6 +579,36 @@ def test_a_sample_is_the_crop_flipped_alike_in_all_rasters_and_what_pads_it_is_n
     assert 0 <= min(image.min(), dsm.min()) and max(image.max(), dsm.max()) <= 1
 
 
+@settings(max_examples=20)
+@given(sizes, sides, st.integers(0, 1000))
+def test_a_balanced_crop_holds_a_class_drawn_with_equal_odds_at_any_place_that_holds_it(
+    tile_sizes, crop, seed
+):
+    tiles = [numbered_tile(*size) for size in tile_sizes]
+    for tile in tiles:
+        tile.labels[:] = 0
+    row, column = (n // 2 for n in tile_sizes[-1])
+    tiles[-1].labels[row, column] = 3  # one pixel
+    if tile_sizes == [(1, 1)]:
+        return  # no pixel of class 0
+    dataset = CropDataset(tiles, crop, seed, ("dsm",), balanced=6)
+    plain = CropDataset(tiles, crop, seed, ("dsm",))
+    assert all(dataset.draw(2, i) == plain.draw(2, i) for i in range(0, 20, 2))
+    crops = [dataset.draw(2, i) for i in range(1, 800, 2)]
+    for c in crops:
+        assert all(
+            0 <= top <= max(n - crop, 0) for top, n in zip((c.top, c.left), tile_sizes[c.tile])
+        )
+    last = [c for c in crops if c.tile == len(tiles) - 1]
+    holds = [c for c in last if 0 <= row - c.top < crop and 0 <= column - c.left < crop]
+    assert len(holds) >= 150  # of 400, at least about half
+    tops, lefts = (
+        range(max(p - crop + 1, 0), min(p, max(n - crop, 0)) + 1)
+        for p, n in zip((row, column), tile_sizes[-1])
+    )
+    assert {(c.top, c.left) for c in holds} == {(top, left) for top in tops for left in lefts}
+
+
 @pytest.mark.parametrize("modalities, shapes", [(("image",), [(3, 4, 4)]), (("dsm",), [(4, 4)])])
 def test_a_sample_holds_the_rasters_that_are_asked_for(modalities, shapes):
     rasters, _ = CropDataset([numbered_tile(5, 5)], 4, 0, modalities)[0, 0]

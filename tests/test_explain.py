@@ -190,7 +190,7 @@ def test_a_chart_draws_each_point_where_its_numbers_say(lines, title):
     for points, ys in zip(found, lines.values()):
         for i, (point, y) in enumerate(zip(points, ys)):
             u, v = (float(number) for number in point.split(","))
-            assert u == pytest.approx(46 + 306 * i / max(last - 1, 1), abs=0.06)
+            assert u == pytest.approx(64 + 288 * i / max(last - 1, 1), abs=0.06)
             assert v == pytest.approx(190 - 160 * (y - low) / ((high - low) or 1), abs=0.06)
     assert len(lines) < 2 or all(
         " ".join(n.split()) in " ".join(reader.text.split()) for n in lines
@@ -428,7 +428,9 @@ def page_of(folder, model, tile):
 
 def pictures_of(text):
     """(caption, pixels) of every picture on a page."""
-    found = re.findall('<img alt="([^"]*)" src="data:image/png;base64,([^"]*)">', text)
+    found = re.findall(
+        '<img(?: class="usual")? alt="([^"]*)" src="data:image/png;base64,([^"]*)">', text
+    )
     return [
         (html.unescape(caption), np.asarray(Image.open(io.BytesIO(base64.b64decode(code)))))
         for caption, code in found

@@ -54,7 +54,7 @@ def test_the_page_s_tuner_data_set_and_encoder_are_trained_scored_and_used(tmp_p
         (tmp_path / name).write_text(text, encoding="utf-8")
     write_town(tmp_path / "town")
     words = "--data mytown --root town --encoder tiny --tuner scaleshift --weights none --epochs 1"
-    words += " --steps 1 --batch-size 2 --crop 64 --eval-stride 64 --device cpu --out run"
+    words += " --steps 1 --batch-size 2 --crop 64 --stride 64 --device cpu --out run"
     words += " --tuner-option shift=false --tuner-option blocks=1"
     plugins = [word for name in FILES for word in ("--plugin", name)]
     shell(tmp_path, "train.py", *words.split(), *plugins)

@@ -43,7 +43,7 @@ from sam_vit import build_image_encoder
 from tuners import tuner_options
 
 HOME = Path(benchmark.__file__).parent
-TINY = "--weights none --epochs 1 --steps 1 --crop 64 --eval-stride 64 --batch-size 2"
+TINY = "--weights none --epochs 1 --steps 1 --crop 64 --stride 64 --batch-size 2"
 TINY = [*TINY.split(), "--encoder", "vit_t", "--device", "cpu"]
 FLAGS = ["--data", "vaihingen", "--root", "city", *TINY]
 
@@ -334,7 +334,13 @@ def test_a_key_changes_with_settings_seed_and_backbone_and_not_with_places_and_t
     keys = [key(*words.split(), ids=ids) for words in others]
     assert len({before, *keys}) == 1 + len(others)
     (inside / "other").symlink_to(inside / "city")
-    same = ["--root other", "--out elsewhere", "--workers 1", "--save-every 5", "--checkpointing"]
+    same = [
+        "--root other",
+        "--out elsewhere",
+        "--workers 1",
+        "--save-every 5",
+        "--gradient-checkpointing",
+    ]
     same += ["--accumulate 2", "--memory-gb 1", "--precision fp32", "--device auto"]
     assert {key(*words.split()) for words in same} == {before}
     threads = torch.get_num_threads()

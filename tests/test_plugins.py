@@ -99,7 +99,7 @@ def write_tiles(root):
 
 
 TRAIN = "--data tiles --root mine --epochs 1 --steps 1 --encoder tiny --weights none --crop 64"
-TRAIN += " --batch-size 2 --eval-stride 64 --device cpu --tuner scaleshift --out run"
+TRAIN += " --batch-size 2 --stride 64 --device cpu --tuner scaleshift --out run"
 RASTERS = ["--image", "mine/test/images/a.tif", "--dsm", "mine/test/dsm/a.tif"]
 
 
@@ -165,7 +165,7 @@ def test_a_data_set_in_a_file_is_a_choice_of_its_own(script, tmp_path):
 def test_a_data_set_in_a_file_is_trained_on_by_the_paper_s_recipe(script, tmp_path):
     synthetic.write_city(tmp_path / "town", size=64)
     words = "--data mytown --root town --tuner frozen --epochs 1 --steps 1 --encoder tiny --crop 64"
-    words += " --weights none --batch-size 2 --eval-stride 64 --out run --plugin mine.py"
+    words += " --weights none --batch-size 2 --stride 64 --out run --plugin mine.py"
     status, _, err = script("train.py", *words.split())
     assert (status, err) == (0, "")
     config = json.loads(Path("run/config.json").read_text())

@@ -198,7 +198,7 @@ def test_a_damaged_file_ends_a_run_with_one_line_and_status_2(tmp_path):
         "sys.argv[0] = 'train.py'; runpy.run_path('train.py', run_name='__main__')"
     )
     words = ["--root", str(tmp_path / "city"), "--data", "vaihingen", "--encoder", "vit_t"]
-    words += ["--crop", "64", "--eval-stride", "64", "--device", "cpu"]
+    words += ["--crop", "64", "--stride", "64", "--device", "cpu"]
     words += ["--out", str(tmp_path / "run")]
     command = [sys.executable, "-c", code, str(tmp_path), *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -32,7 +32,7 @@ SCRIPTS = (
     *("train", "evaluate", "predict", "explain", "benchmark", "data", "prepare"),
     *("geodata.synthetic", "engine.checkpoints", "engine.pretraining"),
 )
-TINY = "--encoder vit_t --weights none --batch-size 2 --crop 64 --eval-stride 64 --device cpu"
+TINY = "--encoder vit_t --weights none --batch-size 2 --crop 64 --stride 64 --device cpu"
 
 
 class ParserReached(Exception):

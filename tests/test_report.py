@@ -4,6 +4,7 @@ import base64
 import html.parser
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from engine.scoring import ConfusionMatrix
 from geodata.rasters import DataError
 from geodata.scaling import TileScale
 from geodata.tiles import LoadedTile
-from reports.page import figure, percent, table
+from reports.page import COLORS, STYLE, class_legend, figure, percent, recolored, table
 from reports.panels import save_panel, shade_confidence
 from reports.report import text_on, write_report
 
@@ -35,7 +36,7 @@ class Reader(html.parser.HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         self.links += [v for k, v in attributes if k in ("src", "href")]
-        if tag not in ("meta", "img", "path", "polyline", "circle"):
+        if tag not in ("meta", "img", "input", "path", "polyline", "circle"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -59,7 +60,7 @@ def run(request, tmp_path):
     config = dict(
         data="vaihingen", encoder="vit_l", tuner="adapter", modalities="image+dsm", fusion="dfm",
         lr=0.125, version="commit & co", parameters={"encoder": 1234567},
-        base={"weights": "sam.pth"}, classes=[], seed=17,
+        base={"weights": "sam.pth"}, classes=CLASSES, seed=17,
     )  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     entry = dict(loss=0.5, images_per_second=7.5, peak_memory_mb=None, seconds=60)
@@ -90,8 +91,12 @@ def edit(path, **changes):
 def test_the_page_holds_the_run_and_needs_nothing_from_outside(run):
     folder, scores = run
     page = page_of(folder)
-    assert all(link.startswith("data:image/jpeg;base64,") for link in page.links)
-    assert len(page.links) == 1 and page.tags.count("b") == 3  # the large numbers
+    inside = [link for link in page.links if link.startswith("data:image/")]
+    assert set(page.links) - set(inside) == {"pictures/test_7.png"} and page.tags.count("a") == 1
+    assert page.tags.count("b") == 3  # the large numbers
+    titles = ["image", "truth", "prediction", "errors (magenta)", "confidence (dark: unsure)"]
+    assert page.tags.count("figure") == 6 and all(title in page.text for title in titles)
+    assert len(inside) == 6 + 2  # truth and prediction in two palettes
     shown = [f"{100 * scores[k]:.2f}" for k in ("oa", "mf1", "miou", "kappa")]
     for part in [*shown, "84.72", "<b>roof</b>", "each window <once>", "1,234,567", "lr: 0.125",
                  "test tile 7", "commit & co, seed 17"]:  # fmt: skip
@@ -128,6 +133,14 @@ def test_random_weights_the_command_and_the_date_stand_above_the_scores(run):
     text = page_of(folder).text
     for part in ("scores do not compare with the paper", "seed 17, 1 May", "python <x>"):
         assert text.index(part) < text.index("Scores"), part
+
+
+def test_a_panel_of_an_earlier_version_is_shown_whole(run):
+    folder, _ = run
+    path = folder / "pictures" / "test_7.png"
+    Image.open(path).convert("RGB").save(path)
+    page = page_of(folder)
+    assert page.tags.count("figure") == 1 and "test tile 7" in page.text
 
 
 def test_scores_by_other_labels_are_a_row_and_notes_are_shown(run):
@@ -231,15 +244,50 @@ def test_percent_is_the_mean_with_the_deviation_of_a_sample(values):
         assert len(numbers) == len(expected) and np.allclose(numbers, expected, atol=0.00501)
 
 
-@given(st.tuples(*[st.floats(0, 255)] * 3))
-def test_text_has_a_contrast_of_4_5_on_every_colour(color):
+def contrast(a, b):
+    """WCAG's, of two colours of 0 to 255."""
+
     def luminance(rgb):
         linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in rgb]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
-    ink = luminance({"#000": (0, 0, 0), "#fff": (1, 1, 1)}[text_on(np.array(color))])
-    low, high = sorted((ink, luminance([v / 255 for v in color])))
-    assert (high + 0.05) / (low + 0.05) > 4.5
+    low, high = sorted(luminance([v / 255 for v in color]) for color in (a, b))
+    return (high + 0.05) / (low + 0.05)
+
+
+@given(st.tuples(*[st.floats(0, 255)] * 3))
+def test_text_has_a_contrast_of_4_5_on_every_colour(color):
+    ink = {"#000": (0, 0, 0), "#fff": (255, 255, 255)}[text_on(np.array(color))]
+    assert contrast(ink, color) > 4.5
+
+
+def hexed(code):
+    code = code * 2 if len(code) == 3 else code
+    return tuple(int(code[i : i + 2], 16) for i in (0, 2, 4)) if len(code) == 6 else None
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_a_page_is_readable_by_the_numbers_in_either_scheme(scheme):
+    named = [dict(re.findall(r"--(\w+): #(\w+);", block)) for block in STYLE.split("@media")[:2]]
+    ink, soft, page = (hexed(named[scheme][name]) for name in ("ink", "soft", "page"))
+    assert min(contrast(ink, page), contrast(soft, page)) >= 4.5
+    assert all(contrast(hexed(line[1:]), page) >= 3 for line in COLORS)  # lines, as WCAG 1.4.11
+    sizes = re.findall(r"(?:font|font-size): ([\d.]+)(r?em|px)", STYLE)
+    assert len(sizes) > 8 and min(float(n) * (1 if u == "px" else 16) for n, u in sizes) >= 12
+
+
+def test_a_class_map_is_there_in_colours_that_are_safe_and_no_other_picture_is():
+    maps = np.array([[(255, 255, 255), (0, 0, 255)], [(0, 0, 0), (255, 0, 0)]], np.uint8)
+    palette = [(255, 255, 255), (0, 0, 255), (0, 255, 255), (0, 255, 0), (255, 255, 0), (255, 0, 0)]
+    grey, blue, vermillion = (221, 221, 221), (0, 114, 178), (213, 94, 0)  # Okabe and Ito's
+    other = np.asarray(recolored(Image.fromarray(maps), palette))
+    assert other.tolist() == [[[*grey], [*blue]], [[0, 0, 0], [*vermillion]]]
+    maps[0, 0] = (255, 255, 254)  # no class: an image, an error map
+    assert recolored(Image.fromarray(maps), palette) is None
+    assert recolored(Image.fromarray(maps), [(i, 0, 0) for i in range(9)]) is None
+    text = class_legend([("a", (1, 2, 3)), ("<b>", (4, 5, 6))])
+    assert "rgb(1, 2, 3)" in text and "rgb(0, 114, 178)" in text and text.count("&lt;b&gt;") == 2
+    assert "checkbox" not in class_legend([(str(i), (i, 0, 0)) for i in range(9)])
 
 
 def test_pages_and_panels_load_no_network():

@@ -25,9 +25,7 @@ from geodata.grids import read_grid
 from geodata.rasters import read_raster
 
 HOME = Path(__file__).parent.parent
-TINY = (
-    "--encoder vit_t --weights none --batch-size 2 --crop 64 --eval-stride 64 --device cpu".split()
-)
+TINY = "--encoder vit_t --weights none --batch-size 2 --crop 64 --stride 64 --device cpu".split()
 
 OWN = ["--data", "tiles", "--root", "mine", "--epochs", 1, "--steps", 1, *TINY]
 
@@ -172,7 +170,8 @@ def test_evaluation_without_a_word_scores_the_newest_run_with_the_same_digits(tr
     assert (run / "scores.json").read_bytes() == before
     table = again.stdout[again.stdout.index("class ") :]
     *table, written = table.strip().splitlines()
-    assert "\n".join(table) in process.stdout and written.endswith("scores.json")
+    assert "\n".join(table) in process.stdout
+    assert written.endswith(f"scores.json; next: python explain.py --run {run.relative_to(folder)}")
 
 
 def test_full_labels_are_scored_beside_the_eroded_ones_and_with_full_labels_the_other_way_round(
@@ -617,7 +616,7 @@ def assert_refused(result, *parts):
         ("--bands bgr", ["--bands bgr", "counted from 1"]),
         ("--crop 32", ["--crop 32"]),
         ("--crop many", ["--crop", "many"]),
-        ("--eval-stride 0", ["--eval-stride 0"]),
+        ("--stride 0", ["--stride 0"]),
         ("--epochs 0", ["--epochs 0"]),
         ("--weights nowhere.pth", ["nowhere.pth"]),
         ("--device gpu7", ["gpu7"]),

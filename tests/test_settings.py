@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine.commandline import parse_settings, resumed_settings
 from engine.console import Mistake
-from engine.recipes import different_from_recipe
+from engine.recipes import command_of, different_from_recipe
 from engine.settings import Settings
 from tuners import TUNERS, tuner_options
 
@@ -129,6 +130,40 @@ def test_what_is_given_by_hand_overrides_the_recipe_and_nothing_else():
     assert dataclasses.asdict(settings) == {**dataclasses.asdict(parsed("--data tiles")), **changed}
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--data synthetic",
+        "--data potsdam --root /a/b --tuner lora --tuner-option rank=8 --no-early-drops --val 7,32",
+        "--data vaihingen --as-published --encoder vit_h --batch-size 2",
+        "--data tiles --optimizer sgd --class-weights balanced --balance-crops --out o",
+        "--data hunan --stride 64 --gradient-checkpointing --tuner-option mixing=false",
+    ],
+)
+def test_the_command_that_is_kept_with_a_run_gives_its_settings(words):
+    settings = parsed(words)
+    settings.out = "runs/it's one"
+    script, *again = shlex.split(command_of(settings))[1:]
+    assert script == "train.py" and parse_settings(again)[0] == settings
+
+
+def test_names_of_before_are_still_understood_and_not_shown(capsys):
+    assert parsed("--eval-stride 48 --checkpointing") == parsed(
+        "--stride 48 --gradient-checkpointing"
+    )
+    with pytest.raises(SystemExit):
+        parse_settings(["--help"])
+    out = capsys.readouterr().out
+    assert "--stride" in out and "--eval-stride" not in out and "--checkpointing" not in out
+
+
+def test_start_or_continue_wants_to_know_the_run_again(capsys):
+    for words in ("", "--out run --seed -1", "--out run --data vaihingen --as-published"):
+        with pytest.raises(SystemExit) as end:
+            parse_settings(["--start-or-continue", *words.split()])
+        assert end.value.code == 2 and "needs --out and --seed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("f", FIELDS, ids=lambda f: f.name)
 def test_every_setting_is_a_flag_that_is_read_in_its_own_type(f):
     if f.name in ("plugin", "tuner_option"):
@@ -140,7 +175,7 @@ def test_every_setting_is_a_flag_that_is_read_in_its_own_type(f):
     value = {"int": 65, "float": 0.25, "str": text, "bool": False}[f.type]
     words = ["--no-" + flag[2:]] if f.type == "bool" else [flag, str(value)]
     extra = {
-        "crop": ["--eval-stride", "65"],
+        "crop": ["--stride", "65"],
         "select": ["--val", "2"],
         "accumulate": ["--batch-size", "130"],
         "val": ["--select", "last"],
@@ -157,7 +192,7 @@ def test_two_runs_without_a_seed_differ():
     assert len({parsed("--seed -1").seed for _ in range(5)}) > 1
 
 
-BAD = "crop 32, eval-stride 0, eval-stride 129, select-stride -1, select-stride 129, batch-size 0, "
+BAD = "crop 32, stride 0, stride 129, select-stride -1, select-stride 129, batch-size 0, "
 BAD += "epochs 0, steps -1, lr 0, lr nan, lr inf, seed 12345678901234567890, seed -2, workers -2, "
 BAD += "accumulate 3, clip nan, memory-gb -1, label-smoothing 1, select val, warmup -1, "
 BAD += "weight-decay inf"
@@ -307,7 +342,8 @@ def test_settings_that_cannot_be_a_run_s_are_one_line_that_names_the_file(change
 
 def test_a_resumed_run_has_its_own_settings_and_what_may_be_given_anew():
     stored = parsed("--tuner lora --tuner-option rank=2")
-    words = "--resume --workers 3 --accumulate 2 --checkpointing --epochs 20 --tuner-option rank=2"
+    words = "--resume --workers 3 --accumulate 2 --gradient-checkpointing --epochs 20"
+    words += " --tuner-option rank=2"
     _, given_by_hand, _ = parse_settings(words.split())
     s = resumed_settings(stored, given_by_hand, Path("run"))
     changed = dict(workers=3, accumulate=2, checkpointing=True, epochs=20, out="run")
@@ -329,5 +365,5 @@ def test_a_flag_that_contradicts_the_resumed_run_is_refused(words):
 def test_a_crop_below_the_recipe_s_stride_brings_a_stride_of_its_own(data):
     s, _, _ = parse_settings(["--data", data, "--crop", "64"])
     assert s.eval_stride == min(64, parse_settings(["--data", data])[0].eval_stride)
-    with pytest.raises(Mistake, match="eval-stride 65"):
-        parse_settings(["--data", data, "--crop", "64", "--eval-stride", "65"])
+    with pytest.raises(Mistake, match="stride 65"):
+        parse_settings(["--data", data, "--crop", "64", "--stride", "65"])

@@ -297,7 +297,7 @@ def test_a_run_as_published_differs_in_nothing_and_a_note_names_each_thing_that_
         (dict(labels="dataset"), "`--labels`: dataset; the published code: published"),
         (
             dict(select_stride=64),
-            f"`--eval-stride` while choosing the epoch: 64; the published code: {during}",
+            f"`--stride` while choosing the epoch: 64; the published code: {during}",
         ),
         (
             dict(scored={**scored, "stride": 64}),

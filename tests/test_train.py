@@ -162,11 +162,24 @@ def test_a_batch_of_a_class_without_weight_counts_nothing_whatever_the_smoothing
 
 
 def test_class_weights_are_one_number_for_each_class():
-    assert class_weights(Settings(class_weights="1,2,0.5"), 3).tolist() == [1, 2, 0.5]
-    assert class_weights(Settings(), 3) is None
+    assert class_weights(Settings(class_weights="1,2,0.5"), [9, 9, 9]).tolist() == [1, 2, 0.5]
+    assert class_weights(Settings(), [9, 9, 9]) is None
     for bad in ("1,2", "1,2,x", "1,2,-1", "0,0,0", "1,2,inf"):
         with pytest.raises(Mistake, match="--class-weights"):
-            class_weights(Settings(class_weights=bad), 3)
+            class_weights(Settings(class_weights=bad), [9, 9, 9])
+
+
+@given(st.lists(st.integers(0, 10**9), min_size=2, max_size=8).filter(any))
+def test_balanced_weights_fall_with_the_root_of_the_share_and_keep_the_scale_of_the_loss(pixels):
+    weights = class_weights(Settings(class_weights="balanced"), pixels).double()
+    counts = torch.tensor(pixels).double()
+    assert ((weights == 0) == (counts == 0)).all()
+    assert float((weights * counts).sum() / counts.sum()) == pytest.approx(1)  # of the mean pixel
+    common = counts > counts.sum() / 1000
+    products = (weights * counts.sqrt())[common]  # the same for all
+    assert torch.allclose(products, products[:1], rtol=1e-5)
+    rare = weights[(counts > 0) & ~common]
+    assert (rare <= weights[common].min() * 1000**0.5 * (1 + 1e-5)).all()
 
 
 # ------------------------------------------------------------------------------------------ a step
@@ -182,7 +195,7 @@ def batch(B=4, K=6, size=64, seed=0, dtype=torch.float32):
 def trainer(seed=0, tuner="lora", dtype=torch.float32, **changes):
     torch.manual_seed(seed)
     model = accelerate(build_mfnet(TINY, tuner)).to(dtype)
-    return Trainer(model, Settings(precision="fp32", **changes), Team(), 6)
+    return Trainer(model, Settings(precision="fp32", **changes), Team(), [1] * 6)
 
 
 def moved(*steps, **changes):
@@ -326,7 +339,7 @@ def test_compiling_is_refused_on_a_cpu_and_done_elsewhere(monkeypatch):
     for block in model.image_encoder.blocks:
         block.compile = lambda: compiled.append(block)
     meta = model.to("meta")
-    Trainer(meta, Settings(compile=True), Team(), 6)
+    Trainer(meta, Settings(compile=True), Team(), [1] * 6)
     assert len(compiled) == TINY["depth"]
 
 
@@ -405,9 +418,15 @@ def test_what_a_run_needs_grows_with_what_is_trained_and_shrinks_with_processes(
     [
         (
             torch.OutOfMemoryError("CUDA out of memory"),
-            ["MB", "--accumulate 2", "--checkpointing", "--precision bf16", "--resume --out run"],
+            [
+                "MB",
+                "--accumulate 2",
+                "--gradient-checkpointing",
+                "--precision bf16",
+                "--resume --out run",
+            ],
         ),
-        (MemoryError("Unable to allocate 3 TiB"), ["--accumulate 2", "--checkpointing"]),
+        (MemoryError("Unable to allocate 3 TiB"), ["--accumulate 2", "--gradient-checkpointing"]),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), ["--accumulate 2"]),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal"), ["--workers 0"]),
     ],

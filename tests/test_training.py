@@ -36,7 +36,7 @@ from sam_vit import SIZES, WeightsError
 
 ROOT = Path(train.__file__).resolve().parent
 SHORT = "--data vaihingen --encoder vit_t --weights none --epochs 2 --steps 8 --batch-size 2"
-SHORT += " --crop 64 --eval-stride 64"
+SHORT += " --crop 64 --stride 64 --class-weights balanced --balance-crops"
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +344,11 @@ def test_in_bf16_the_frozen_matrices_are_stored_so_and_what_is_trained_stays_fp3
 
 def test_a_run_in_bf16_is_scored_again_with_the_same_digits(city, tmp_path):
     folder = tmp_path / "bf16"
-    call(city, folder, "--precision bf16 --epochs 1 --steps 2 --checkpointing --accumulate 2")
+    call(
+        city,
+        folder,
+        "--precision bf16 --epochs 1 --steps 2 --gradient-checkpointing --accumulate 2",
+    )
     before = (folder / "scores.json").read_bytes()
     call_script("evaluate.py", evaluate.main, "--run", folder)
     assert (folder / "scores.json").read_bytes() == before
@@ -608,7 +612,7 @@ def test_a_finished_run_is_left_as_it_is(city, whole_run):
 
 def test_what_needs_less_memory_may_be_given_when_a_run_goes_on(city, tmp_path):
     short_run(city, tmp_path / "run").folder.release()
-    call(city, tmp_path / "run", "--resume --checkpointing --accumulate 2")
+    call(city, tmp_path / "run", "--resume --gradient-checkpointing --accumulate 2")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["checkpointing"], config["accumulate"]) == (True, 2)
 
@@ -635,6 +639,23 @@ def test_seeds_are_trained_in_turn_and_shown_as_one_row_with_what_was_there(city
     assert f"{statistics.fmean(scores):.2f} +- {statistics.stdev(scores):.2f}" in again
     assert (tmp_path / "seed-0" / "last.pt").stat().st_mtime_ns == times[0]  # not trained again
     assert not (tmp_path / "seeds.json").exists()
+
+
+def test_the_same_command_begins_a_run_goes_on_with_it_and_leaves_it(city, tmp_path, whole_run):
+    words = "--start-or-continue --seed 0 "
+    process = start(city, tmp_path / "run", words)
+    wait_for_step(tmp_path / "run", process, 0)
+    process.kill()
+    process.communicate()
+    _, err = call(city, tmp_path / "run", words + "--lr 0.5", status=2)
+    assert "contradicts the run in" in err and "another --out" in err and len(err.splitlines()) == 1
+    call(city, tmp_path / "run", words)
+    assert_same_bits(whole_run, tmp_path / "run")
+    before = (tmp_path / "run" / "model.pt").stat().st_mtime_ns
+    assert "is finished" in call(city, tmp_path / "run", words)[0]
+    assert (tmp_path / "run" / "model.pt").stat().st_mtime_ns == before
+    _, err = call(city, tmp_path / "run", status=2)  # without the flag nothing is taken for granted
+    assert "--resume --out" in err
 
 
 def test_seeds_of_different_experiments_are_never_averaged(city, tmp_path):
