@@ -48,6 +48,9 @@ def add_flags(parser: Parser, data: str) -> None:
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a cell for each row and seed")
     add("--out", type=Path, help="folder of the sweep; by default results/NAME_DATA")
+    add(
+        "--reuse", type=Path, nargs="+", metavar="DIR", default=[], help="sweeps with cells to take"
+    )
     add("--only", metavar="PATTERN", help="cells by name, as '*lora*' or '*/seed-0'")
     add("--shard", metavar="I/N", help="every N-th cell from the I-th on")
     add("--list", action="store_true", help="print the cells and what they take; make none")
@@ -107,6 +110,10 @@ def sweep(args: argparse.Namespace) -> int:
     chosen = in_shard(chosen, args.shard) if args.shard else chosen
     if not chosen:
         raise Mistake(f"--only {args.only}, --shard {args.shard}: no cell of {args.name}")
+    if args.reuse and table.cost:
+        raise Mistake(f"--reuse: {args.name} times each cell itself; leave it out")
+    for other in args.reuse:
+        store.take_over(other, {c.key: {"cell": c.name, "row": c.row.name} for c in chosen})
     done, damaged = store.read()
     for line in damaged:
         print(line, file=sys.stderr)

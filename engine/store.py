@@ -107,6 +107,15 @@ class Store:
             "not begun" if step is None else f"interrupted at step {step} of {s.epochs * s.steps}"
         )
 
+    def take_over(self, other: Path, names: dict[str, dict]) -> None:
+        """Appends the lines of another sweep's folder that have a key of `names`, with the "cell"
+        and the "row" that it stands for here. Raises Mistake."""
+        if not (other / "results.jsonl").is_file():
+            raise Mistake(f"--reuse {other}: holds no results.jsonl; give the folder of a sweep")
+        found = Store(other).read()[0]
+        for key in names.keys() & found.keys():
+            self.append(found[key] | names[key])
+
     def append(self, entry: dict) -> None:
         """Adds a line, unless there is one of its key."""
         path = self.path / "results.jsonl"

@@ -179,6 +179,24 @@ def test_two_sweeps_at_once_and_shards_make_no_cell_twice(run):
     assert whole == other and len(finished()) == 14
 
 
+def test_cells_of_another_sweep_are_taken_over_by_their_keys_under_their_names_here(run):
+    words = [*FLAGS, "--seeds", "0", "--only", "*Adapter*"]
+    run("table4", *words, "--out", "four")
+    done = len(finished())
+    status, printed, _ = run("table5", *words, "--out", "five", "--reuse", "four")
+    # DFM with the standard adapter, and with MMAdapter, are rows of both.
+    assert status == 0 and len(finished()) == done + 1
+    by_row = {entry["row"]: entry for entry in stored("five")}
+    assert set(by_row) == {"Adapter-multimodal-tuning", "Adapter-DFM", "Adapter-both"}
+    theirs = {entry["row"]: entry for entry in stored("four")}
+    pairs = {"Adapter-DFM": "image+dsm-Adapter", "Adapter-both": "image+dsm-MMAdapter"}
+    for here, there in pairs.items():
+        assert by_row[here]["key"] == theirs[there]["key"]
+        assert by_row[here]["cell"] == f"{here}/seed-0"
+        assert by_row[here]["scores"] == theirs[there]["scores"]
+    assert table_of(run("table5", *words, "--out", "five")[1]) == table_of(printed)
+
+
 def test_an_interrupted_cell_is_gone_on_with_and_a_failed_one_spoils_no_other(run, monkeypatch):
     words = ["table4", *FLAGS, "--seeds", "0", "--out", "out"]
     monkeypatch.setenv("BREAK", "image-LoRA")
@@ -230,6 +248,8 @@ def test_the_folder_of_another_sweep_is_refused_and_stays_as_it_is(run):
         (["table1", "--data", "potsdam"], "--data potsdam contradicts table1"),
         (["table4", *FLAGS, "--shard", "0/2"], "--shard 0/2"),
         (["table4", *FLAGS, "--only", "nothing"], "nothing"),
+        (["table4", *FLAGS, "--reuse", "nowhere"], "--reuse nowhere: holds no results.jsonl"),
+        (["table6", *FLAGS, "--reuse", "nowhere"], "table6 times each cell itself"),
         (["table4", *FLAGS, "--reference", "nobody"], "image-frozen"),
         (["table4", *FLAGS, "--lr", "-1"], "--lr"),
         (["table4", *FLAGS, "--root", "nowhere"], "no row of table4 can be made"),
