@@ -10,7 +10,8 @@ Below it, each one idea, the modules of `geodata/`; what users need of them is i
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from argparse import ArgumentTypeError, Namespace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from engine.console import Parser, run_script
@@ -18,6 +19,7 @@ from engine.settings import Settings, command_line
 from geodata import synthetic
 from geodata.crops import Crop, CropDataset, CropOrder, draw_crop, sliding_windows, window_places
 from geodata.doctor import check_dataset
+from geodata.kinds import Kind, ordered, read_kind
 from geodata.labels import colors_to_labels, labels_to_colors
 from geodata.layouts import (
     DATASETS,
@@ -25,10 +27,10 @@ from geodata.layouts import (
     ISPRS_CLASSES,
     LABELS,
     LAYOUTS,
-    MODALITIES,
     UNSCORED_COLOR,
     Classes,
     Layout,
+    image_bands,
 )
 from geodata.loading import facts_of, fingerprint, load_tiles, memory_line
 from geodata.rasters import DataError, one_line, open_raster, read_raster
@@ -51,6 +53,9 @@ class Dataset:
     scaling: Scaling = Scaling()
     heights_kind: str = ""  # of the layout's kinds of heights; "": that of `chosen_heights`
     held_out: tuple[str, ...] = ()  # tiles of `train` that are the split `val`
+    rasters: dict[str, Kind] = field(default_factory=dict)  # besides image and heights
+    may_lack: bool = False  # tiles may lack some of the rasters
+    withheld: tuple[str, ...] = ()  # rasters that no tile is to give
 
     @property
     def class_names(self) -> list[str]:
@@ -93,15 +98,29 @@ class Dataset:
         self, split: str, modalities: tuple[str, ...] = ("image", "dsm")
     ) -> tuple[list[Tile], list[Path]]:
         """The tiles of a split, and the files of theirs that are missing. Raises DataError where
-        there is no tile."""
+        there is no tile, and for a raster of no kind that it has."""
+        known = ("image", "dsm", *self.rasters)
+        if unknown := ", ".join(name for name in modalities if name not in known):
+            remedy = "" if self.layout else f"; list others in {self.root / 'classes.json'}"
+            raise DataError(
+                f"--modalities {'+'.join(modalities)}: {self.name} has no raster {unknown}; there "
+                f"are {', '.join(known)}{remedy}"
+            )
         listed = "train" if self.held_out and split == "val" else split
         if self.layout is None:
             tiles, missing = _own_tiles(self, listed, modalities), []
         else:
             tiles, missing = _layout_tiles(self, listed, modalities, scored=split != "train")
+        for tile in tiles:
+            tile.kinds = {name: self.rasters[name] for name in modalities if name in self.rasters}
+            tile.may_lack, tile.withheld = self.may_lack, self.withheld
         if self.held_out and listed == "train":
             tiles = [t for t in tiles if (t.name in self.held_out) == (split == "val")]
         return tiles, missing
+
+    def kinds_of(self, names: tuple[str, ...]) -> dict[str, dict]:
+        """The kinds of rasters, besides image and heights, as they are kept with a run."""
+        return {name: self.rasters[name].as_dict() for name in names if name in self.rasters}
 
     def chosen_heights(self) -> tuple[str, float]:
         """The kind of the heights, one for all splits, to be kept with a run, and the metres of one
@@ -183,41 +202,88 @@ def open_dataset(
     image_bands(layout, bands, 99)
     if layout is not None:
         classes, scored, ignored = layout.classes, layout.scored, IGNORE
+        rasters = layout.rasters
     else:
-        classes, ignored = _read_classes(root / "classes.json")
+        classes, ignored, rasters = _read_classes(root / "classes.json")
         scored = tuple(range(len(classes)))
     choices = bands, labels, full_labels, splits, scaling, heights_kind
-    return Dataset(name, root, classes, scored, layout, ignored, *choices)
+    return Dataset(name, root, classes, scored, layout, ignored, *choices, rasters=rasters)
 
 
 def open_from_settings(s: Settings, root: str | Path | None = None) -> Dataset:
-    """The data set of a run, read as the run reads it; `root` where it lies elsewhere now. Raises
-    DataError."""
-    check_bands(LAYOUTS.get(s.data), s.bands)
+    """The data set of a run, read as the run reads it; `root` where it lies elsewhere now. A run
+    that has not kept its kinds of rasters yet gets them. Raises DataError."""
     scaling, names = Scaling(s.heights, s.image_scaling), (s.labels, s.full_labels, s.splits)
-    return open_dataset(s.data, root or s.root, s.bands, *names, scaling, s.heights_kind)
+    dataset = open_dataset(s.data, root or s.root, s.bands, *names, scaling, s.heights_kind)
+    for name, form in s.kinds.items():
+        patterns = dataset.rasters[name].patterns if name in dataset.rasters else ()
+        kept = replace(read_kind(name, form, "its settings"), patterns=patterns)
+        dataset.rasters = {**dataset.rasters, name: kept}
+    s.kinds = dataset.kinds_of(s.rasters)
+    dataset.may_lack = s.drop_modality > 0
+    return dataset
+
+
+def named_file(text: str) -> tuple[str, Path]:
+    """What --raster says, NAME=FILE."""
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise ArgumentTypeError(f"{text}: give NAME=FILE, as s1=radar.tif")
+    return name, Path(path)
 
 
 def tile_of_files(
-    s: Settings, name: str, image: Path | None, dsm: Path | None, classes: list, run: str
+    s: Settings, name: str, given: dict[str, Path | None], classes: list, run: str
 ) -> Tile:
-    """Rasters as a tile that is read and scaled as those of a run. Raises DataError where one that
-    the run was trained on is missing."""
-    given = {"image": image, "dsm": dsm}
-    paths = {kind: given[kind] for kind in MODALITIES[s.modalities]}
-    for kind, path in paths.items():
-        if path is None or not path.is_file():
-            what = "missing" if path is None else f"{path} is no file"
-            raise DataError(f"--{kind}: {what}; {run} was trained on it")
+    """Rasters by name as a tile that is read and scaled as those of a run. Raises DataError where
+    one that the run was trained on is missing, and it was trained to have all."""
+    kinds, paths = {n: read_kind(n, form, run) for n, form in s.kinds.items()}, {}
+    if others := given.keys() - {"image", "dsm", *s.rasters}:
+        raise DataError(f"--raster {min(others)}: {run} was trained on {', '.join(s.rasters)}")
+    for kind in s.rasters:
+        from_image = kind in kinds and kinds[kind].source == "image"
+        path = given.get(kind) or (given.get("image") if from_image else None)
+        flag = f"--{kind}" if kind in ("image", "dsm") else f"--raster {kind}=FILE"
+        if path is not None and not path.is_file():
+            raise DataError(f"{flag}: {path} is no file; {run} was trained on it")
+        if path is not None:
+            paths[kind] = path
+        elif not s.drop_modality:
+            train = f"python train.py --modalities {s.modalities} --drop-modality 0.3"
+            raise DataError(f"{flag}: missing; {run} was trained on it; to do without: {train}")
+    if not paths:
+        raise DataError(f"no raster is given; {run} was trained on {', '.join(s.rasters)}")
     named, layout = tuple((name, tuple(color)) for name, color in classes), LAYOUTS.get(s.data)
     tile = Tile(name, paths, named, scaling=Scaling(s.heights, s.image_scaling))
+    tile.kinds, tile.may_lack = kinds, s.drop_modality > 0
     if "image" in paths:
-        tile.bands = image_bands(layout, s.bands, open_raster(image).bands)
+        tile.bands = image_bands(layout, s.bands, open_raster(paths["image"]).bands)
     if layout is not None:
         tile.pixel = layout.pixel
         if "dsm" in paths:
             tile.use_heights_of(layout, s.heights_kind)
     return tile
+
+
+RASTER_FLAG = dict(
+    type=named_file, action="append", default=[], metavar="NAME=FILE",
+    help="another raster that the run was trained on; may be repeated",
+)  # fmt: skip
+
+
+def files_given(args: Namespace) -> dict[str, Path]:
+    """The rasters of --image, --dsm and --raster by name."""
+    given = {"image": args.image, "dsm": args.dsm, **dict(args.raster)}
+    return {name: path for name, path in given.items() if path is not None}
+
+
+def words_of(files: dict[str, Path | str]) -> list:
+    """Rasters by name as the flags that give them."""
+    pairs = {
+        n: (f"--{n}", p) if n in ("image", "dsm") else ("--raster", f"{n}={p}")
+        for n, p in files.items()
+    }
+    return [word for pair in pairs.values() for word in pair]
 
 
 def facts_of_run(run: Path) -> dict:
@@ -226,38 +292,6 @@ def facts_of_run(run: Path) -> dict:
         return dict(json.loads((run / "config.json").read_text(encoding="utf-8"))["facts"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-# ------------------------------------------------------------------------------------------- bands
-
-
-def image_bands(layout: Layout | None, bands: str, count: int) -> tuple[int, ...]:
-    """The bands, from 0, that `bands` means in an image file of `count` bands. Raises DataError."""
-    if bands and all(part.strip().isdigit() for part in bands.split(",")):
-        chosen = tuple(int(part) - 1 for part in bands.split(","))
-        if len(chosen) == 3 and min(chosen) >= 0:
-            return chosen
-    elif layout is None and not bands:
-        return (0, 1, 2)
-    elif layout is not None and (bands in layout.image or not bands):
-        variants = [numbers for _, numbers in layout.image[bands or next(iter(layout.image))]]
-        return max((v for v in variants if max(v) < count), key=max, default=variants[0])
-    raise DataError(f"--bands {bands}: give {_band_choices(layout)}")
-
-
-def _band_choices(layout: Layout | None) -> str:
-    image = layout.image if layout else {}
-    named = [name for name, ((_, bands), *_) in image.items() if len(bands) == 3]
-    return ", ".join([*named, "or " * bool(named) + "three bands counted from 1, as in 4,3,2"])
-
-
-def check_bands(layout: Layout | None, bands: str) -> None:
-    """Raises DataError unless `bands` means three, which is what a network takes."""
-    if (count := len(image_bands(layout, bands, 99))) != 3:
-        choices = _band_choices(layout)
-        raise DataError(
-            f"--bands {bands}: a network takes three bands, not {count}; give {choices}"
-        )
 
 
 # ---------------------------------------------------------------------------- tiles of a benchmark
@@ -276,14 +310,18 @@ def _layout_tiles(
     if "dsm" in modalities:
         heights_kind, unit = dataset.chosen_heights()
         kinds["dsm"] = layout.dsm[heights_kind][1]
+    kinds |= {n: dataset.rasters[n].patterns for n in modalities if n in dataset.rasters}
     tiles, missing = [], []
     for folder, name in names:
         found = {kind: _find(root, patterns, folder, name) for kind, patterns in kinds.items()}
-        missing += [path for _, path, there in found.values() if not there]
+        absent = {kind: path for kind, (_, path, there) in found.items() if not there}
+        if dataset.may_lack:
+            absent = {"labels": absent["labels"]} if "labels" in absent else {}
+        missing += absent.values()
         coded = found["labels"][0] in layout.coded
         tile = Tile(
             name,
-            {kind: path for kind, (_, path, _) in found.items()},
+            {kind: path for kind, (_, path, there) in found.items() if there or kind in absent},
             dataset.classes,
             layout.unscored_color,
             ignore_index=-1 if layout.codes and not coded else IGNORE,
@@ -348,14 +386,15 @@ ENDINGS = (".tif", ".tiff", ".gtiff", ".png", ".jpg", ".jpeg")
 FOREIGN = (".jp2", ".img", ".vrt", ".asc", ".ecw", ".bil")  # found, to be refused with what helps
 
 
-def _read_classes(path: Path) -> tuple[Classes, int]:
-    """Classes and the ignored value of a classes.json. Raises DataError."""
+def _read_classes(path: Path) -> tuple[Classes, int, dict[str, Kind]]:
+    """Classes, the ignored value and the rasters of a classes.json. Raises DataError."""
     if not path.is_file():
         raise DataError(f"{path} is missing; {EXPECTED}")
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         named = [(str(c["name"]), tuple(int(v) for v in c["color"])) for c in content["classes"]]
         ignored = int(content.get("ignore", IGNORE))
+        forms = dict(content.get("rasters", {}))
     except (KeyError, TypeError, ValueError) as error:
         form = '{"classes": [{"name": ..., "color": [r, g, b]}, ...]}'
         raise DataError(f"{path}: not of the form {form} ({one_line(error)})") from error
@@ -367,22 +406,28 @@ def _read_classes(path: Path) -> tuple[Classes, int]:
     for what, values in (("colour", colors), ("name", names)):
         if len(set(values)) < len(values):
             raise DataError(f"{path}: two classes have the same {what}; give each its own")
-    return tuple(named), ignored
+    forms = {name: form for name, form in forms.items() if name != "dsm"}  # which is always known
+    rasters = {name: read_kind(name, form, str(path)) for name, form in forms.items()}
+    return tuple(named), ignored, rasters
 
 
 def _own_tiles(dataset: Dataset, split: str, modalities: tuple[str, ...]) -> list[Tile]:
     folder = dataset.root / split
     images, labels = _files_by_stem(folder / "images"), _files_by_stem(folder / "labels")
-    heights = _files_by_stem(folder / "dsm") if "dsm" in modalities else {}
+    others = [name for name in modalities if name != "image"]
+    sources = {name: dataset.rasters[name].source for name in others if name in dataset.rasters}
+    more = {n: images if sources.get(n) else _files_by_stem(folder / n) for n in others}
     if not images:
         raise DataError(f"{folder / 'images'}: no images; {EXPECTED}")
     if lacking := sorted(images.keys() - labels.keys()):
         without = f"no labels for {len(lacking)} images, first {lacking[0]}"
         raise DataError(f"{folder / 'labels'}: {without}")
     bands, tiles = image_bands(None, dataset.bands, 99), []
-    for name, path in sorted(images.items()):
-        paths = {"image": path, "labels": labels[name]}
-        paths |= {"dsm": heights[name]} if name in heights else {}
+    names = images.keys() | (labels.keys() if dataset.may_lack else ())
+    for name in sorted(names):
+        paths = {"image": images[name]} if name in images else {}
+        paths["labels"] = labels[name]
+        paths |= {kind: files[name] for kind, files in more.items() if name in files}
         choices = dict(ignore_index=dataset.ignore_index, bands=bands, scaling=dataset.scaling)
         tiles.append(Tile(name, paths, dataset.classes, **choices))
     return tiles
@@ -405,21 +450,19 @@ def main() -> None:
     add, as_there = parser.add_argument, "as for train.py"
     add("--data", required=True, choices=sorted(DATASETS), help="data set")
     add("--root", type=Path, help="its folder; by default data/NAME")
-    choices = {"choices": tuple(MODALITIES), "default": "image+dsm"}
-    add("--modalities", **choices, help="rasters to look at")
+    add("--modalities", default="image+dsm", type=ordered, help="rasters to look at")
     add("--bands", default="", help=as_there)
     add("--labels", choices=LABELS, default="dataset", help=as_there)
     add("--splits", choices=("paper", "official"), default="paper", help=as_there)
     add("--full-labels", action="store_true", help=as_there)
     add("--image-scaling", help=as_there)
     args = parser.parse_args()
-    check_bands(LAYOUTS.get(args.data), args.bands)
     hunan = args.data in ("hunan", "mmhunan")
     scaling = Scaling(images=args.image_scaling or ("reflectance" if hunan else "unit"))
     choices = args.bands, args.labels, args.full_labels, args.splits, scaling
     dataset = open_dataset(args.data, args.root, *choices)
     print(f"{args.data} in {dataset.root}, scored by {dataset.labels_note}")
-    if not check_dataset(dataset, MODALITIES[args.modalities]):
+    if not check_dataset(dataset, tuple(args.modalities.split("+"))):
         what = "training cannot run; see above what is missing or unusable"
         raise DataError(f"{dataset.root}: {what}")
     given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}

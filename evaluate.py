@@ -3,6 +3,7 @@
     python evaluate.py                       the newest run, on its test tiles
     python evaluate.py --run DIR --split train
     python evaluate.py --run DIR --stride 64 --full-labels
+    python evaluate.py --without dsm         as if a raster were missing
     python evaluate.py --as-published        windows as the published code counts them
     python evaluate.py --table [DIR ...]     all runs in a table beside the paper's rows
 
@@ -23,13 +24,14 @@ from pathlib import Path
 
 from data import open_from_settings
 from engine.checkpoints import is_finished, load_model, newest_run
-from engine.console import Parser, run_script
+from engine.console import Mistake, Parser, run_script
 from engine.device import pick_device, store_frozen_weights
 from engine.files import replace_atomically
 from engine.recipes import published_protocol
 from engine.scoring import ConfusionMatrix, format_scores, score_split, scores_name
-from engine.settings import flag, held_out_tiles
+from engine.settings import Settings, flag, held_out_tiles
 from fast import accelerate
+from geodata.kinds import ordered
 from geodata.rasters import DataError, one_line
 from reports.panels import save_panel
 from reports.report import write_report
@@ -53,21 +55,24 @@ def evaluate(run: Path, args: argparse.Namespace) -> None:
         raise DataError(f"{run} tells apart {listed}; score it on tiles of its own classes")
     if s.val:
         dataset = dataset.hold_out(held_out_tiles(s.val))
+    dataset.withheld = withheld(args.without, s, run)
     device = pick_device(args.device)
     store_frozen_weights(model, s.precision, device)
     accelerate(model.to(device))
     stride, failed = s.eval_stride if args.stride is None else args.stride, []
-    name = scores_name(ran, s, args.split, stride, is_finished(run / "model.pt"))
+    final, without = is_finished(run / "model.pt"), "+".join(dataset.withheld)
+    name = scores_name(ran, s, args.split, stride, final, without)
+    beside = f"_without-{without}" if without else ""
 
     def keep(tile, pred, confidence) -> None:
-        path = run / "pictures" / f"{args.split}_{tile.name}.png"
+        path = run / "pictures" / f"{args.split}_{tile.name}{beside}.png"
         try:
             path.parent.mkdir(exist_ok=True)
             save_panel(path, tile, pred, confidence, dataset.classes)
         except OSError as error:
             failed.append(error)
 
-    own_panels = name in ("scores.json", f"scores_{args.split}.json")
+    own_panels = name in (f"scores{beside}.json", f"scores_{args.split}{beside}.json")
     scores = score_split(model, dataset, args.split, s, stride, keep if own_panels else None)
     print(f"{run}: {s.encoder}, {s.tuner}, {s.modalities}, fusion {s.fusion}")
     print(format_scores(scores))
@@ -86,6 +91,19 @@ def evaluate(run: Path, args: argparse.Namespace) -> None:
         print(f"note: the scores are not kept, {run} cannot be written ({one_line(error)})")
 
 
+def withheld(without: str, s: Settings, run: Path) -> tuple[str, ...]:
+    """The rasters that --without names. Raises Mistake for those that the run cannot do without."""
+    names = tuple(n for n in ordered(without).split("+")) if without else ()
+    if others := ", ".join(name for name in names if name not in s.rasters):
+        raise Mistake(f"--without {others}: {run} was trained on {', '.join(s.rasters)}")
+    if len(names) == len(s.rasters):
+        raise Mistake(f"--without {without}: nothing is left of {s.modalities}")
+    if names and not s.drop_modality:
+        train = f"python train.py --modalities {s.modalities} --drop-modality 0.3"
+        raise Mistake(f"--without {without}: {run} was trained to have all its rasters; {train}")
+    return names
+
+
 def main() -> None:
     parser = Parser(prog="evaluate.py", description="Scores a run on a split.")
     add = parser.add_argument
@@ -94,6 +112,7 @@ def main() -> None:
     add("--root", help="folder of the data set; by default where the run found it")
     add("--stride", type=int, help="pixels between windows; by default as the run was scored")
     add("--full-labels", action="store_true", help="score by the full labels, not the eroded ones")
+    add("--without", default="", metavar="NAME", help="score as if this raster were missing")
     add("--as-published", action="store_true", help="the published code's stride, border windows")
     add("--weights", help="where SAM's weights are now; by default as the run found them")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")

@@ -22,13 +22,12 @@ from typing import Callable
 import numpy as np
 import torch
 
-from data import open_from_settings, tile_of_files
+from data import RASTER_FLAG, files_given, open_from_settings, tile_of_files, words_of
 from engine.checkpoints import load_model, newest_run
 from engine.console import Parser, run_script
 from engine.device import autocast, pick_device, store_frozen_weights
 from engine.inside import first_tuned, look_inside
 from engine.settings import Settings
-from geodata.layouts import MODALITIES
 from geodata.rasters import DataError
 from geodata.tiles import LoadedTile, Tile
 from mfnet import MIN_SIZE, MFNet
@@ -77,9 +76,9 @@ def window_side(model: MFNet, crop: int) -> int:
 
 def choose_tile(args: Namespace, s: Settings, classes: list, run: Path) -> Tile:
     """The rasters that were named, or a test tile of the run's data set. Raises DataError."""
-    if args.image or args.dsm:
-        return tile_of_files(s, "given", args.image, args.dsm, classes, str(run))
-    found = open_from_settings(s).tiles("test", MODALITIES[s.modalities])
+    if given := files_given(args):
+        return tile_of_files(s, "given", given, classes, str(run))
+    found = open_from_settings(s).tiles("test", s.rasters)
     tiles = {tile.name: tile for tile in found}
     name = next(iter(tiles)) if args.tile is None else args.tile
     if name not in tiles:
@@ -91,7 +90,8 @@ def cut_window(tile: Tile, loaded: LoadedTile, box: tuple[slice, slice]) -> Load
     """The rasters inside the box, as arrays, with the labels of a tile that has some."""
     labels = tile.read_labels() if "labels" in tile.paths else None
     rasters = {"image": loaded.image, "dsm": loaded.dsm, "labels": labels}
-    return replace(loaded, **{k: r[box] for k, r in rasters.items() if r is not None})
+    more = {name: raster[box] for name, raster in loaded.more.items()}
+    return replace(loaded, more=more, **{k: r[box] for k, r in rasters.items() if r is not None})
 
 
 def functions_of_tuner(model: MFNet) -> dict[str, Callable]:
@@ -115,26 +115,26 @@ def main() -> None:
     add("--tile", help="a test tile of the run's data set; by default the first")
     add("--image", type=Path, help="image of three or more bands (TIFF, PNG, JPEG)")
     add("--dsm", type=Path, help="heights of the same size, or a GeoTIFF on another grid")
+    add("--raster", **RASTER_FLAG)
     add("--at", type=corner, metavar="X,Y", help="upper left pixel of the window; else the middle")
     add("--out", type=Path, metavar="FOLDER", help="folder for the page; by default RUN/explain")
     add("--weights", help="where SAM's weights are now; by default as the run found them")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     args = parser.parse_args()
-    if args.tile is not None and (args.image or args.dsm):
+    if args.tile is not None and files_given(args):
         parser.error("--tile is one of the data set's; give it, or --image and --dsm")
     run, device = args.run or newest_run(), pick_device(args.device)
     model, s, classes = load_model(run / "model.pt", args.weights)
     store_frozen_weights(model, s.precision, device)
     tile = choose_tile(args, s, classes, run)
-    loaded = tile.open(MODALITIES[s.modalities])
+    loaded = tile.open(s.rasters)
     box = place_window(loaded.size, window_side(model, s.crop), args.at)
     cut, rasters = cut_window(tile, loaded, box), {}
     for line in tile.notes:
         print(f"note: {line}")
-    if cut.image is not None:
-        rasters["image"] = torch.from_numpy(cut.scale.image_input(cut.image))[None].to(device)
-    if cut.dsm is not None:
-        rasters["height"] = torch.from_numpy(cut.scale.height_input(cut.dsm, box))[None].to(device)
+    for name in s.rasters:
+        called = "height" if name == "dsm" else name
+        rasters[called] = torch.from_numpy(loaded.input(name, box))[None].to(device)
     with autocast(s.precision, device):
         inside = look_inside(model.to(device), s.encoder, rasters)
     functions = functions_of_tuner(model)
@@ -151,11 +151,11 @@ def main() -> None:
     method = equations(METHOD.read_text(encoding="utf-8"))
     title = f"One window through {run}"
     head = (RANDOM if s.weights == "none" else "") + note(words)
-    if not (args.image or args.dsm):
+    if not files_given(args):
         at = f"{columns.start},{rows.start}"
         head += command(f"python explain.py --run {run} --tile {tile.name} --at {at}")
     write_lesson(page, title, head, stages, method, functions, inside.parameters)
-    rasters = " ".join(f"--{kind} FILE" for kind in MODALITIES[s.modalities])
+    rasters = " ".join(words_of(dict.fromkeys(s.rasters, "FILE")))
     again = f"python predict.py --run {run} {rasters} --out map.tif"
     print(f"{page}: one window through {run}; next: {again}")
 

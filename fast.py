@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from sam_vit import MLP, Attention, Block, get_rel_pos
-from tuners import Adapter, LoRA, MMAdapter, StandardAdapter, adapt
+from tuners import Adapter, LoRA, MMAdapter, StandardAdapter, adapt, mix_modalities
 from zoo import AdaptFormer, Convpass, DoRALinear, PromptedAttention, ReLUAdapter, RescaledLinear
 
 MAX_EXPLICIT_LOGITS = 2**20  # of one head and window, up to which a CPU multiplies them out
@@ -344,6 +344,8 @@ def fast_mix(u: Tensor, weights: Tensor | None) -> Tensor:
     e = (1 - w) / (M - 1) is what each of the others adds. Without weights, u."""
     if weights is None:
         return u
+    if getattr(weights, "present", None) is not None:
+        return mix_modalities(u, weights)
     M = len(u)
     w = weights.view(M, *[1] * (u.ndim - 1))
     each = (1 - w) / (M - 1)

@@ -22,7 +22,7 @@ from torch import Tensor
 import zoo  # noqa: F401  # whose tuners join TUNERS
 from dfm import DeepFusionModule, SumFusion
 from sam_vit import ImageEncoderViT, LoadReport, build_image_encoder, check_keys_match, our_names
-from tuners import apply_tuner, tuner_names
+from tuners import apply_tuner, tell_present, tuner_names
 
 MIN_SIZE = 64  # pixels: below it the coarsest level has less than two rows to reflect
 SIZE_STEP = 32  # pixels: patches of 16, and a coarsest level of half that resolution
@@ -215,20 +215,65 @@ class Decoder(nn.Module):
         return F.interpolate(self.segmentation_head(x1), size=size, mode="bilinear")
 
 
+# --------------------------------------------------------------------------------- any rasters
+
+
+class Rasters(nn.Module):
+    """What rasters need besides the encoder, which takes three channels of every one of them.
+
+    One of 2, or of 4 and more bands has a 1x1 convolution to three channels, which starts as its
+    first three bands (of two: both, and their mean) and is trained. With `fills` each has a vector
+    that stands for the encoder's map of it where it is missing.
+    """
+
+    def __init__(self, bands: tuple[int, ...], fills: bool):
+        super().__init__()
+        several = {str(m): C for m, C in enumerate(bands) if C not in (1, 3)}
+        self.projections = nn.ModuleDict({m: nn.Conv2d(C, 3, 1) for m, C in several.items()})
+        for m, C in several.items():
+            start = torch.tensor([[1, 0], [0, 1], [0.5, 0.5]]) if C == 2 else torch.eye(3, C)
+            self.projections[m].weight.data = start[:, :, None, None].clone()
+            nn.init.zeros_(self.projections[m].bias)
+        self.fills = nn.Parameter(torch.zeros(len(bands), 256)) if fills else None
+
+    def three_channels(self, m: int, raster: Tensor) -> Tensor:
+        """The m-th raster, (B, H, W) or (B, bands, H, W) -> (B, 3, H, W)."""
+        if str(m) not in self.projections:
+            return as_three_channels(raster)
+        if raster.ndim != 4 or raster.shape[1] != (C := self.projections[str(m)].in_channels):
+            raise ValueError(f"raster {m} has {C} bands: (B, {C}, H, W), not {raster.shape}")
+        return self.projections[str(m)](raster)
+
+    def fill(self, maps: tuple[Tensor, ...], present: Tensor | None) -> tuple[Tensor, ...]:
+        """The encoder's maps (B, 256, h, w), with the fill of each where `present` (M, B) says
+        that it is missing."""
+        if present is None:
+            return maps
+        fills = self.fills[:, None, :, None, None].to(maps[0].dtype)  # (M, 1, 256, 1, 1)
+        return tuple(torch.where(present[..., None, None, None], torch.stack(maps), fills))
+
+
 # ------------------------------------------------------------------------------------- the network
 
 
 class MFNet(nn.Module):
-    """The whole network. Input values: image in [0, 1], height scaled to [0, 1] over its tile."""
+    """The whole network. Input values: image in [0, 1], height scaled to [0, 1] over its tile.
+    `bands` are those of each raster, `fills` whether one may be missing: see `Rasters`."""
 
     def __init__(
-        self, image_encoder: ImageEncoderViT, fusion: nn.Module, decoder: Decoder, modalities: int
+        self,
+        image_encoder: ImageEncoderViT,
+        fusion: nn.Module,
+        decoder: Decoder,
+        bands: tuple[int, ...],
+        fills: bool = False,
     ):
         super().__init__()
         self.image_encoder = image_encoder
         self.fusion = fusion
         self.decoder = decoder
-        self.modalities = modalities
+        self.modalities, self.bands = len(bands), tuple(bands)
+        self.rasters = Rasters(bands, fills)
 
     def forward(
         self,
@@ -237,14 +282,15 @@ class MFNet(nn.Module):
         *more: Tensor,
         seen: dict | None = None,
     ) -> Tensor:
-        """image (B, 3, H, W), dsm and any further raster (B, H, W), (B, 1, H, W) or (B, 3, H, W) ->
-        (B, K, H, W).
+        """image (B, 3, H, W), dsm and any further raster (B, H, W), (B, 1, H, W) or (B, bands, H,
+        W) -> (B, K, H, W).
 
-        H and W are at least 64; what is no multiple of 32 is continued by reflection and cut off
-        again. A network of one modality takes either of the two. Into a dict `seen` go the
-        intermediates of this pass: "blocks" (`ImageEncoderViT.forward`), "maps" (M times
-        (B, 256, h, w)), "levels" (`DeepFusionModule.forward`), "fused" (the decoder's input, finest
-        first), "decoder" (`Decoder.forward`) and "logits".
+        A network with fills takes rasters that are missing from images: NaN throughout. H and W are
+        at least 64; what is no multiple of 32 is continued by reflection and cut off again. A
+        network of one modality takes either of the two. Into a dict `seen` go the intermediates of
+        this pass: "blocks" (`ImageEncoderViT.forward`), "maps" (M times (B, 256, h, w)), "levels"
+        (`DeepFusionModule.forward`), "fused" (the decoder's input, finest first), "decoder"
+        (`Decoder.forward`) and "logits".
 
         Raises ValueError for another number of rasters than the network has modalities, for rasters
         of different sizes, and for a size below 64.
@@ -266,9 +312,14 @@ class MFNet(nn.Module):
         seen: dict | None = None,
     ) -> tuple[Tensor, ...]:
         """The rasters as in `forward` -> the encoder's map of each, M times (B, 256, h, w)."""
-        rasters = [as_three_channels(r) for r in (image, dsm, *more) if r is not None]
+        rasters, present = [r for r in (image, dsm, *more) if r is not None], None
         if len(rasters) != self.modalities:
             raise ValueError(f"this network takes {self.modalities} rasters, not {len(rasters)}")
+        if self.rasters.fills is not None:
+            present = torch.stack([~r.flatten(1)[:, 0].isnan() for r in rasters])  # (M, B)
+            rasters = [r.nan_to_num() for r in rasters]
+        tell_present(self.image_encoder, present)
+        rasters = [self.rasters.three_channels(m, r) for m, r in enumerate(rasters)]
         shapes = sorted({tuple(r.shape) for r in rasters})
         if len(shapes) > 1:
             raise ValueError(f"the rasters differ in batch or size: {shapes}")
@@ -277,7 +328,7 @@ class MFNet(nn.Module):
             raise ValueError(f"rasters of {H} x {W} pixels are too small; {MIN_SIZE} is the least")
         x = torch.cat(rasters)  # (M*B, 3, H, W)
         x = reflect_pad(x, round_up(H, SIZE_STEP), round_up(W, SIZE_STEP))
-        return self.image_encoder(x, seen).chunk(self.modalities)
+        return self.rasters.fill(self.image_encoder(x, seen).chunk(self.modalities), present)
 
 
 def as_three_channels(raster: Tensor) -> Tensor:
@@ -295,16 +346,20 @@ def build_mfnet(
     num_classes: int = 6,
     modalities: int = 2,
     fusion: str = "dfm",
+    bands: tuple[int, ...] = (),
+    fills: bool = False,
     **options,
 ) -> MFNet:
     """The network with random weights. `encoder`: a name in `sam_vit.SIZES` or a dict; `tuner`: a
     name in `tuners.TUNERS`, with its `options`; `fusion`: "dfm", or "sum" for the ablation without
-    it. Raises ValueError for anything else."""
+    it; `bands` of each raster, by default three or one, and `fills`: see `Rasters`. Raises
+    ValueError for anything else."""
     if fusion not in ("dfm", "sum"):
         raise ValueError(f"unknown fusion {fusion!r}; there are dfm, sum")
     image_encoder = apply_tuner(build_image_encoder(encoder), tuner, modalities, **options)
     fused = DeepFusionModule(modalities=modalities) if fusion == "dfm" else SumFusion()
-    return MFNet(image_encoder, fused, Decoder(num_classes, skips=fusion == "dfm"), modalities)
+    decoder = Decoder(num_classes, skips=fusion == "dfm")
+    return MFNet(image_encoder, fused, decoder, bands or (3,) * modalities, fills)
 
 
 def trained_names(model: MFNet) -> list[str]:
@@ -316,12 +371,13 @@ def trained_names(model: MFNet) -> list[str]:
 
 def count_parameters(model: MFNet) -> dict[str, int]:
     """Numbers of parameters: encoder (as SAM has it), tuner (what it added), fusion, decoder,
-    total, trainable."""
+    rasters (where `Rasters` has some), total, trainable."""
     added = {"image_encoder." + n for n in model.image_encoder.added_names}
     counts = dict.fromkeys(("encoder", "tuner", "fusion", "decoder", "total", "trainable"), 0)
     for name, p in model.named_parameters():
         group = name.split(".")[0].replace("image_encoder", "encoder")
-        counts["tuner" if name in added else group] += p.numel()
+        group = "tuner" if name in added else group
+        counts[group] = counts.get(group, 0) + p.numel()
         counts["total"] += p.numel()
         counts["trainable"] += p.numel() * p.requires_grad
     return counts

@@ -1,4 +1,4 @@
-"""From two rasters to a class map, and to how sure the network is of it.
+"""From rasters to a class map, and to how sure the network is of it.
 
     python predict.py --run runs/NAME --image ortho.tif --dsm heights.tif --out map.tif
     python predict.py --image ortho.tif --dsm heights.tif --out map.png --stride 64
@@ -28,7 +28,7 @@ from typing import Iterator
 
 import numpy as np
 
-from data import _files_by_stem, facts_of_run, tile_of_files
+from data import RASTER_FLAG, _files_by_stem, facts_of_run, files_given, tile_of_files, words_of
 from engine.checkpoints import load_model, newest_run
 from engine.console import Parser, Ticker, run_script
 from engine.device import pick_device, store_frozen_weights
@@ -36,7 +36,6 @@ from engine.inference import BLENDS, percent, predict_loaded, predict_strips, pr
 from engine.settings import Settings
 from fast import accelerate
 from geodata.grids import read_grid
-from geodata.layouts import MODALITIES
 from geodata.maps import ENDINGS, POLYGONS, Output, check_outputs, cut_out, write_maps
 from geodata.rasters import DataError, one_line
 from geodata.tiles import Tile
@@ -85,26 +84,30 @@ def write_prediction(
         raise DataError(f"{listed}: cannot be written ({one_line(error)})") from error
 
 
-Job = tuple[Path | None, Path | None, dict[str, Path]]  # image, heights, what to write by flag
+Job = tuple[dict[str, Path], dict[str, Path]]  # rasters by name, what to write by flag
 
 
-def jobs_of(image: Path | None, dsm: Path | None, paths: dict[str, Path]) -> list[Job]:
+def jobs_of(given: dict[str, Path], paths: dict[str, Path]) -> list[Job]:
     """One for the rasters, or one for each image of a folder, whose maps go to folders and take its
     name. Raises DataError."""
-    first = image or dsm
+    first = next(iter(given.values()), None)
     if first is None or not first.is_dir():
-        check_outputs(paths, [path for path in (image, dsm) if path])
-        return [(image, dsm, paths)]
+        check_outputs(paths, given.values())
+        return [(given, paths)]
     for flag, path in paths.items():
         if path.suffix.lower() in (*ENDINGS, POLYGONS):
             raise DataError(f"{flag} {path}: {first} is a folder; give a folder too")
-    files, jobs = [_files_by_stem(p) if p and p.is_dir() else p for p in (image, dsm)], []
-    for name in files[0] if image else files[1]:
-        rasters = [found.get(name) if isinstance(found, dict) else found for found in files]
-        if isinstance(files[1], dict) and not rasters[1]:
-            raise DataError(f"--dsm {dsm}: no heights for {rasters[0]}; add {name}.tif")
+    files, jobs = {n: _files_by_stem(p) if p.is_dir() else p for n, p in given.items()}, []
+    for name, path in files[next(iter(given))].items():
+        rasters = {
+            n: found.get(name) if isinstance(found, dict) else found for n, found in files.items()
+        }
+        if lacking := next((n for n, found in rasters.items() if not found), None):
+            what, where = "heights" if lacking == "dsm" else lacking, given[lacking]
+            flag = f"--{lacking}" if lacking == "dsm" else "--raster"
+            raise DataError(f"{flag} {where}: no {what} for {path}; add {name}.tif")
         ends = {flag: name + (POLYGONS if flag == "--polygons" else ".tif") for flag in paths}
-        jobs.append((*rasters, {flag: path / ends[flag] for flag, path in paths.items()}))
+        jobs.append((rasters, {flag: path / ends[flag] for flag, path in paths.items()}))
     if not jobs:
         raise DataError(f"{first}: no image in this folder; give one with TIFF, PNG or JPEG files")
     for flag, path in paths.items():
@@ -112,26 +115,26 @@ def jobs_of(image: Path | None, dsm: Path | None, paths: dict[str, Path]) -> lis
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"{flag} {path}: cannot be written ({one_line(error)})") from error
-    for *rasters, job in jobs:
-        check_outputs(job, [path for path in rasters if path])
+    for rasters, job in jobs:
+        check_outputs(job, rasters.values())
     return jobs
 
 
 def predict_job(job: Job, model: MFNet, s: Settings, classes: list, run: Path, args: Namespace):
     """Writes the maps of one image. Raises DataError."""
-    image, dsm, paths = job
-    tile = tile_of_files(s, paths["--out"].stem, image, dsm, classes, str(run))
-    loaded = tile.open(MODALITIES[s.modalities])
+    given, paths = job
+    tile = tile_of_files(s, paths["--out"].stem, given, classes, str(run))
+    loaded = tile.open(s.rasters)
     H, W = loaded.size
     if min(H, W) < MIN_SIZE:
-        few = f"{image or dsm}: {W} x {H} pixels are too few"
+        few = f"{tile.paths[tile.base]}: {W} x {H} pixels are too few"
         raise DataError(f"{few}; give a raster of {MIN_SIZE} and more")
     for note in [*tile.notes, *tile.far_from(facts_of_run(run))]:
         print(f"note: {note}")
     stride = s.eval_stride if args.stride is None else args.stride
     how = dict(blend=args.blend, flips=args.flips, progress=Ticker("rows of windows"))
     strips = predict_loaded(model, loaded, s, stride, probabilities=len(paths) > 1, **how)
-    like = tile.paths.get("image", dsm)
+    like = tile.paths[tile.base]
     write_prediction(paths, strips, tile, (H, W), like, args.min_area)
     grid = read_grid(like)
     if "--polygons" in paths and grid and grid.system is None:
@@ -147,6 +150,7 @@ def main() -> None:
     add("--run", type=Path, help="folder of a run; by default the newest below runs/")
     add("--image", type=Path, help="image of three or more bands (TIFF, PNG, JPEG), or a folder")
     add("--dsm", type=Path, help="heights of the same size, or a GeoTIFF on another grid")
+    add("--raster", **RASTER_FLAG)
     add("--out", type=Path, required=True, help="class map to write: .png or .tif")
     add("--confidence", type=Path, metavar="FILE", help="write how sure the map is: .png or .tif")
     add("--probabilities", type=Path, metavar="FILE", help="write a band for every class: .tif")
@@ -162,7 +166,7 @@ def main() -> None:
     if not 0 <= args.min_area < math.inf or args.min_area and not args.polygons:
         parser.error("--min-area is 0 or more, and for --polygons")
     paths = {flag: getattr(args, flag[2:]) for flag in ("--out", *EXTRAS)}
-    jobs = jobs_of(args.image, args.dsm, {flag: path for flag, path in paths.items() if path})
+    jobs = jobs_of(files_given(args), {flag: path for flag, path in paths.items() if path})
 
     run = args.run or newest_run()
     device = pick_device(args.device)
@@ -171,12 +175,10 @@ def main() -> None:
     accelerate(model.to(device))
     for number, job in enumerate(jobs, 1):
         if len(jobs) > 1:
-            print(f"{job[0] or job[1]}, {number} of {len(jobs)}")
+            print(f"{next(iter(job[0].values()))}, {number} of {len(jobs)}")
         predict_job(job, model, s, classes, run, args)
-    words = {"--run": run, "--image": jobs[0][0], "--dsm": jobs[0][1]}
-    words |= {"--out": f"{args.out.with_suffix('')}_explained"}
-    given = shlex.join(str(word) for pair in words.items() if pair[1] for word in pair)
-    print(f"next: python explain.py {given}")
+    words = ["--run", run, *words_of(jobs[0][0]), "--out", f"{args.out.with_suffix('')}_explained"]
+    print(f"next: python explain.py {shlex.join(map(str, words))}")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,6 @@ from engine.settings import Settings
 from engine.signals import leave_signals_to_the_parent, noted_signals
 from engine.training import TrainingStopped, learning_rate
 from geodata.crops import CropDataset, CropOrder
-from geodata.layouts import MODALITIES
 from geodata.rasters import DataError
 from reports.panels import save_panel
 from reports.report import write_report
@@ -79,10 +78,11 @@ def train(run: Run, noted: list[int]) -> None:
 def loader(run: Run) -> torch.utils.data.DataLoader:
     """The batches (rasters, labels) of this process, from where the run stands to its end."""
     s, on_gpu = run.s, run.device.type == "cuda"
-    modalities, first = MODALITIES[s.modalities], run.trainer.progress.step
+    modalities, first = s.rasters, run.trainer.progress.step
     last_pixel, rotations = s.crop_range == "full", s.augment == "flips+rotations"
     balanced = len(run.classes) if s.balance_crops else 0
-    crops = CropDataset(run.tiles, s.crop, s.seed, modalities, last_pixel, rotations, balanced)
+    how = last_pixel, rotations, balanced, s.drop_modality
+    crops = CropDataset(run.tiles, s.crop, s.seed, modalities, *how)
     order = CropOrder(s.epochs, s.steps, s.batch_size, first, run.team.rank, run.team.world)
     return torch.utils.data.DataLoader(
         crops,

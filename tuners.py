@@ -72,12 +72,35 @@ def mix_modalities(u: Tensor, weights: Tensor) -> Tensor:
     """u (M, ...), weights (M,) -> w_m u_m + (1 - w_m) * the mean of the other modalities' u.
 
     For M = 2 the paper's equation. The weights are learnable scalars, started at 0.5 and not
-    clamped, as published.
+    clamped, as published. The others are those that are there, if `tell_present` said which; one
+    that is alone keeps its u.
     """
+    if getattr(weights, "present", None) is not None:
+        return mix_present(u, weights)
     M = len(u)
     others = torch.stack([torch.cat([u[:m], u[m + 1 :]]).mean(dim=0) for m in range(M)])
     w = weights.view(M, *[1] * (u.ndim - 1))
     return w * u + (1 - w) * others
+
+
+def mix_present(u: Tensor, weights: Tensor) -> Tensor:
+    """`mix_modalities` where some modalities are missing from some images."""
+    M, B = weights.present.shape
+    there = weights.present.repeat_interleave(u.shape[1] // B, dim=1)
+    there = there.view(M, -1, *[1] * (u.ndim - 2)).to(u.dtype)
+    others = there.sum(dim=0) - there  # how many
+    mean = ((there * u).sum(dim=0) - there * u) / others.clamp(min=1)
+    w = weights.view(M, *[1] * (u.ndim - 1))
+    return torch.where(others > 0, w * u + (1 - w) * mean, u)
+
+
+def tell_present(encoder: nn.Module, present: Tensor | None) -> None:
+    """Says which modalities of which images are there, (M, B) bool, until it is called again; the
+    encoder and the mixing weights carry it. None: all of them."""
+    encoder.present = present
+    for name, p in encoder.named_parameters():
+        if name.split(".")[-1] == "mixing":
+            p.present = present
 
 
 def mix_streams(x: Tensor, weights: Tensor | None) -> Tensor:

@@ -11,7 +11,6 @@ from engine.device import peak_memory, resolve_precision, total_memory
 from engine.networks import build_network
 from engine.settings import Settings
 from engine.training import TrainingStopped
-from geodata.layouts import MODALITIES
 from mfnet import count_parameters
 from sam_vit import first_line
 
@@ -35,7 +34,7 @@ def check_budget(s: Settings, num_classes: int, device: torch.device, world: int
     stored = 2 if resolve_precision(s.precision, device) == "bf16" else 4
     weights = (stored * frozen + 4 * (2 + state) * trained) / 2**20
     # float32: three channels of each raster, and three times the logits, in the loss and backward
-    numbers = 3 * len(MODALITIES[s.modalities]) + 3 * num_classes
+    numbers = 3 * len(s.rasters) + 3 * num_classes
     batch = s.batch_size / world * s.crop**2 * 4 * numbers / 2**20
     if weights + batch > have:
         remedy = "a smaller --batch-size" if batch > weights else "fewer trained parameters"

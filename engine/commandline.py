@@ -16,6 +16,7 @@ from engine.console import Mistake, Parser
 from engine.plugins import load_plugins
 from engine.recipes import recipe, with_optimizer
 from engine.settings import FLAGS, GROUPS, Settings, choices_of, flag
+from geodata.kinds import ordered
 from tuners import parse_option, tuner_options
 
 # What may differ between a run and its continuation: where things lie, and other ways to compute
@@ -84,11 +85,13 @@ def add_settings(parser: Parser, defaults: Settings, without: tuple[str, ...] = 
     hints = get_type_hints(Settings)
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for f in fields(Settings):
-        if f.name in without:
+        if f.name in (*without, "kinds"):
             continue
         text, shown = f.metadata["help"], getattr(defaults, f.name)
         how = dict(type=hints[f.name], choices=choices_of(f) or None)
-        if f.name == "plugin":
+        if f.name == "modalities":
+            how["type"] = modalities
+        elif f.name == "plugin":
             how = dict(action="append", metavar="FILE")
         elif f.name == "tuner_option":
             how = dict(action="append", metavar="NAME=VALUE")
@@ -104,6 +107,14 @@ def add_settings(parser: Parser, defaults: Settings, without: tuple[str, ...] = 
             add(old, dest=f.name, default=argparse.SUPPRESS, **how)
     text = "depart from the paper where the published code does, in training and scoring"
     parser.add_argument("--as-published", action="store_true", help=text)
+
+
+def modalities(text: str) -> str:
+    """--modalities, in the order of a network."""
+    try:
+        return ordered(text)
+    except ValueError as error:
+        raise Mistake(str(error)) from None
 
 
 def read_options(tuner: str, words: list[str]) -> dict:

@@ -23,7 +23,6 @@ from engine.commandline import FREE_ON_RESUME
 from engine.device import resolve_precision
 from engine.networks import build_model
 from engine.settings import Settings
-from geodata.layouts import MODALITIES
 from geodata.slices import DataError, row_strips
 from tuners import TUNERS
 
@@ -126,12 +125,11 @@ def pixels_digest(dataset: Any, modalities: tuple[str, ...]) -> str:
         for tile in dataset.tiles(split, modalities):
             loaded = tile.load(modalities)
             digest.update(f"{split} {tile.name}".encode())
-            image = loaded.image if "image" in modalities else None
-            for raster in (image, loaded.dsm, loaded.labels):
-                if raster is not None:
-                    digest.update(f"{raster.shape} {raster.dtype}".encode())
-                    for strip in row_strips(raster):
-                        digest.update(np.ascontiguousarray(strip))
+            loaded.image = loaded.image if "image" in modalities else None
+            for raster in loaded.rasters():
+                digest.update(f"{raster.shape} {raster.dtype}".encode())
+                for strip in row_strips(raster):
+                    digest.update(np.ascontiguousarray(strip))
     return digest.hexdigest()
 
 
@@ -148,7 +146,9 @@ class Identities:
         return self.known[key]
 
     def dataset(self, s: Settings) -> Any:
-        return self.once(("dataset", *data_settings(s)), lambda: self.open_data(s))
+        found = self.once(("dataset", *data_settings(s)), lambda: self.open_data(s))
+        s.kinds = s.kinds or found.kinds_of(s.rasters)
+        return found
 
     def base(self, s: Settings) -> str:
         """The SHA-256 of the encoder's weights. Raises WeightsError."""
@@ -159,16 +159,17 @@ class Identities:
 
     def counted(self, s: Settings) -> dict:
         """The settings that may move a score, with what a run fills in by itself."""
+        dataset = self.dataset(s)
         kept = {name: value for name, value in asdict(s).items() if name not in FREE}
-        if "dsm" in MODALITIES[s.modalities]:
-            kept["heights_kind"] = self.dataset(s).chosen_heights()[0]
+        if "dsm" in s.rasters:
+            kept["heights_kind"] = dataset.chosen_heights()[0]
         return kept | {"precision": resolve_precision(s.precision, self.device)}
 
     def watch(self, s: Settings) -> Callable[[], bool]:
         """A function that says whether code and files are what they are now."""
 
         def look() -> list:
-            tiles = [self.dataset(s).tiles(split, MODALITIES[s.modalities]) for split in SPLITS]
+            tiles = [self.dataset(s).tiles(split, s.rasters) for split in SPLITS]
             paths = [path for found in tiles for tile in found for path in tile.paths.values()]
             stats = [path.stat() for path in paths if path.exists()]
             return [code_digest(s.tuner), [(stat.st_size, stat.st_mtime_ns) for stat in stats]]
@@ -185,12 +186,13 @@ class Identities:
 
     def key(self, s: Settings) -> str:
         """Raises DataError or WeightsError for a run that cannot be."""
-        modalities = MODALITIES[s.modalities]
-        where = ("pixels", *data_settings(s), modalities)
+        modalities = s.rasters
+        where = ("pixels", *data_settings(s), modalities, s.drop_modality > 0)
         pixels = self.once(where, lambda: pixels_digest(self.dataset(s), modalities))
         return sha256([self.counted(s), code_digest(s.tuner), self.base(s), pixels])
 
 
 def data_settings(s: Settings) -> tuple:
-    names = "data root bands labels splits full_labels heights heights_kind image_scaling".split()
+    names = "data root bands labels splits full_labels heights heights_kind image_scaling"
+    names = [*names.split(), "drop_modality"]
     return tuple(getattr(s, name) for name in names)

@@ -1,7 +1,8 @@
 """A network over rasters of any size, window by window.
 
-`predict_strips` yields a class map from top to bottom; `predict_tile` is the same as one array. The
-probabilities of a pixel are the softmax of the mean of its windows' logits.
+`predict_windows` yields a class map from top to bottom; `predict_strips` is it of two arrays, and
+`predict_tile` is the same as one array. The probabilities of a pixel are the softmax of the mean of
+its windows' logits.
 
 Shapes: `H, W` pixels of the raster, `B` windows of a batch, `K` classes.
 """
@@ -19,7 +20,6 @@ from engine.console import Mistake
 from engine.device import autocast
 from engine.settings import Settings
 from geodata.crops import window_places
-from geodata.layouts import MODALITIES
 from geodata.scaling import TileScale, height_range
 from geodata.tiles import LoadedTile
 
@@ -34,39 +34,33 @@ class NotFinite(Mistake):
 
 
 @torch.inference_mode()
-def predict_strips(
+def predict_windows(
     model: nn.Module,
-    image: Raster | None,
-    dsm: Raster | None,
-    window: int = 256,
-    stride: int = 128,
+    tile: LoadedTile,
+    names: tuple[str, ...],
+    window: int,
+    stride: int,
     batch_size: int = 8,
-    heights: tuple[float, float] | None = None,
     repeat_border: bool = False,
     precision: str = "fp32",
     progress: Callable[[int, int], None] | None = None,
-    scale: TileScale | None = None,
     blend: str = "mean",
     flips: bool = False,
     probabilities: bool = False,
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """The class map of a raster of any size, from overlapping windows whose logits are averaged
+    """The class map of a tile of any size, from overlapping windows whose logits are averaged
     (paper IV-B): from top to bottom in strips (n, W) uint8, each with the probabilities of the
     classes (K, n, W) float32 if they are asked for.
 
-    image (H, W, 3), dsm (H, W) metres, both scaled by `scale`, by default the image over its type's
-    range and the heights over `heights` (by default their own lowest and highest); a network of one
-    modality gets the one that is not None. `repeat_border` counts the windows at the right and
-    lower edge as often as the published code visits them. `blend="cosine"` trusts the middle of a
-    window more than its border; `flips` averages each window over its four reflections, at four
-    times the work. `progress(done, all)` is called after each row of windows.
+    The network is given the tile's rasters of these `names`. `repeat_border` counts the windows at
+    the right and lower edge as often as the published code visits them. `blend="cosine"` trusts the
+    middle of a window more than its border; `flips` averages each window over its four reflections,
+    at four times the work. `progress(done, all)` is called after each row of windows.
 
     Only the rows of logits that still wait for a window are kept, and of the rasters, which may
     slice like arrays, one window at a time is asked for: memory grows with the width, and not with
     the height. Raises NotFinite where the network's outputs are no numbers."""
-    rasters = [r for r in (image, dsm) if r is not None]
-    H, W = rasters[0].shape[:2]
-    scale = scale or TileScale(heights or (None if dsm is None else height_range(dsm)))
+    H, W = tile.size
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     weight_1d = BLENDS[blend](window).to(device)  # (window,)
     weight_2d = weight_1d[:, None] * weight_1d  # (window, window)
@@ -79,7 +73,7 @@ def predict_strips(
         for first in range(0, len(columns), batch_size):
             batch = columns[first : first + batch_size]
             boxes = [np.s_[top : top + window, left : left + window] for left, _ in batch]
-            inputs = [_windows(r, boxes, window, scale).to(device) for r in rasters]
+            inputs = [_windows(tile, name, boxes, window).to(device) for name in names]
             with autocast(precision, device):  # -> (B, K, window, window)
                 out = _all_flips(model, inputs) if flips else model(*inputs).float()
             if logits is None:
@@ -106,6 +100,26 @@ def predict_strips(
             progress(i + 1, len(rows))
 
 
+def predict_strips(
+    model: nn.Module,
+    image: Raster | None,
+    dsm: Raster | None,
+    window: int = 256,
+    stride: int = 128,
+    batch_size: int = 8,
+    heights: tuple[float, float] | None = None,
+    scale: TileScale | None = None,
+    **options,
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """`predict_windows` of image (H, W, 3) and dsm (H, W) metres, both scaled by `scale`, by
+    default the image over its type's range and the heights over `heights` (by default their own
+    lowest and highest); a network of one modality gets the one that is not None."""
+    scale = scale or TileScale(heights or (None if dsm is None else height_range(dsm)))
+    tile = LoadedTile("", image, dsm, None, scale)
+    names = tuple(name for name in ("image", "dsm") if getattr(tile, name) is not None)
+    return predict_windows(model, tile, names, window, stride, batch_size, **options)
+
+
 def predict_tile(
     model: nn.Module, image: Raster | None, dsm: Raster | None, *sizes, **options
 ) -> np.ndarray:
@@ -117,10 +131,8 @@ def predict_tile(
 def predict_loaded(
     model: nn.Module, tile: LoadedTile, s: Settings, stride: int, **options
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """`predict_strips` of a tile by the network of a run, which read and scaled it."""
-    image = tile.image if "image" in MODALITIES[s.modalities] else None
-    options |= dict(precision=s.precision, scale=tile.scale)
-    return predict_strips(model, image, tile.dsm, s.crop, stride, **options)
+    """`predict_windows` of a tile by the network of a run, which read and scaled it."""
+    return predict_windows(model, tile, s.rasters, s.crop, stride, precision=s.precision, **options)
 
 
 def _cosine(window: int) -> Tensor:
@@ -162,12 +174,11 @@ def _all_flips(model: nn.Module, inputs: list[Tensor]) -> Tensor:
     return sum(model(*(x.flip(axes) for x in inputs)).float().flip(axes) for axes in turns) / 4
 
 
-def _windows(raster: Raster, boxes: list, window: int, scale: TileScale) -> Tensor:
-    """Windows as a network input, (B, 3, w, w) or (B, w, w); reflected where the raster ends."""
+def _windows(tile: LoadedTile, name: str, boxes: list, window: int) -> Tensor:
+    """Windows as a network input, (B, C, w, w) or (B, w, w); reflected where the raster ends."""
     windows = []
     for box in boxes:
-        pixels, is_image = raster[box], len(raster.shape) == 3
-        array = scale.image_input(pixels) if is_image else scale.height_input(pixels, box)
+        array = tile.input(name, box)
         missing = [(0, 0)] * (array.ndim - 2) + [(0, window - n) for n in array.shape[-2:]]
         windows.append(np.pad(array, missing, mode="reflect"))
     return torch.from_numpy(np.stack(windows))

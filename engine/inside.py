@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import sam_vit
-from mfnet import SIZE_STEP, MFNet, as_three_channels, reflect_pad, round_up
+from mfnet import SIZE_STEP, MFNet, reflect_pad, round_up
 from sam_vit import Attention, Block
 
 CLASSES = 3  # how many classes have heat maps: those with the most predicted pixels
@@ -58,7 +58,8 @@ def look_inside(model: MFNet, encoder: str, rasters: dict[str, Tensor]) -> Insid
     inputs, M, blocks = list(rasters.values()), model.modalities, model.image_encoder.blocks
     bare, seen, before = without_tuner(model, encoder), {}, {}
     logits, _ = model(*inputs, seen=seen), bare(*inputs, seen=before)
-    x = torch.cat([as_three_channels(raster) for raster in inputs])
+    x = [model.rasters.three_channels(m, raster) for m, raster in enumerate(inputs)]
+    x = torch.cat(x).nan_to_num()
     x = reflect_pad(x, *(round_up(n, SIZE_STEP) for n in x.shape[-2:]))
     tokens = model.image_encoder.patch_embed(x)
     positions = sam_vit.resize_positions(model.image_encoder.pos_embed, tokens.shape[1:3])
@@ -116,7 +117,9 @@ def without_tuner(model: MFNet, encoder: str) -> MFNet:
     with torch.device("meta"):
         bare = sam_vit.build_image_encoder(encoder)
     bare.load_state_dict(base, assign=True)
-    return MFNet(bare, model.fusion, model.decoder, model.modalities).eval()
+    plain = MFNet(bare, model.fusion, model.decoder, model.bands)
+    plain.rasters = model.rasters
+    return plain.eval()
 
 
 def query_attention(index: int, block: Block, x: Tensor, place: tuple[int, int]) -> dict:
@@ -173,9 +176,12 @@ def class_heat(
 
 
 def other_ways(model: MFNet, rasters: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """Logits (K, H, W) of the same window with each modality but the first at 0, and with other
-    mixing weights, which are put back."""
+    """Logits (K, H, W) of the same window with each modality but the first at 0, without each that
+    may be missing, and with other mixing weights, which are put back."""
     found = {}
+    for name in rasters if model.rasters.fills is not None else ():
+        gone = rasters | {name: torch.full_like(rasters[name], torch.nan)}
+        found[f"without {name}"] = as_arrays(model(*gone.values()))
     for name in list(rasters)[1:]:
         flat = rasters | {name: torch.zeros_like(rasters[name])}
         found[f"{name} 0 everywhere"] = as_arrays(model(*flat.values()))

@@ -10,7 +10,7 @@ import torch
 from engine.console import Mistake, Ticker
 from engine.pretrained import find_weights
 from engine.settings import Settings
-from geodata.layouts import MODALITIES
+from geodata.layouts import LAYOUTS, image_bands
 from mfnet import MFNet, build_mfnet
 from sam_vit import ImageEncoderViT, LoadReport, load_sam_weights
 
@@ -30,12 +30,22 @@ def build_network(s: Settings, num_classes: int) -> MFNet:
     """A network as a run's settings describe it, with random weights. Seeds torch with the run's
     seed: what `--weights none` trains on is a function of it. Raises Mistake."""
     torch.manual_seed(s.seed)
-    modalities = len(MODALITIES[s.modalities])
+    bands, fills = bands_of(s), s.drop_modality > 0
+    how = dict(fusion=s.fusion, bands=bands, fills=fills, **s.tuner_option)
     try:
-        return build_mfnet(s.encoder, s.tuner, num_classes, modalities, s.fusion, **s.tuner_option)
+        return build_mfnet(s.encoder, s.tuner, num_classes, len(bands), **how)
     except ValueError as error:  # of the tuner's constructor
         listed = " ".join(f"{name}={value}" for name, value in s.tuner_option.items())
         raise Mistake(f"--tuner {s.tuner} with {listed or 'no option'}: {error}") from error
+
+
+def bands_of(s: Settings) -> tuple[int, ...]:
+    """How many bands each raster of a run has."""
+    layout = LAYOUTS.get(s.data)
+    known = {"image": len(image_bands(layout, s.bands, 99)), "dsm": 1}
+    known |= {name: len(kind.bands) for name, kind in (layout.rasters if layout else {}).items()}
+    known |= {name: len(form["bands"]) for name, form in s.kinds.items()}
+    return tuple(known[name] for name in s.rasters)
 
 
 def base_file(s: Settings) -> Path | None:

@@ -18,7 +18,6 @@ from engine.recipes import RECIPES
 from engine.settings import Settings
 from engine.speed import Case, peak_of
 from geodata.crops import sliding_windows
-from geodata.layouts import MODALITIES
 from mfnet import build_mfnet
 from sam_vit import SIZES
 from tuners import TUNERS
@@ -72,7 +71,7 @@ def in_words(s: Settings, dataset: Any, device: torch.device) -> str:
         needs = measure_needs(s, device)
     except RuntimeError as error:
         return f"a step could not be tried ({error})"
-    sizes = [tile.size for tile in dataset.tiles("test", MODALITIES[s.modalities])]
+    sizes = [tile.size for tile in dataset.tiles("test", s.rasters)]
     training, scoring = needs.step * s.steps * s.epochs, needs.window * count_windows(sizes, s)
     used = needs.memory(s.batch_size) / 1000
     return f"about {training:.0f} s of training, {scoring:.0f} s of scoring, {used:.1f} GB"

@@ -90,6 +90,10 @@ def published_protocol(s: Settings) -> Settings:
     return replace(s, repeat_border=True, eval_stride=stride)
 
 
+# Settings that tell where things lie, or that a data set fills in.
+NO_CHANGES = ("data", "root", "out", "plugin", "kinds")
+
+
 def changes(s: Settings) -> dict:
     """What a run's settings change of the recipe of its data set, by name; data and files apart."""
     theirs = with_optimizer({}, recipe(s.data, s.encoder)) | {"data": s.data}
@@ -105,7 +109,7 @@ def changes(s: Settings) -> dict:
         if f.name == "tuner_option":
             ours = {name: v for name, v in ours.items() if v != options[name]}
             found |= {f.name: ours} if ours else {}
-        elif f.name not in ("data", "root", "out", "plugin") and ours != getattr(theirs, f.name):
+        elif f.name not in NO_CHANGES and ours != getattr(theirs, f.name):
             found[f.name] = ours
     return found
 

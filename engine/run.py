@@ -20,7 +20,6 @@ from engine.recipes import command_of, different_from_recipe
 from engine.settings import Settings, held_out_tiles
 from engine.training import Trainer
 from fast import accelerate
-from geodata.layouts import MODALITIES
 from geodata.loading import class_pixels, facts_of, fingerprint, load_tiles, memory_line, share_of
 from geodata.rasters import DataError
 from mfnet import MFNet, count_parameters, trained_names
@@ -49,7 +48,7 @@ class Run:
         self.begin(last)
 
     def open_data(self, dataset: Any, last: dict | None) -> None:
-        s, modalities, world = self.s, MODALITIES[self.s.modalities], self.team.world
+        s, modalities, world = self.s, self.s.rasters, self.team.world
         if s.batch_size % (world * s.accumulate):
             parts = f"{world} processes x {s.accumulate} parts"
             raise Mistake(f"--batch-size {s.batch_size} is no multiple of {parts}")

@@ -18,7 +18,6 @@ from engine.distributed import Team
 from engine.inference import percent, predict_loaded
 from engine.settings import Settings
 from geodata.crops import sliding_windows, window_places
-from geodata.layouts import MODALITIES
 from geodata.rasters import DataError
 from geodata.tiles import LoadedTile, Tile
 
@@ -103,7 +102,7 @@ def score_split(
     is called for each tile, for whoever wants to look at it, and `pause` after each row of windows,
     for whoever wants to stop. The processes of a `team` take turns at the tiles and get the same
     scores. Raises NotFinite where the network's outputs are no numbers."""
-    modalities, K = MODALITIES[s.modalities], len(dataset.classes)
+    modalities, K = s.rasters, len(dataset.classes)
     stride = s.eval_stride if stride is None else stride
     if not 1 <= stride <= s.crop:
         raise Mistake(f"--stride {stride}: give 1 to the window's {s.crop} pixels")
@@ -145,6 +144,8 @@ def score_split(
     if lost and not s.class_weights:
         remedy = "train with --class-weights balanced --balance-crops"
         result["notes"].append(f"{', '.join(lost)}: not one pixel was found; {remedy}")
+    if dataset.withheld:
+        result["without"] = "+".join(dataset.withheld)
     if other is not None:
         kind = "full" if other.full_labels else "eroded"
         unread = [why for why in second.values() if isinstance(why, str)]
@@ -197,6 +198,7 @@ def sum_up(counts: dict[str, np.ndarray], dataset, protocol: dict) -> dict:
         f"{protocol['split']} split, {labels}; mF1 and mIoU average {averaged}; "
         f"OA and kappa count all {K} classes; "
         f"windows of {protocol['window']} at stride {protocol['stride']}, logits averaged, {border}"
+        + (f"; without {'+'.join(dataset.withheld)}" if dataset.withheld else "")
     )
     return {**result, "labels": labels, "per_tile": per_tile}
 
@@ -224,7 +226,9 @@ def format_scores(scores: dict) -> str:
     return "\n".join([*lines, f"({scores['convention']})", *notes])
 
 
-def scores_name(ran: Settings, asked: Settings, split: str, stride: int, final: bool) -> str:
+def scores_name(
+    ran: Settings, asked: Settings, split: str, stride: int, final: bool, without: str = ""
+) -> str:
     """The file for the scores of a run: scores.json for those by its own protocol at its end. What
     was scored otherwise (`asked`, at `stride`) is kept under a name that says how."""
     parts = [] if split == "test" else [split]
@@ -234,4 +238,5 @@ def scores_name(ran: Settings, asked: Settings, split: str, stride: int, final: 
         parts.append("border" if asked.repeat_border else "no-border")
     if asked.full_labels != ran.full_labels:
         parts.append("full-labels" if asked.full_labels else "eroded-labels")
+    parts += [f"without-{without}"] if without else []
     return "_".join(["scores", *parts]) + ".json"

@@ -14,7 +14,8 @@ from functools import partial
 from typing import Callable, get_type_hints
 
 from engine.console import Mistake, unknown
-from geodata.layouts import LABELS, LAYOUTS, MODALITIES
+from geodata.kinds import ordered
+from geodata.layouts import LABELS, LAYOUTS
 from geodata.scaling import Scaling
 from mfnet import MIN_SIZE
 from sam_vit import SIZES
@@ -56,6 +57,7 @@ class Settings:
     full_labels: bool = of_data(False, "score with the full labels where there are eroded ones")
     heights: str = of_data("minmax", "heights: minmax, percentiles, ground, or metres LOW:HIGH")
     heights_kind: str = of_data("", "kind of heights, of several (potsdam: normalised, absolute)")
+    kinds: dict = of_data({}, "")  # the other rasters' `Kind`s; no flag: the data set fills it in
     image_scaling: str = of_data("unit", "images: unit, sam, reflectance, minmax, or LOW:HIGH")
     share: float = of_data(1.0, "share of the training tiles, above 0 to 1; --seed draws which")
     memory_gb: float = of_data(4.5, "memory for training tiles; the others are read crop by crop")
@@ -67,7 +69,9 @@ class Settings:
     relative_positions: str = of_network("sam", "SAM's, or zero as published", ("sam", "zero"))
     tuner: str = of_network("adapter", "how the encoder is tuned", lambda: tuple(TUNERS))
     tuner_option: dict = of_network({}, "an option of the tuner; may be repeated")
-    modalities: str = of_network("image+dsm", "rasters of the network", lambda: tuple(MODALITIES))
+    modalities: str = of_network(
+        "image+dsm", "rasters of the network: image, dsm and others that the data set has, with +"
+    )
     fusion: str = of_network("dfm", "how the maps are merged; sum is the ablation", ("dfm", "sum"))
     plugin: dict = of_network({}, "a file with a tuner, data set or encoder; may be repeated")
 
@@ -79,6 +83,9 @@ class Settings:
         "flips",
         "how crops are varied; the paper says rotations too, its code has flips",
         ("flips", "flips+rotations"),
+    )
+    drop_modality: float = of_training(
+        0.0, "share of crops that each raster is taken from, so that it may be missing later"
     )
     batch_size: int = of_training(10, "crops in a step, over all processes")
     epochs: int = of_training(50, "number of epochs")
@@ -126,6 +133,11 @@ class Settings:
     workers: int = of_machine(-1, "processes that cut crops; -1: 0 on the CPU, 4 with a GPU")
     device: str = of_machine("auto", "auto, cpu, cuda, cuda:1, mps")
 
+    @property
+    def rasters(self) -> tuple[str, ...]:
+        """The names of the rasters, in the order in which the network takes them."""
+        return tuple(self.modalities.split("+"))
+
     @classmethod
     def from_dict(cls, stored: dict, where: str) -> Settings:
         """What `config.json`, `model.pt` or `last.pt` hold, of this version or an earlier one.
@@ -158,6 +170,7 @@ class Settings:
         self.tuner_option = complete_options(self.tuner, self.tuner_option)
         check_ranges(self)
         try:
+            self.modalities = ordered(self.modalities)
             Scaling(self.heights, self.image_scaling)
         except ValueError as error:
             raise Mistake(str(error)) from error
@@ -229,6 +242,9 @@ def check_ranges(s: Settings) -> None:
     need(0 <= s.select_stride <= s.crop, "select_stride", f"give 0 to the crop's {s.crop} pixels")
     need(0 < s.lr < math.inf, "lr", "a positive number is needed")
     need(0 < s.share <= 1, "share", "more than 0 to 1 is needed")
+    need(0 <= s.drop_modality < 1, "drop_modality", "0 to less than 1 is needed")
+    alone = s.drop_modality and "+" not in s.modalities
+    need(not alone, "drop_modality", f"of {s.modalities} alone nothing can be missing")
     need(0 <= s.label_smoothing < 1, "label_smoothing", "0 to less than 1 is needed")
     need(s.select != "val" or bool(s.val), "select", "needs --val: the tiles to hold out")
     need(-1 <= s.seed < 2**32, "seed", "0 to 4294967295 is needed, or -1 to draw one")

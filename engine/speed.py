@@ -127,7 +127,8 @@ def prepare(case: Case, model: MFNet) -> Callable[[], Tensor]:
     image = torch.rand(case.batch, 3, case.crop, case.crop, device=device)
     dsm = torch.rand(case.batch, case.crop, case.crop, device=device)
     labels = torch.randint(CLASSES, dsm.shape, device=device)
-    rasters = (image, dsm)[: model.modalities]
+    more = [torch.rand(case.batch, C, case.crop, case.crop, device=device) for C in model.bands[2:]]
+    rasters = (image, dsm, *more)[: model.modalities]
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.0, 0.9)
     model.train(case.task == "step")
 

@@ -24,6 +24,7 @@ from engine.settings import Settings
 from geodata.layouts import IGNORE
 from mfnet import MFNet
 from sam_vit import WeightsError
+from tuners import tell_present
 
 
 class TrainingStopped(Mistake):
@@ -141,11 +142,19 @@ def encode_in_parts(model: MFNet, parts: int) -> None:
         raise Mistake(f"--accumulate {parts}: {why}; leave it out")
     whole = encoder.forward
 
+    def of_part(x: Tensor, present: Tensor | None) -> Tensor:
+        tell_present(encoder, present)
+        return whole(x)
+
     def forward(x: Tensor, seen: dict | None = None) -> Tensor:
         if seen is not None or not torch.is_grad_enabled():
             return whole(x, seen)
+        present = [None] * parts if encoder.present is None else encoder.present.chunk(parts, dim=1)
         chunks = x.unflatten(0, (M, -1)).chunk(parts, dim=1)  # parts of (M, B / parts, 3, H, W)
-        maps = [checkpoint(whole, part.flatten(0, 1), use_reentrant=False) for part in chunks]
+        maps = [
+            checkpoint(of_part, part.flatten(0, 1), there, use_reentrant=False)
+            for part, there in zip(chunks, present)
+        ]
         return torch.cat([y.unflatten(0, (M, -1)) for y in maps], dim=1).flatten(0, 1)
 
     encoder.forward = forward

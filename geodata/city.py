@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from geodata.canvas import BUILDING, IMPERVIOUS, LOW, PIXEL, Canvas, mix, turned, wave
-from geodata.sensor import measure_heights, photograph, plan_flight
+from geodata.sensor import measure_heights, photograph, plan_flight, scan
 from geodata.things import crown, draw_car, draw_clutter, gable, hedge, pick, slab
 
 # Raise it whenever a tile changes, so that old folders are not taken for new ones.
@@ -30,6 +30,7 @@ class Scene:
     image: np.ndarray  # (H, W, 3) uint8: near infrared, red, green
     dsm: np.ndarray  # (H, W) float32, metres above sea level, NaN where there is no height
     labels: np.ndarray  # (H, W) uint8, 0 to 5
+    intensity: np.ndarray  # (H, W) uint8, of a laser scan
 
 
 def make_tile(
@@ -47,7 +48,8 @@ def make_tile(
     draw_traffic(canvas, plan)
     draw_greenery(canvas)
     image = photograph(canvas, flight)
-    return Scene(image, measure_heights(canvas, image), canvas.labels)
+    dsm, laser = measure_heights(canvas, image), np.random.default_rng((seed, area, 1))
+    return Scene(image, dsm, canvas.labels, scan(canvas, laser))
 
 
 # --------------------------------------------------------------------------------- streets and lots

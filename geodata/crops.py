@@ -115,6 +115,7 @@ class CropDataset(torch.utils.data.Dataset):
     last_pixel: bool = True
     rotations: bool = False
     balanced: int = 0
+    drop: float = 0.0  # the share of samples that each raster is taken from
 
     def __post_init__(self):
         labels = [tile.labels for tile in self.tiles]
@@ -131,20 +132,34 @@ class CropDataset(torch.utils.data.Dataset):
         return around_pixel(c, place, sizes[place[0]], *how, rng)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], Tensor]:
-        """([image (3, h, w), dsm (h, w)] as the modalities ask, labels (h, w) int64).
+        """([image (3, h, w), dsm (h, w), other rasters (C, h, w)] as the modalities ask, labels (h,
+        w) int64). What is missing or dropped is NaN throughout.
 
         A tile smaller than the crop is continued by reflection; what was added is never scored."""
         c, rasters = self.draw(*key), []
         tile = self.tiles[c.tile]
         cut = np.s_[c.top : c.top + self.crop, c.left : c.left + self.crop]
-        for kind in self.modalities:
-            if kind == "image":
-                raster = tile.scale.image_input(tile.image[cut])
-            else:
-                raster = tile.scale.height_input(tile.dsm[cut], cut)
+        gone = draw_missing(
+            (self.seed, *key), [n in tile.lacking for n in self.modalities], self.drop
+        )
+        for name, is_gone in zip(self.modalities, gone):
+            raster = tile.input(name, cut)
+            raster = np.full_like(raster, np.nan) if is_gone else raster
             rasters.append(_tensor(_fit(raster, self.crop, mode="reflect"), c))
         labels = _fit(tile.labels[cut], self.crop, mode="constant", constant_values=IGNORE)
         return rasters, _tensor(labels, c).long()
+
+
+def draw_missing(key: tuple[int, int, int], lacking: list[bool], drop: float) -> list[bool]:
+    """Which rasters a sample goes without: those that it lacks, and of the others each with the
+    probability `drop`, but never all. A function of its arguments."""
+    if not drop:
+        return lacking
+    rng = np.random.default_rng((*key, 2))  # crops are drawn from others
+    gone, own = rng.random(len(lacking)) < drop, np.array(lacking)
+    if (gone | own).all():
+        gone[rng.choice(np.flatnonzero(~own))] = False
+    return (gone | own).tolist()
 
 
 def _fit(array: np.ndarray, size: int, **options) -> np.ndarray:

@@ -84,6 +84,15 @@ def check_tile(tile: Tile, modalities: tuple[str, ...]) -> tuple[str, list[str],
                 f"SUSPICIOUS: {int((dsm == value).sum()):,} pixels are {value:g} m high; if that "
                 f"stands for no data, say so: gdal_edit.py -a_nodata {value:g} FILE"
             )
+    for name in modalities:
+        if name in tile.kinds:
+            bands = tile.read(name)
+            low, high = np.nanmin(bands), np.nanmax(bands)
+            line.append(f"{name} {low:.4g} to {high:.4g} {tile.kinds[name].unit}".rstrip())
+            if low == high:
+                remarks.append(f"SUSPICIOUS: all of {name} is {low:g}")
+            if (share := float(np.isnan(bands).all(axis=-1).mean())) > MUCH:
+                remarks.append(f"SUSPICIOUS: {100 * share:.1f} % of {name} are no data")
     labels = tile.read_labels()
     present, ignored = np.unique(labels[labels != IGNORE]), float((labels == IGNORE).mean())
     line.append(f"{len(present)} classes, {100 * ignored:.2f} % not scored")

@@ -235,7 +235,7 @@ def on_grid(source: View, source_grid: Grid, target: Grid, size: tuple[int, int]
         part_of = target.moved(*(part.start for part in parts))
         return lay(source[tuple(needed)], moved, part_of, tuple(map(len, parts)))
 
-    return View(size, source.dtype, read)
+    return View((*size, *source.shape[2:]), source.dtype, read)
 
 
 def nearest(array: np.ndarray, source: Grid, target: Grid, size: tuple[int, int]) -> np.ndarray:
@@ -251,7 +251,10 @@ def nearest(array: np.ndarray, source: Grid, target: Grid, size: tuple[int, int]
 def resample(array: np.ndarray, source: Grid, target: Grid, size: tuple[int, int]) -> np.ndarray:
     """Heights (h, w) float32, NaN where missing, laid bilinearly on the target's grid -> (H, W)
     float32. A pixel is the weighted mean of its valid neighbours, NaN where there is none, and
-    outside the source."""
+    outside the source. Several bands (h, w, C) one by one."""
+    if array.ndim == 3:
+        bands = [resample(band, source, target, size) for band in np.moveaxis(array, -1, 0)]
+        return np.stack(bands, axis=-1)
     (rows, above), (columns, beside) = places_in(source, target, array.shape, size)
     valid = np.isfinite(array)
     known, weights = np.where(valid, array, 0).astype(np.float32), valid.astype(np.float32)

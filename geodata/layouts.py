@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from geodata.kinds import Kind
+from geodata.slices import DataError
+
 Classes = tuple[tuple[str, tuple[int, int, int]], ...]
 
 IGNORE = 255
 LABELS = ("dataset", "published")  # decoded with their defects repaired, or as published
-MODALITIES = {"image": ("image",), "dsm": ("dsm",), "image+dsm": ("image", "dsm")}
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Layout:
     listed: dict[str, tuple[str, ...]] = field(default_factory=dict)
     codes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # LABELS -> class of raw codes
     coded: tuple[str, ...] = ()  # the label patterns that hold raw codes
+    rasters: dict[str, Kind] = field(default_factory=dict)  # besides image and heights
 
     def describe(self) -> str:
         """The files of a tile, by their first patterns."""
@@ -86,6 +89,10 @@ VAIHINGEN = Layout(
     pixel=0.09,
     source=ISPRS_SOURCE,
     unscored_color=UNSCORED_COLOR,
+    # Of a laser scan, gridded; ISPRS gives points.
+    rasters={
+        "intensity": Kind(scaling="unit", patterns=("intensity/intensity_09cm_area{id}.tif",))
+    },
 )
 
 _POTSDAM_TRAIN = tuple(
@@ -136,6 +143,7 @@ POTSDAM = Layout(
     pixel=0.05,
     source=ISPRS_SOURCE,
     unscored_color=UNSCORED_COLOR,
+    rasters={"nir": Kind((3,), "unit", patterns=(_RGBIR,))},
 )
 
 _LAND_COVER = ("{folder}/lc/lc_{id}.tif", "{folder}/lc/{id}.tif")
@@ -188,6 +196,11 @@ HUNAN = Layout(
         "published": (_X, 0, 1, 2, _X, 3, 4, _X, 5, 6, _X, _X, _X),
     },
     coded=_LAND_COVER,
+    rasters={
+        "s1": Kind(
+            (0, 1), "-30:0", "dB", patterns=("{folder}/s1/s1_{id}.tif", "{folder}/s1/{id}.tif")
+        )
+    },
 )
 
 LAYOUTS: dict[str, Layout] = {
@@ -202,3 +215,22 @@ DATASETS = (*LAYOUTS, "tiles")
 # Scored pixels of the paper's Vaihingen test tiles with eroded labels, by class: who counts the
 # same reads the same.
 VAIHINGEN_TEST_PIXELS = (4_804_365, 5_422_947, 2_902_710, 4_392_760, 148_677, 6_216)
+
+
+def image_bands(layout: Layout | None, bands: str, count: int) -> tuple[int, ...]:
+    """The bands, from 0, that `bands` means in an image file of `count` bands. Raises DataError."""
+    if bands and all(part.strip().isdigit() for part in bands.split(",")):
+        chosen = tuple(int(part) - 1 for part in bands.split(","))
+        if min(chosen) >= 0:
+            return chosen
+    elif layout is None and not bands:
+        return (0, 1, 2)
+    elif layout is not None and (bands in layout.image or not bands):
+        variants = [numbers for _, numbers in layout.image[bands or next(iter(layout.image))]]
+        return max((v for v in variants if max(v) < count), key=max, default=variants[0])
+    raise DataError(f"--bands {bands}: give {_band_choices(layout)}")
+
+
+def _band_choices(layout: Layout | None) -> str:
+    image = layout.image if layout else {}
+    return ", ".join([*image, "or " * bool(image) + "bands counted from 1, as in 4,3,2"])

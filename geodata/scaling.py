@@ -13,6 +13,8 @@ numbers of one tile.
               reflectance  0 to 0.4, clipped; above 10 in ten-thousandths; 8 bits are `unit`
               minmax       each image and band from its own lowest to its highest
     both      minmax8      minmax, truncated to 8 bits, as the published MMHunan was prepared
+    others    percentiles  each raster and band between its 1st and 99th percentile, clipped
+              unit, LOW:HIGH, reflectance, minmax as for images, clipped
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ GROUND_SPAN = 30.0  # metres above the ground that become 1
 CELLS = 32  # of the ground's grid in GROUND_WIDTH
 ABSURD = 3  # different absurd heights: fewer stand for no data, as -9999 does
 HEIGHTS = ("minmax", "minmax8", "percentiles", "ground")
+BAND_SCALINGS = ("percentiles", "minmax", "unit", "reflectance")
 IMAGES = ("unit", "sam", "reflectance", "minmax", "minmax8")
 
 
@@ -109,6 +112,31 @@ def measure(
     return TileScale(**numbers, eight_bits=tuple(kind for kind, c in chosen if c == "minmax8"))
 
 
+def measure_bands(choice: str, pixels: Raster, top: float) -> TileScale:
+    """The numbers of a raster (H, W, C) that is neither image nor heights, NaN where it has no
+    data; `unit` makes `top` 1. Raises DataError where it has none at all."""
+    C = pixels.shape[2]
+    ends = [(np.fmin.reduce(p), np.fmax.reduce(p)) for p in data_pixels(pixels)]
+    low, high = np.fmin.reduce([e[0] for e in ends]), np.fmax.reduce([e[1] for e in ends])
+    if not np.isfinite(low).any():
+        raise DataError("holds no pixel with data; leave the tile out or replace the file")
+    if choice == "percentiles":
+        low, high = np.nanpercentile(sparse_rows(pixels).reshape(-1, C), (1, 99), axis=0)
+    elif choice != "minmax":
+        bright = 10_000 if np.nanmax(high) > 10 else 1
+        fixed = {"unit": (0, top), "reflectance": (0, REFLECTANCE * bright)}
+        low, high = (np.full(C, end) for end in fixed.get(choice) or fixed_range(choice))
+    low, span = np.nan_to_num(low), np.nan_to_num(high - low)
+    return TileScale(image=(low, np.where(span > 0, span, 1)), clip_image=True)
+
+
+def sparse_rows(raster: Raster) -> np.ndarray:
+    """About a thousand rows and columns of what slices like an array."""
+    (H, W), step = raster.shape[:2], max(1, raster.shape[1] // 1000)
+    rows = range(0, H, max(1, H // 1000))
+    return np.concatenate([raster[row : row + 1, 0:W][:, ::step] for row in rows])
+
+
 def truncate(values: np.ndarray) -> np.ndarray:
     """0 to 1 -> the 255th below, as a conversion to 8 bits does."""
     return np.floor(np.float32(255) * values) / np.float32(255)
@@ -127,11 +155,8 @@ def _measure_heights(
         ground, cell = local_ground(dsm, GROUND_WIDTH / pixel)
         return dict(heights=(0.0, GROUND_SPAN), clip_heights=True, ground=ground, cell=cell)
     ends = fixed_range(choice)
-    if ends is None:  # percentiles, of about a thousand rows and columns
-        (H, W), step = dsm.shape, max(1, dsm.shape[1] // 1000)
-        rows = range(0, H, max(1, H // 1000))
-        sparse = np.concatenate([dsm[row : row + 1, 0:W][:, ::step] for row in rows])
-        ends = tuple(float(v) for v in np.percentile(sparse, (1, 99)))
+    if ends is None:
+        ends = tuple(float(v) for v in np.percentile(sparse_rows(dsm), (1, 99)))
     return dict(heights=ends, clip_heights=True)
 
 
@@ -189,6 +214,21 @@ def scale_heights(dsm: np.ndarray, low_high: tuple[float, float]) -> np.ndarray:
     """Metres -> [0, 1] float32 over the range of the tile; 0 where it is flat."""
     low, high = low_high
     return ((dsm - low) / (high - low if high > low else 1.0)).astype(np.float32)
+
+
+def band_pixels(
+    raster: Raster, bands: tuple[int, ...], nodata: float | None, box: Box
+) -> np.ndarray:
+    """The chosen bands (h, w, C) float32, NaN where the file has no data, is `nodata`, or has no
+    number."""
+    raw = raster[box]
+    where = raster.valid(box, raw)
+    raw = (raw if raw.ndim == 3 else raw[..., None])[..., list(bands)]
+    out = raw.astype(np.float32)
+    out[~np.isfinite(out) | (False if nodata is None else raw == nodata)] = np.nan
+    if where is not None:
+        out[~where] = np.nan
+    return out
 
 
 # ---------------------------------------------------------------------------------- missing, ground

@@ -1,5 +1,5 @@
 """What camera, sun and image matching make of a tile of the procedural city: the image, and the
-heights.
+heights; and what a laser scanner makes of it.
 
 A `Flight` is the day and the hour. The training tiles and the test tiles are flown on days that
 overlap: the latter mostly later in the year, under a lower sun. The heights come from matching
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from geodata.canvas import PIXEL, Canvas, blur, direction, mix, noise
+from geodata.canvas import CAR, PIXEL, TREE, Canvas, blur, direction, mix, noise
 
 SKY, SUN = (0.92, 1.00, 1.12), (1.04, 1.00, 0.94)  # colours of the light
 HAZE = (0.42, 0.47, 0.52)
@@ -138,3 +138,27 @@ def melt(rng: np.random.Generator, surface: np.ndarray, share: float) -> np.ndar
         grown = blur(grown, step)
     where = np.clip(0.5 + 0.7 * noise(rng, surface.shape, 30), 0, 0.8)
     return blur(blur(surface + share * where * (grown - surface)))
+
+
+# ------------------------------------------------------------------------------------ a laser scan
+
+LEAVES_RETURN = 0.55  # of a pulse, the share that a crown's first echo gets; the rest goes on
+CHROME, LACQUER = 1.6, 0.25  # what metal sends back, facing the scanner and away from it
+
+
+def scan(canvas: Canvas, rng: np.random.Generator) -> np.ndarray:
+    """The intensity of a laser scan at 1064 nm, uint8 (H, W): the scanner brings its own light, so
+    that there is no shadow in it, and water swallows it.
+
+    A pulse lights a spot; crowns split it, and metal sends it back or away. `rng` is its own, so
+    that what the camera sees stays as it was."""
+    metal = np.where(noise(rng, canvas.shape, 8) > 0.4, np.float32(CHROME), np.float32(LACQUER))
+    crown = LEAVES_RETURN * (1 + 0.5 * noise(rng, canvas.shape, 3))
+    back = canvas.albedo[..., 0].copy()  # near infrared
+    back = np.where((canvas.labels == CAR) & ~canvas.moving, metal * (0.3 + back), back)
+    back = np.where(canvas.labels == TREE, crown * back, back)
+    flown = 1 + 0.10 * noise(rng, canvas.shape, 90)  # strips at other angles and ranges
+    speckle = 1 + 0.22 * noise(rng, canvas.shape, 2)
+    spot = blur(blur((back * flown * speckle).astype(np.float32), 1), 2)
+    spot += 0.02 * noise(rng, canvas.shape, 1)
+    return np.clip(230 * spot + 0.5, 0, 255).astype(np.uint8)

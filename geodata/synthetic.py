@@ -54,17 +54,19 @@ def erode_labels(labels: np.ndarray, radius: int = 3) -> np.ndarray:
 
 
 def tile_paths(root: Path, area: int) -> dict[str, Path]:
-    """The four files of a tile in Vaihingen's layout."""
+    """The five files of a tile in Vaihingen's layout."""
     patterns = {"image": VAIHINGEN.image["irrg"][0][0], "dsm": VAIHINGEN.dsm["absolute"][1][0]}
     patterns |= {"labels": VAIHINGEN.labels[0], "eroded": VAIHINGEN.test_labels[0]}
+    patterns["intensity"] = VAIHINGEN.rasters["intensity"].patterns[0]
     return {kind: Path(root) / pattern.format(id=area) for kind, pattern in patterns.items()}
 
 
 def write_vaihingen(root: Path, area: int, scene: Scene) -> None:
-    """Near infrared, red, green; heights in metres; full and eroded labels."""
+    """Near infrared, red, green; heights in metres; full and eroded labels; a laser's echoes."""
     paths = tile_paths(root, area)
     write_tiff(paths["image"], scene.image)
     write_heights(paths["dsm"], scene.dsm)
+    write_tiff(paths["intensity"], scene.intensity)
     write_tiff(paths["labels"], label_colors(scene.labels), compression="zlib")
     write_tiff(paths["eroded"], label_colors(erode_labels(scene.labels)), compression="zlib")
 

@@ -17,11 +17,23 @@ from typing import Callable
 import numpy as np
 
 from geodata.grids import Grid, nearest, on_grid, read_grid, resample, same_grid
+from geodata.kinds import Kind
 from geodata.labels import Legend, listed
 from geodata.layouts import IGNORE, Classes, Layout
 from geodata.rasters import open_raster
-from geodata.scaling import Scaling, TileScale, fill, height_limits, measure, metres, valid_heights
-from geodata.slices import Box, DataError, Raster, View, row_strips, strip_boxes, view_of
+from geodata.scaling import (
+    Scaling,
+    TileScale,
+    band_pixels,
+    fill,
+    height_limits,
+    measure,
+    measure_bands,
+    metres,
+    type_range,
+    valid_heights,
+)
+from geodata.slices import Box, DataError, Raster, View, ranges, row_strips, strip_boxes, view_of
 
 MUCH = 0.05  # the share of pixels without height that is told in percent
 FAR = 1.5  # times the pixel size of training, or the span of its heights, that is told
@@ -32,11 +44,11 @@ NEAR = 2  # pixels that the files of a tile may differ by; Vaihingen's do by one
 class Tile:
     """The files of one tile, opened on demand.
 
-    All of them are cut to the size they have in common, but for heights and labels on another grid,
-    which are resampled."""
+    All of them are cut to the size they have in common, but for those on another grid than the
+    image, which are resampled."""
 
     name: str
-    paths: dict[str, Path]  # image, and where they exist dsm, labels
+    paths: dict[str, Path]  # image, and where they exist dsm, labels, and other rasters by name
     classes: Classes
     unscored_color: tuple[int, int, int] | None = None
     ignore_index: int = IGNORE  # the value of single-band labels that is not scored
@@ -51,6 +63,9 @@ class Tile:
     missing_heights: int = 0  # pixels that were filled
     height_limits: tuple[float, float] | None = None  # metres, once the heights are read
     unknown_labels: int = 0  # pixels that `read_labels` found to fit no class
+    kinds: dict[str, Kind] = field(default_factory=dict)  # of the rasters besides image and heights
+    may_lack: bool = False  # the network takes a tile that lacks some of its rasters
+    withheld: tuple[str, ...] = ()  # rasters that the network is not given
     rasters: dict[str, Raster] = field(default_factory=dict, repr=False)
 
     def raster(self, kind: str) -> Raster:
@@ -71,14 +86,14 @@ class Tile:
     @property
     def base(self) -> str:
         """The kind of file on whose grid the tile lies."""
-        return next(kind for kind in ("image", "dsm", "labels") if kind in self.paths)
+        return next(kind for kind in ("image", "dsm", *self.kinds, "labels") if kind in self.paths)
 
     @cached_property
     def grids(self) -> dict[str, tuple[Grid, Grid]]:
-        """Of heights and labels that lie on another grid than the image: theirs and the image's."""
+        """Of files that lie on another grid than the image: theirs and the image's."""
         found, base = {}, self.raster(self.base)
-        for kind in () if self.one_grid else ("dsm", "labels"):
-            if kind in self.paths and kind != self.base:
+        for kind in () if self.one_grid else self.paths:
+            if kind != self.base:
                 raster = self.raster(kind)
                 theirs, own = read_grid(raster), read_grid(base)
                 near = np.abs(np.subtract(raster.shape[:2], base.shape[:2])).max() <= NEAR
@@ -105,7 +120,7 @@ class Tile:
     def _on_tile(self, kind: str, view: View, lay: Callable) -> View:
         """A view of a whole file, as far as it belongs to the tile."""
         if kind not in self.grids:
-            return replace(view, shape=self.size)
+            return replace(view, shape=(*self.size, *view.shape[2:]))
         self._note(f"{'heights' if kind == 'dsm' else kind} resampled to the image's grid")
         try:
             return on_grid(view, *self.grids[kind], self.size, lay)
@@ -114,17 +129,23 @@ class Tile:
 
     # -------------------------------------------------------------------------------------- images
 
+    def read(self, name: str) -> np.ndarray:
+        """A raster by its name: `read_image`, `read_dsm`, `read_labels`, or the bands (H, W, C)
+        float32 of another one, NaN where it has no data."""
+        known = {"image": self.read_image, "dsm": self.read_dsm, "labels": self.read_labels}
+        return known[name]() if name in known else self._bands(name)[:, :]
+
     def read_image(self) -> np.ndarray:
-        """(H, W, C), the chosen bands in the file's own type, C = 3 for any network."""
+        """(H, W, C), the chosen bands in the file's own type."""
         return self._image()[:, :]
 
     def _image(self) -> View:
         """The image behind slices, checked. Raises DataError by file."""
         raster = self.raster("image")
-        if raster.bands < 3:
+        if raster.bands < 3 and self.bands == (0, 1, 2):
             palette = raster.colours == "palette"
             expand = "; expand its colour table: gdal_translate -expand rgb IN OUT.tif" * palette
-            wanted = f"an image of three or more bands is needed, not {raster.shape}"
+            wanted = f"an image of three or more bands is needed, not {raster.shape}; see --bands"
             raise DataError(f"{raster.path}: {wanted}{expand}")
         if max(self.bands) >= raster.bands:
             missing = f"band {max(self.bands) + 1} is asked for; see --bands"
@@ -135,6 +156,25 @@ class Tile:
         if problem := self._pixel_problem(view):
             raise DataError(f"{raster.path}: {problem}")
         return view
+
+    def _bands(self, name: str) -> View:
+        """A raster besides image and heights behind slices. Raises DataError by file."""
+        raster, kind = self.raster(name), self.kinds[name]
+        if (last := max(kind.bands) + 1) > raster.bands:
+            found = f"has {raster.bands} band{'s' * (raster.bands > 1)}"
+            raise DataError(f"{raster.path}: {found}, and {name} is made of band {last}")
+        read = partial(band_pixels, raster, kind.bands, kind.nodata)
+        shape = (*raster.shape[:2], len(kind.bands))
+        return self._on_tile(name, View(shape, np.dtype(np.float32), read), resample)
+
+    def _open_bands(self, name: str, keep: bool) -> tuple[np.ndarray | View, TileScale]:
+        """A raster besides image and heights, and its scale, in memory or behind slices."""
+        view, raster = self._bands(name), self.raster(name)
+        bands = view[:, :] if keep else view
+        try:
+            return bands, measure_bands(self.kinds[name].scaling, bands, type_range(raster.dtype))
+        except DataError as error:
+            raise DataError(f"{raster.path}: {error}") from None
 
     def _pixel_problem(self, view: View) -> str | None:
         """Why no network can be given the pixels of an image, with what helps."""
@@ -154,9 +194,13 @@ class Tile:
 
     def without_data(self) -> Callable[[slice], np.ndarray] | None:
         """For a slice of rows, where a map of the tile has no data: (n, W) bool; None for a tile
-        without such places. That is where the image has none, or, without an image, the heights."""
+        without such places. That is where the image has none, or, without an image, the heights or
+        the first of the other rasters."""
         columns = slice(0, self.size[1])
-        if "image" not in self.paths:
+        if self.base in self.kinds:
+            bands = self._bands(self.base)
+            return lambda rows: np.isnan(bands[rows, columns]).all(axis=-1)
+        if self.base == "dsm":
             heights = self.heights()
             return lambda rows: ~valid_heights(heights[rows, columns])
         raster = open_raster(self.paths["image"])  # with segments of its own
@@ -271,23 +315,31 @@ class Tile:
         """Everything that a network of `modalities` needs, in memory; with the image and labels if
         there are any.
 
-        With `held`, image, dsm and labels that are named there stay in memory in the types of their
+        With `held`, the rasters that are named there stay in memory in the types of their
         files, the others in their files, out of which every crop is cut. All of them are read once
         or twice, from top to bottom, to be checked and measured."""
-        self.check_modalities(modalities)
+        lacking = self.check_modalities(modalities)
         image = dsm = labels = None
         scale, kept = TileScale(), self.paths.keys() if held is None else held
-        if "dsm" in modalities:
+        if "dsm" in modalities and "dsm" not in lacking:
             keep = "array" if held is None else "memory" if "dsm" in held else "file"
             dsm, scale = self._open_heights(keep)
-        if "image" in self.paths and ("image" in modalities or held is None):
+        wanted = "image" in modalities or held is None
+        if wanted and "image" in self.paths and "image" not in self.withheld:
             image, scale = self._open_image("image" in kept, scale)
         if "labels" in self.paths and labelled:
             labels = self.read_labels()
             if "labels" not in kept:
                 labels = view_of(self._labels(), self.legend.finish, dtype=np.uint8)
+        others = [name for name in modalities if name in self.kinds and name not in lacking]
+        opened = {name: self._open_bands(name, name in kept) for name in others}
         self.rasters = {}
-        return LoadedTile(self.name, image, dsm, labels, scale)
+        loaded = LoadedTile(self.name, image, dsm, labels, scale)
+        loaded.more = {name: bands for name, (bands, _) in opened.items()}
+        loaded.scales = {name: own for name, (_, own) in opened.items()}
+        loaded.lacking = {name: self.count_bands(name) for name in lacking}
+        loaded.units = {name: self.kinds[name].unit for name in others}
+        return loaded
 
     def open(self, modalities: tuple[str, ...]) -> LoadedTile:
         """What `load` gives a network, without labels, and left in the files."""
@@ -306,22 +358,34 @@ class Tile:
         """Opens every file, reads a few rows of the image, and heights and labels as a whole.
         Raises DataError for whatever `load` would stumble over there."""
         again = replace(self, notes=[], rasters={})
-        again.check_modalities(modalities)
+        lacking = again.check_modalities(modalities)
         if "image" in self.paths:
             view = again._image()
             for row in (0, view.shape[0] // 2, view.shape[0] - 1):
                 view[row : row + 1, :]
-        if "dsm" in modalities:
+        if "dsm" in modalities and "dsm" not in lacking:
             again._open_heights("file")
+        for name in modalities:
+            if name in self.kinds and name not in lacking:
+                again._open_bands(name, keep=False)
         if "labels" in self.paths:
             again.read_labels()
 
-    def check_modalities(self, modalities: tuple[str, ...]) -> None:
-        """Raises DataError where a network of `modalities` cannot be given the tile."""
-        if "dsm" in modalities and "dsm" not in self.paths:
-            raise DataError(f"tile {self.name} has no heights; add them, or use --modalities image")
-        if len(self.bands) != 3:
-            raise DataError(f"a network takes three bands, not {len(self.bands)}; see --bands")
+    def check_modalities(self, modalities: tuple[str, ...]) -> list[str]:
+        """The rasters that the tile lacks of those of a network. Raises DataError where the network
+        cannot be given the tile."""
+        lacking = [n for n in modalities if n not in self.paths or n in self.withheld]
+        if lacking and (not self.may_lack or len(lacking) == len(modalities)):
+            what = "heights" if lacking[0] == "dsm" else lacking[0]
+            rest = "+".join(n for n in modalities if n not in lacking)
+            ways = f", use --modalities {rest}, or train with --drop-modality 0.3" if rest else ""
+            raise DataError(f"tile {self.name} has no {what}; add it, leave the tile out{ways}")
+        return lacking
+
+    def count_bands(self, name: str) -> int:
+        """The bands of a raster that a network takes."""
+        bands = self.bands if name == "image" else (0,) if name == "dsm" else self.kinds[name].bands
+        return len(bands)
 
     def stays_in_file(self, kind: str) -> bool:
         """Whether crops can be cut out of the file at the cost of a crop."""
@@ -333,6 +397,8 @@ class Tile:
         if kind == "labels":
             return H * W
         size = self.raster(kind).dtype.itemsize
+        if kind in self.kinds:
+            return H * W * self.count_bands(kind) * 4
         return H * W * (len(self.bands) * size if kind == "image" else 1 if size == 1 else 4)
 
     def far_from(self, facts: dict) -> list[str]:
@@ -371,17 +437,34 @@ class LoadedTile:
     in their files."""
 
     name: str
-    image: np.ndarray | View | None  # (H, W, 3) in the type of its file
+    image: np.ndarray | View | None  # (H, W, C) in the type of its file
     dsm: np.ndarray | View | None  # (H, W) float32 metres
     labels: np.ndarray | View | None  # (H, W) uint8
     scale: TileScale = TileScale()
+    more: dict[str, np.ndarray | View] = field(default_factory=dict)  # (H, W, C) float32 by name
+    scales: dict[str, TileScale] = field(default_factory=dict)  # of those
+    units: dict[str, str] = field(default_factory=dict)  # of those
+    lacking: dict[str, int] = field(default_factory=dict)  # rasters that are missing -> bands
 
     @property
     def size(self) -> tuple[int, int]:
-        return next(a for a in (self.image, self.dsm) if a is not None).shape[:2]
+        return self.rasters()[0].shape[:2]
 
     def rasters(self) -> list[np.ndarray | View]:
-        return [raster for raster in (self.image, self.dsm, self.labels) if raster is not None]
+        rasters = (self.image, self.dsm, *self.more.values(), self.labels)
+        return [raster for raster in rasters if raster is not None]
+
+    def input(self, name: str, box: Box) -> np.ndarray:
+        """What a network is given of a raster inside a box: (C, h, w) or (h, w) float32, NaN
+        throughout where it is missing."""
+        if name in self.lacking:
+            size = (len(part) for part in ranges(box, self.size))
+            return np.full((self.lacking[name], *size), np.nan, np.float32)
+        if name == "image":
+            return self.scale.image_input(self.image[box])
+        if name == "dsm":
+            return self.scale.height_input(self.dsm[box], box)
+        return np.nan_to_num(self.scales[name].image_input(self.more[name][box]))
 
     def nbytes(self) -> int:
         return sum(raster.nbytes for raster in self.rasters())

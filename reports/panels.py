@@ -49,7 +49,19 @@ def raster_pictures(tile: LoadedTile) -> dict[str, np.ndarray]:
     if tile.dsm is not None:
         low, high = tile.dsm.min(), tile.dsm.max()
         found[f"height, {low:.1f} to {high:.1f} m"] = shade_heights(tile.dsm)
+    for name, bands in tile.more.items():
+        low, high = np.nanmin(bands), np.nanmax(bands)
+        pixels = np.nan_to_num(tile.scales[name].image_input(bands)).transpose(1, 2, 0)
+        caption = f"{name}, {low:.3g} to {high:.3g} {tile.units[name]}".rstrip()
+        found[caption] = (as_colors(pixels) * 255).astype(np.uint8)
     return found
+
+
+def as_colors(pixels: np.ndarray) -> np.ndarray:
+    """(H, W, C) -> (H, W, 3): one band grey, two with their mean, of more the first three."""
+    if pixels.shape[2] == 2:
+        return np.concatenate([pixels, pixels.mean(axis=2, keepdims=True)], axis=2)
+    return pixels[..., :3] if pixels.shape[2] > 2 else pixels.repeat(3, axis=2)
 
 
 def shrunk(pixels: np.ndarray, way: Resampling = Resampling.BOX) -> Image.Image:
@@ -92,7 +104,7 @@ def assemble(
 def visible(tile: LoadedTile) -> np.ndarray:
     """(H, W, 3) uint8 of the image as the network takes it; what is not in 0 to 1, as by SAM's
     mean, stretched to it."""
-    pixels = tile.scale.image_input(tile.image).transpose(1, 2, 0)
+    pixels = as_colors(tile.scale.image_input(tile.image).transpose(1, 2, 0))
     if pixels.min() < 0 or pixels.max() > 1:
         pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min())
     return (pixels * 255).astype(np.uint8)
