@@ -221,9 +221,9 @@ class Decoder(nn.Module):
 class Rasters(nn.Module):
     """What rasters need besides the encoder, which takes three channels of every one of them.
 
-    One of 2, or of 4 and more bands has a 1x1 convolution to three channels, which starts as its
-    first three bands (of two: both, and their mean) and is trained. With `fills` each has a vector
-    that stands for the encoder's map of it where it is missing.
+    One of 2, or of 4 and more bands has a 1x1 convolution to three channels, which starts as means
+    of neighbouring bands (of two: both, and their mean) and is trained. With `fills` each has a
+    vector that stands for the encoder's map of it where it is missing.
     """
 
     def __init__(self, bands: tuple[int, ...], fills: bool):
@@ -231,8 +231,10 @@ class Rasters(nn.Module):
         several = {str(m): C for m, C in enumerate(bands) if C not in (1, 3)}
         self.projections = nn.ModuleDict({m: nn.Conv2d(C, 3, 1) for m, C in several.items()})
         for m, C in several.items():
-            start = torch.tensor([[1, 0], [0, 1], [0.5, 0.5]]) if C == 2 else torch.eye(3, C)
-            self.projections[m].weight.data = start[:, :, None, None].clone()
+            groups = [[0], [1], [0, 1]] if C == 2 else torch.arange(C).tensor_split(3)
+            nn.init.zeros_(self.projections[m].weight)
+            for weights, group in zip(self.projections[m].weight.data, groups):
+                weights[group] = 1 / len(group)
             nn.init.zeros_(self.projections[m].bias)
         self.fills = nn.Parameter(torch.zeros(len(bands), 256)) if fills else None
 

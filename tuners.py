@@ -86,12 +86,11 @@ def mix_modalities(u: Tensor, weights: Tensor) -> Tensor:
 def mix_present(u: Tensor, weights: Tensor) -> Tensor:
     """`mix_modalities` where some modalities are missing from some images."""
     M, B = weights.present.shape
-    there = weights.present.repeat_interleave(u.shape[1] // B, dim=1)
-    there = there.view(M, -1, *[1] * (u.ndim - 2)).to(u.dtype)
+    x, there = u.reshape(M, B, -1), weights.present[..., None].to(u.dtype)
     others = there.sum(dim=0) - there  # how many
-    mean = ((there * u).sum(dim=0) - there * u) / others.clamp(min=1)
-    w = weights.view(M, *[1] * (u.ndim - 1))
-    return torch.where(others > 0, w * u + (1 - w) * mean, u)
+    mean = ((there * x).sum(dim=0) - there * x) / others.clamp(min=1)
+    w = weights.view(M, 1, 1)
+    return torch.where(others > 0, w * x + (1 - w) * mean, x).view_as(u)
 
 
 def tell_present(encoder: nn.Module, present: Tensor | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from typing import Sequence
 
 import torch
@@ -152,7 +153,7 @@ def encode_in_parts(model: MFNet, parts: int) -> None:
         present = [None] * parts if encoder.present is None else encoder.present.chunk(parts, dim=1)
         chunks = x.unflatten(0, (M, -1)).chunk(parts, dim=1)  # parts of (M, B / parts, 3, H, W)
         maps = [
-            checkpoint(of_part, part.flatten(0, 1), there, use_reentrant=False)
+            checkpoint(partial(of_part, present=there), part.flatten(0, 1), use_reentrant=False)
             for part, there in zip(chunks, present)
         ]
         return torch.cat([y.unflatten(0, (M, -1)) for y in maps], dim=1).flatten(0, 1)

@@ -146,7 +146,12 @@ POTSDAM = Layout(
     rasters={"nir": Kind((3,), "unit", patterns=(_RGBIR,))},
 )
 
-_LAND_COVER = ("{folder}/lc/lc_{id}.tif", "{folder}/lc/{id}.tif")
+
+def _of_folder(name: str) -> tuple[str, str]:
+    return f"{{folder}}/{name}/{name}_{{id}}.tif", f"{{folder}}/{name}/{{id}}.tif"
+
+
+_LAND_COVER = _of_folder("lc")
 _PREPARED = "masks_png/{id}.tif"
 _HUNAN_TEST = """
     11767 11816 1239 12626 12815 1290 1303 13254 13257 13515 13765 14108 14293 15426 1625 16373
@@ -197,9 +202,9 @@ HUNAN = Layout(
     },
     coded=_LAND_COVER,
     rasters={
-        "s1": Kind(
-            (0, 1), "-30:0", "dB", patterns=("{folder}/s1/s1_{id}.tif", "{folder}/s1/{id}.tif")
-        )
+        "s1": Kind((0, 1), "-30:0", "dB", patterns=_of_folder("s1")),
+        # Near infrared and two of short waves: B08, B11, B12
+        "infrared": Kind((7, 11, 12), "reflectance", patterns=_of_folder("s2")),
     },
 )
 

@@ -64,12 +64,14 @@ def tuner_options(settings: dict) -> dict:
 
 
 def variant(settings: dict) -> str:
-    """What sets a run apart from its tuner's row in the paper: image only, no mixing, fusion sum,
-    an option of the tuner; "" for the method itself.
+    """What sets a run apart from its tuner's row in the paper: its rasters, the share of dropped
+    ones, no mixing, fusion sum, an option of the tuner; "" for the method itself.
     """
     options = tuner_options(settings)
     alone = "+" not in settings["modalities"]
     parts = [f"{settings['modalities']} only"] if alone else []
+    parts += [] if alone or settings["modalities"] == "image+dsm" else [settings["modalities"]]
+    parts += [f"drop-modality {drop:g}"] if (drop := settings.get("drop_modality")) else []
     parts += ["no mixing"] if options.pop("mixing", True) is False and not alone else []
     parts += ["fusion sum"] if settings["fusion"] == "sum" else []
     return ", ".join([*parts, *(f"{name} {value}" for name, value in sorted(options.items()))])

@@ -115,13 +115,14 @@ def cells_of(lines: list[Line], cost: bool) -> list[list[str]]:
         c for ln in lines for c in ln.paper if c in MEANS.values() or cost and c in PAPER_COST
     ]
     printed = list(dict.fromkeys(printed))
-    head = ["row", "image", "height", "seeds", *MEANS.values(), "difference of mIoU"]
+    more = other_rasters(lines)
+    head = ["row", "image", "height", *more, "seeds", *MEANS.values(), "difference of mIoU"]
     head += [COST[key][0] for key in costs] + [f"paper: {column}" for column in printed]
     rows = [
         [
             line.name + (f" ({line.backbone})" if line.backbone else ""),
             "✓" * line.has("image"),
-            "✓" * line.has("dsm"),
+            *("✓" * line.has(kind) for kind in ("dsm", *more)),
             str(len(line.results)) if line.results else "",
             *(spread(line.scores(key)) for key in MEANS),
             told(line.difference),
@@ -146,6 +147,13 @@ def class_cells(lines: list[Line]) -> list[list[str]]:
         for line in lines
     ]
     return [["recall", *names, *(f"paper: {name}" for name in printed)], *rows]
+
+
+def other_rasters(lines: list[Line]) -> list[str]:
+    """Those besides image and heights that some row has."""
+    return sorted(
+        {kind for ln in lines for kind in ln.modalities.split("+")} - {"", "image", "dsm"}
+    )
 
 
 def class_names(lines: list[Line]) -> list[str]:
@@ -180,12 +188,12 @@ def markdown(name: str, lines: list[Line], reference: str, cost: bool = False) -
 
 def as_csv(lines: list[Line], reference: str) -> str:
     """Numbers alone, one to a column: mean and standard deviation, ends of the interval."""
-    names = class_names(lines)
+    names, kinds = class_names(lines), ("image", "dsm", *other_rasters(lines))
     records = []
     for line in lines:
         d = line.difference
         record = {"row": line.name, "backbone": line.backbone, "seeds": len(line.results)}
-        record |= {kind: int(line.has(kind)) for kind in ("image", "dsm") if line.modalities}
+        record |= {kind: int(line.has(kind)) for kind in kinds if line.modalities}
         values = {label: line.scores(key) for key, label in MEANS.items()}
         values |= {f"recall {name}": line.recalls(name) for name in names}
         values |= {key: line.cost(key) for key in COST}

@@ -21,7 +21,16 @@ from reports.runs import CHOICE, OPTIONS, Result, read_runs
 
 __all__ = ["markdown", "read_runs"]
 
-METHOD = {"data", "encoder", "tuner", "modalities", "fusion", *OPTIONS}  # what a row is called by
+METHOD = {
+    "data",
+    "encoder",
+    "tuner",
+    "modalities",
+    "kinds",
+    "drop_modality",
+    "fusion",
+    *OPTIONS,
+}  # what a row is called by
 
 HEAD = ("run", "seeds", *MEANS.values(), "the paper: OA / mF1 / mIoU", "trained, M")
 HEAD += ("the paper: trained, M", "images/s", "memory, GiB", "notes")

@@ -197,11 +197,21 @@ def test_tiles_without_heights_are_looked_at_as_images(check, tmp_path):
     assert check("--data", "tiles", "--root", tmp_path, "--modalities", "image")[0] == 0
 
 
-def test_bands_that_no_network_takes_are_refused_before_anything_is_looked_at(check, tmp_path):
-    status, out, err = check(
-        "--data", "potsdam", "--root", tmp_path / "nowhere", "--bands", "rgbir"
+def test_every_raster_that_is_asked_for_is_looked_at(check, tmp_path):
+    write_tiles(tmp_path)
+    content = json.loads((tmp_path / "classes.json").read_text())
+    (tmp_path / "classes.json").write_text(
+        json.dumps(content | {"rasters": {"sar": {"unit": "dB"}}})
     )
-    assert status == 2 and not out and len(err.splitlines()) == 1 and "--bands rgbir" in err
+    for split in ("train", "test"):
+        (tmp_path / split / "sar").mkdir()
+        for i, image in enumerate((tmp_path / split / "images").iterdir()):
+            levels = np.full((20, 20), -7, np.float32)
+            tifffile.imwrite(tmp_path / split / "sar" / f"{image.stem}.tif", levels)
+    status, out, _ = check("--data", "tiles", "--root", tmp_path, "--modalities", "sar+image")
+    assert status == 0 and "sar -7 to -7 dB" in out and "all of sar is -7" in out
+    status, _, err = check("--data", "tiles", "--root", tmp_path, "--modalities", "image+nir")
+    assert status == 2
 
 
 def test_a_class_below_one_percent_of_the_training_pixels_is_named_with_what_helps(check, tmp_path):

@@ -462,7 +462,7 @@ def test_who_wants_to_see_the_tiles_gets_map_and_confidence_and_the_scores_stay_
     dataset = SimpleNamespace(
         tiles=lambda *_: [tile], classes=names, class_names=names, scored=(0, 1, 2), labels_note=""
     )
-    dataset.with_other_labels = lambda: None
+    dataset.with_other_labels, dataset.withheld = lambda: None, ()
     settings = quick("tiles", modalities="image", batch_size=2)
     arguments = (torch.nn.Identity(), dataset, "test", settings, 32)  # the logits are the image
     assert score_split(*arguments) == score_split(*arguments, lambda *shown: kept.append(shown))

@@ -103,22 +103,25 @@ CASE = dict(H=70, W=100, window=3, heads=2, M=2, precision="fp32", seed=0)
     W=st.integers(64, 130),
     window=st.integers(2, 9),
     heads=st.sampled_from([1, 2, 4]),
-    M=st.integers(1, 3),
+    M=st.integers(1, 4),
+    without=st.booleans(),
     precision=st.sampled_from(["fp32", "bf16"]),
     checkpointing=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_the_accelerated_network_equals_the_plain_one_in_outputs_gradients_and_names(
-    tuner, H, W, window, heads, M, precision, checkpointing, seed
+    tuner, H, W, window, heads, M, without, precision, checkpointing, seed
 ):
     sizes = dict(embed_dim=32, depth=2, num_heads=heads, global_attn_indexes=(1,), img_size=64)
     torch.manual_seed(seed)
-    plain = build_mfnet({**sizes, "window_size": window}, tuner, num_classes=3, modalities=M)
+    missing = without and M > 1
+    plain = build_mfnet({**sizes, "window_size": window}, tuner, 3, modalities=M, fills=missing)
     randomise(plain, seed)
     quick = accelerate(deepcopy(plain), checkpointing)
     assert list(quick.state_dict()) == list(plain.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(quick.parameters(), plain.parameters()))
     rasters = [torch.rand(1, 3, H, W) for _ in range(M)]
+    rasters[-1] = torch.full_like(rasters[-1], torch.nan) if missing else rasters[-1]
     expected, expected_gradients = outputs_and_gradients(plain, rasters, "fp32")
     found, gradients = outputs_and_gradients(quick, rasters, precision)
     limit = 1e-5 if precision == "fp32" else 0.1

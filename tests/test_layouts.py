@@ -251,13 +251,25 @@ def test_normalised_heights_written_as_tiff_stay_in_their_files(city):
     )
 
 
-def test_four_bands_are_read_but_no_network_takes_them(city):
-    tile = open_dataset("potsdam", city("potsdam"), bands="rgbir").tiles("train")[0]
-    with pytest.raises(DataError, match="three bands, not 4"):
-        tile.load()
+def test_four_bands_are_read_as_one_image_and_near_infrared_as_a_raster_of_its_own(city):
+    names = ("image", "dsm", "nir")
+    tile = open_dataset("potsdam", city("potsdam"), bands="rgbir").tiles("train", names)[0]
+    loaded, box = tile.load(names), np.s_[:20, :20]
+    assert loaded.image.shape[2] == 4 and loaded.input("image", box).shape == (4, 20, 20)
+    assert np.allclose(loaded.input("nir", box)[0], loaded.input("image", box)[3])
 
 
-@pytest.mark.parametrize("bands", ["bgr", "1,2", "0,1,2", "1,2,x", "1,2,3,4"])
+def test_radar_and_infrared_of_hunan_are_rasters_of_their_own(city):
+    names = ("image", "infrared", "s1")
+    tile = open_dataset("hunan", city("hunan")).tiles("test", names)[0].load(names)
+    radar = tile.input("s1", np.s_[:20, :20])
+    assert radar.shape == (2, 20, 20) and tile.input("infrared", np.s_[:9, :9]).shape == (3, 9, 9)
+    assert np.allclose(
+        radar, np.clip((tile.more["s1"][:20, :20] + 30) / 30, 0, 1).transpose(2, 0, 1)
+    )
+
+
+@pytest.mark.parametrize("bands", ["bgr", "0,1,2", "1,2,x"])
 def test_bands_that_mean_nothing_are_refused(city, bands):
     with pytest.raises(DataError, match="--bands .*rgb, irrg.*counted from 1"):
         open_dataset("potsdam", city("potsdam"), bands=bands)

@@ -608,11 +608,7 @@ def assert_refused(result, *parts):
         ("--class-weights 1,2", ["--class-weights"]),
         ("--seed 12345678901234567890", ["--seed"]),
         ("--encoder vit_z", ["vit_z", "vit_l"]),
-        ("--modalities height", ["height", "image+dsm"]),
-        (
-            "--data potsdam --bands rgbir",
-            ["--bands rgbir", "three bands, not 4", "rgb, irrg, or three"],
-        ),
+        ("--modalities height", ["height", "image, dsm, intensity"]),
         ("--bands bgr", ["--bands bgr", "counted from 1"]),
         ("--crop 32", ["--crop 32"]),
         ("--crop many", ["--crop", "many"]),
