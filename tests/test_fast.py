@@ -90,7 +90,7 @@ def relative(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
 
 
-CASE = dict(H=70, W=100, window=3, heads=2, M=2, precision="fp32", seed=0)
+CASE = dict(H=70, W=100, window=3, heads=2, M=2, without=False, precision="fp32", seed=0)
 
 
 @settings(max_examples=40)

@@ -261,7 +261,8 @@ def test_four_bands_are_read_as_one_image_and_near_infrared_as_a_raster_of_its_o
 
 def test_radar_and_infrared_of_hunan_are_rasters_of_their_own(city):
     names = ("image", "infrared", "s1")
-    tile = open_dataset("hunan", city("hunan")).tiles("test", names)[0].load(names)
+    dataset = open_dataset("hunan", city("hunan"), scaling=Scaling(images="reflectance"))
+    tile = dataset.tiles("test", names)[0].load(names)
     radar = tile.input("s1", np.s_[:20, :20])
     assert radar.shape == (2, 20, 20) and tile.input("infrared", np.s_[:9, :9]).shape == (3, 9, 9)
     assert np.allclose(

