@@ -1,5 +1,6 @@
 """Any rasters, and any of them missing: kinds, bands, the network without one, the scripts."""
 
+# ruff: noqa: F811  # `script` is a fixture of test_scripts.py
 import json
 from copy import deepcopy
 from itertools import permutations
@@ -12,7 +13,7 @@ from conftest import TINY, randomise
 from hypothesis import given
 from hypothesis import strategies as st
 from test_scripts import TINY as FLAGS
-from test_scripts import same_states, script, state_of, write_own_tiles  # noqa: F401
+from test_scripts import script, write_own_tiles  # noqa: F401
 
 from data import CropDataset, Tile, open_dataset
 from engine.commandline import parse_settings
@@ -319,7 +320,7 @@ RUN = ["--data", "tiles", "--root", "mine", "--epochs", 1, "--steps", 2, *FLAGS,
 DROP = ["--drop-modality", 0.4]
 
 
-def test_three_rasters_train_score_and_predict_with_any_of_them_missing(script, tmp_path):  # noqa: F811
+def test_three_rasters_train_score_and_predict_with_any_of_them_missing(script, tmp_path):
     sar = RNG.normal(size=(80, 80, 2)).astype(np.float32)
     own_tiles(tmp_path, {"sar": {"bands": [1, 2]}}, sar=sar)
     status, out, err = script("train.py", *RUN, "run", *DROP, "--modalities", "sar+image+dsm")
@@ -353,7 +354,7 @@ def test_three_rasters_train_score_and_predict_with_any_of_them_missing(script, 
         assert status == 2 and all(part in err for part in parts) and err.count("\n") == 1, err
 
 
-def test_a_run_without_dropout_says_how_to_train_one(script, tmp_path):  # noqa: F811
+def test_a_run_without_dropout_says_how_to_train_one(script, tmp_path):
     own_tiles(tmp_path, {})
     assert script("train.py", *RUN, "run")[0] == 0
     trains = "python train.py --modalities image+dsm --drop-modality 0.3"
