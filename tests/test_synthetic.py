@@ -252,6 +252,7 @@ def test_the_folders_are_those_of_vaihingen(city):
         expected |= {
             f"top/top_mosaic_09cm_area{n}.tif",
             f"dsm/dsm_09cm_matching_area{n}.tif",
+            f"intensity/intensity_09cm_area{n}.tif",
             f"gts_for_participants/top_mosaic_09cm_area{n}.tif",
             f"gts_eroded_for_participants/top_mosaic_09cm_area{n}_noBoundary.tif",
         }
@@ -271,9 +272,19 @@ def test_the_files_hold_the_tile_in_the_official_types_and_colours(city):
         and dsm.dtype == np.float32
     )
     assert np.array_equal(full, np.uint8(COLOURS)[scene.labels]) and full.dtype == np.uint8
+    assert np.array_equal(tifffile.imread(paths["intensity"]), scene.intensity)
     black = (eroded == 0).all(-1)
     assert np.array_equal(black, erode_labels(scene.labels) == 255) and black.any()
     assert np.array_equal(eroded[~black], full[~black])
+
+
+def test_the_laser_scan_changes_nothing_that_the_camera_sees(monkeypatch):
+    whole = make_tile(3, 5, 96, 112)
+    monkeypatch.setattr("geodata.city.scan", lambda canvas, rng: rng.random(canvas.shape))
+    other = make_tile(3, 5, 96, 112)
+    assert np.array_equal(whole.image, other.image) and np.array_equal(whole.labels, other.labels)
+    assert np.array_equal(whole.dsm, other.dsm, equal_nan=True)
+    assert whole.intensity.dtype == np.uint8 and whole.intensity.std() > 10
 
 
 def test_holes_are_marked_as_gdal_does_and_read_as_the_lowest_height(tmp_path):
