@@ -115,7 +115,9 @@ def test_heights_that_lack_a_row_and_a_column_are_cut_to_and_said(city):
     rewrite(root / "dsm/dsm_09cm_matching_area5.tif", lambda a: a[:-1, :-1])
     tile = by_name(open_dataset("vaihingen", root).tiles("test"))["5"]
     loaded = tile.load()
-    assert loaded.image.shape == (63, 63, 3) and np.array_equal(loaded.dsm, whole.dsm[:-1, :-1])
+    seen = (whole.dsm > whole.dsm.min())[:-1, :-1]  # the rest is filled
+    assert loaded.image.shape == (63, 63, 3) and seen.mean() > 0.5
+    assert np.array_equal(loaded.dsm[seen], whole.dsm[:-1, :-1][seen])
     assert any("cut to the common 63 x 63" in note for note in tile.notes)
 
 

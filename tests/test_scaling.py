@@ -241,7 +241,7 @@ def test_own_tiles_take_bands_counted_from_one_and_a_scaling(tmp_path):
     assert np.allclose(
         tile.load(("image",)).scale.image_input(image[..., :3]).max(), image[..., :3].max() / 4000
     )
-    for wrong in ("rgb", "0,1,2", "1,2"):
+    for wrong in ("rgb", "0,1,2", "1,2,2.5", "1,,2"):
         with pytest.raises(DataError, match="--bands"):
             open_dataset("tiles", tmp_path, bands=wrong)
 
