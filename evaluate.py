@@ -93,7 +93,7 @@ def evaluate(run: Path, args: argparse.Namespace) -> None:
 
 def withheld(without: str, s: Settings, run: Path) -> tuple[str, ...]:
     """The rasters that --without names. Raises Mistake for those that the run cannot do without."""
-    names = tuple(n for n in ordered(without).split("+")) if without else ()
+    names = tuple(ordered(without).split("+")) if without else ()
     if others := ", ".join(name for name in names if name not in s.rasters):
         raise Mistake(f"--without {others}: {run} was trained on {', '.join(s.rasters)}")
     if len(names) == len(s.rasters):

@@ -318,9 +318,9 @@ class MFNet(nn.Module):
         if len(rasters) != self.modalities:
             raise ValueError(f"this network takes {self.modalities} rasters, not {len(rasters)}")
         if self.rasters.fills is not None:
-            present = torch.stack([~r.flatten(1)[:, 0].isnan() for r in rasters])  # (M, B)
+            present = torch.stack([~r.isnan().flatten(1).all(dim=1) for r in rasters])  # (M, B)
             rasters = [r.nan_to_num() for r in rasters]
-        tell_present(self.image_encoder, present)
+            tell_present(self.image_encoder, present)
         rasters = [self.rasters.three_channels(m, r) for m, r in enumerate(rasters)]
         shapes = sorted({tuple(r.shape) for r in rasters})
         if len(shapes) > 1:

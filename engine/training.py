@@ -150,7 +150,8 @@ def encode_in_parts(model: MFNet, parts: int) -> None:
     def forward(x: Tensor, seen: dict | None = None) -> Tensor:
         if seen is not None or not torch.is_grad_enabled():
             return whole(x, seen)
-        present = [None] * parts if encoder.present is None else encoder.present.chunk(parts, dim=1)
+        told = getattr(encoder, "present", None)
+        present = [None] * parts if told is None else told.chunk(parts, dim=1)
         chunks = x.unflatten(0, (M, -1)).chunk(parts, dim=1)  # parts of (M, B / parts, 3, H, W)
         maps = [
             checkpoint(partial(of_part, present=there), part.flatten(0, 1), use_reentrant=False)
