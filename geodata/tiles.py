@@ -172,9 +172,12 @@ class Tile:
         view, raster = self._bands(name), self.raster(name)
         bands = view[:, :] if keep else view
         try:
-            return bands, measure_bands(self.kinds[name].scaling, bands, type_range(raster.dtype))
+            scale = measure_bands(self.kinds[name].scaling, bands, type_range(raster.dtype))
         except DataError as error:
             raise DataError(f"{raster.path}: {error}") from None
+        if empty := sum(int(np.isnan(strip).any(axis=-1).sum()) for strip in row_strips(bands)):
+            self._note(f"{empty} pixels of {name} without data, set to the lowest")
+        return bands, scale
 
     def _pixel_problem(self, view: View) -> str | None:
         """Why no network can be given the pixels of an image, with what helps."""

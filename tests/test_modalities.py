@@ -115,6 +115,9 @@ def test_own_rasters_are_read_by_their_names_and_scaled_by_their_kinds(tmp_path)
     assert np.nanmax(np.abs(read[6:] - sar[6:, :, ::-1])) == 0
     assert np.array_equal(tile.read("image"), tile.read_image())
     loaded, box = tile.load(("image", "dsm", "blue", "sar")), np.s_[0:80, 0:80]
+    assert [n.endswith("2 pixels of sar without data, set to the lowest") for n in tile.notes] == [
+        1
+    ]
     expected = np.nan_to_num(np.clip((read + 30) / 30, 0, 1))
     assert np.allclose(loaded.input("sar", box), expected.transpose(2, 0, 1), atol=1e-6)
     assert np.allclose(loaded.input("blue", box)[0], loaded.input("image", box)[2])
