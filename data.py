@@ -277,7 +277,7 @@ def files_given(args: Namespace) -> dict[str, Path]:
     return {name: path for name, path in given.items() if path is not None}
 
 
-def words_of(files: dict[str, Path | str]) -> list:
+def raster_words(files: dict[str, Path | str]) -> list:
     """Rasters by name as the flags that give them."""
     pairs = {
         n: (f"--{n}", p) if n in ("image", "dsm") else ("--raster", f"{n}={p}")
@@ -413,10 +413,10 @@ def _read_classes(path: Path) -> tuple[Classes, int, dict[str, Kind]]:
 
 def _own_tiles(dataset: Dataset, split: str, modalities: tuple[str, ...]) -> list[Tile]:
     folder = dataset.root / split
-    images, labels = _files_by_stem(folder / "images"), _files_by_stem(folder / "labels")
+    images, labels = files_by_stem(folder / "images"), files_by_stem(folder / "labels")
     others = [name for name in modalities if name != "image"]
     sources = {name: dataset.rasters[name].source for name in others if name in dataset.rasters}
-    more = {n: images if sources.get(n) else _files_by_stem(folder / n) for n in others}
+    more = {n: images if sources.get(n) else files_by_stem(folder / n) for n in others}
     if not images:
         raise DataError(f"{folder / 'images'}: no images; {EXPECTED}")
     if lacking := sorted(images.keys() - labels.keys()):
@@ -433,7 +433,7 @@ def _own_tiles(dataset: Dataset, split: str, modalities: tuple[str, ...]) -> lis
     return tiles
 
 
-def _files_by_stem(folder: Path) -> dict[str, Path]:
+def files_by_stem(folder: Path) -> dict[str, Path]:
     found = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.suffix.lower() in (*ENDINGS, *FOREIGN) and not path.name.startswith("."):

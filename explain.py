@@ -22,7 +22,7 @@ from typing import Callable
 import numpy as np
 import torch
 
-from data import RASTER_FLAG, files_given, open_from_settings, tile_of_files, words_of
+from data import RASTER_FLAG, files_given, open_from_settings, raster_words, tile_of_files
 from engine.checkpoints import load_model, newest_run
 from engine.console import Parser, run_script
 from engine.device import autocast, pick_device, store_frozen_weights
@@ -155,7 +155,7 @@ def main() -> None:
         at = f"{columns.start},{rows.start}"
         head += command(f"python explain.py --run {run} --tile {tile.name} --at {at}")
     write_lesson(page, title, head, stages, method, functions, inside.parameters)
-    rasters = " ".join(words_of(dict.fromkeys(s.rasters, "FILE")))
+    rasters = " ".join(raster_words(dict.fromkeys(s.rasters, "FILE")))
     again = f"python predict.py --run {run} {rasters} --out map.tif"
     print(f"{page}: one window through {run}; next: {again}")
 

@@ -28,7 +28,7 @@ from typing import Iterator
 
 import numpy as np
 
-from data import RASTER_FLAG, _files_by_stem, facts_of_run, files_given, tile_of_files, words_of
+from data import RASTER_FLAG, facts_of_run, files_by_stem, files_given, raster_words, tile_of_files
 from engine.checkpoints import load_model, newest_run
 from engine.console import Parser, Ticker, run_script
 from engine.device import pick_device, store_frozen_weights
@@ -97,7 +97,7 @@ def jobs_of(given: dict[str, Path], paths: dict[str, Path]) -> list[Job]:
     for flag, path in paths.items():
         if path.suffix.lower() in (*ENDINGS, POLYGONS):
             raise DataError(f"{flag} {path}: {first} is a folder; give a folder too")
-    files, jobs = {n: _files_by_stem(p) if p.is_dir() else p for n, p in given.items()}, []
+    files, jobs = {n: files_by_stem(p) if p.is_dir() else p for n, p in given.items()}, []
     for name, path in files[next(iter(given))].items():
         rasters = {
             n: found.get(name) if isinstance(found, dict) else found for n, found in files.items()
@@ -177,7 +177,8 @@ def main() -> None:
         if len(jobs) > 1:
             print(f"{next(iter(job[0].values()))}, {number} of {len(jobs)}")
         predict_job(job, model, s, classes, run, args)
-    words = ["--run", run, *words_of(jobs[0][0]), "--out", f"{args.out.with_suffix('')}_explained"]
+    given, out = raster_words(jobs[0][0]), f"{args.out.with_suffix('')}_explained"
+    words = ["--run", run, *given, "--out", out]
     print(f"next: python explain.py {shlex.join(map(str, words))}")
 
 

@@ -108,7 +108,9 @@ class Settings:
     balance_crops: bool = of_training(False, "every other crop holds a class drawn with equal odds")
     seed: int = of_training(0, "seed of every random choice; -1 draws one")
 
-    val: str = of_score("", "training tiles held out: how many, or names as 7,32 (one alone: 7,)")
+    val: str = of_score(
+        "", "training tiles held out: how many, names as 7,32 (one alone: 7,), or val: a folder"
+    )
     select: str = of_score(
         "last",
         "epoch that is kept: last, best on --val, best on the test tiles (as published)",
@@ -180,19 +182,25 @@ def flag(name: str) -> str:
     return FLAGS.get(name) or "--" + name.replace("_", "-")
 
 
-def command_line(script: str, given: dict) -> str:
-    """The command that gives settings, by name, to a script; a plugin by its file."""
-    words = ["python", script]
+def words_of(given: dict) -> list[str]:
+    """Settings by name as the words of a command line. A value may begin with a minus sign, and
+    so stands behind an =."""
+    words = []
     for name, value in given.items():
         if isinstance(value, bool):
-            words.append(flag(name) if value else flag(f"no_{name}"))
-        elif name == "plugin":
-            words += [word for path in value for word in (flag(name), path)]
+            words.append(flag(name) if value else flag("no_" + name))
         elif isinstance(value, dict):
-            words += [w for k, v in value.items() for w in (flag(name), f"{k}={v}")]
+            words += [f"{flag(name)}={option}={v}" for option, v in value.items()]
+        elif isinstance(value, list):
+            words += [f"{flag(name)}={v}" for v in value]
         else:
-            words += [flag(name), str(value)]
-    return shlex.join(words)
+            words.append(f"{flag(name)}={value}")
+    return words
+
+
+def command_line(script: str, given: dict) -> str:
+    """The command that gives settings, by name, to a script; a plugin by its file."""
+    return shlex.join(["python", script, *words_of(given)])
 
 
 def choices_of(f) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from engine.console import Mistake
 from engine.cost import machine
 from engine.identity import HOME, Identities
 from engine.plan import measure_image
-from engine.settings import Settings, flag
+from engine.settings import Settings, flag, words_of
 from engine.store import Store, result_of_run
 from engine.tables import Row
 from engine.training import TrainingStopped
@@ -62,21 +62,6 @@ class Job:
     claim: int
     slot: int
     start: float = field(default_factory=time.monotonic)
-
-
-def words_of(given: dict) -> list[str]:
-    """Settings as the words of a command line."""
-    words = []
-    for name, value in given.items():
-        if isinstance(value, bool):
-            words.append(flag(name) if value else flag("no_" + name))
-        elif isinstance(value, dict):
-            words += [f"{flag(name)}={option}={v}" for option, v in value.items()]
-        elif isinstance(value, list):
-            words += [f"{flag(name)}={v}" for v in value]
-        else:
-            words.append(f"{flag(name)}={value}")
-    return words
 
 
 def check_given(rows: list[Row], given: dict) -> None:

@@ -21,12 +21,13 @@ from geodata.slices import DataError, Raster, row_strips
 from geodata.tiles import Tile
 
 # Told apart also by those who do not tell red from green (M. Okabe, K. Ito, 2008)
-SAFE = "e69f00 56b4e9 009e73 f0e442 0072b2 d55e00 cc79a7 999999".split()
+ORANGE, SKY, GREEN, YELLOW = (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66)
+BLUE, VERMILLION, PURPLE, GREY = (0, 114, 178), (213, 94, 0), (204, 121, 167), (153, 153, 153)
 
 
 def colours() -> Iterator[tuple[int, ...]]:
     """Colours without end: the safe ones, then around the circle."""
-    yield from (tuple(bytes.fromhex(code)) for code in SAFE)
+    yield from (ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE, GREY)
     for i in count():
         rgb = colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.55 + 0.09 * (i % 5), 0.95 - 0.17 * (i % 3))
         yield tuple(round(255 * v) for v in rgb)

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from engine.files import replace_atomically
+from geodata.annotation import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, YELLOW
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #222; --soft: #595959; --rule: #bbb; --page: #fff; }
@@ -78,12 +79,8 @@ RANDOM = (
     "scores do not compare with the paper&rsquo;s.</p>"
 )
 Color = tuple[int, int, int]
-# Okabe and Ito's (2008) without black, and a grey; in the order of ISPRS's classes, whose own
-# colours they are akin to.
-SAFE: tuple[Color, ...] = (
-    *((221, 221, 221), (0, 114, 178), (86, 180, 233), (0, 158, 115)),
-    *((240, 228, 66), (213, 94, 0), (204, 121, 167), (230, 159, 0)),
-)
+# In the order of ISPRS's classes, whose own colours they are akin to; the first is a pale grey.
+SAFE: tuple[Color, ...] = ((221,) * 3, BLUE, SKY, GREEN, YELLOW, VERMILLION, PURPLE, ORANGE)
 COLORS = ("#3987c2", "#d95f02", "#2ca02c", "#a57bc9", "#a8756a", "#d060ac")  # of lines, in turn
 
 

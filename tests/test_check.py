@@ -71,7 +71,7 @@ def test_a_sound_folder_can_be_trained_on(check, tmp_path):
     assert (
         status == 0
         and not err
-        and out.endswith(f"can run; next: python train.py --data tiles --root {tmp_path}\n")
+        and out.endswith(f"can run; next: python train.py --data=tiles --root={tmp_path}\n")
         and "SUSPICIOUS" not in out
     )
     assert (
@@ -224,7 +224,7 @@ def test_a_class_below_one_percent_of_the_training_pixels_is_named_with_what_hel
     status, out, _ = check("--data", "tiles", "--root", tmp_path, "--modalities", "image")
     assert status == 0 and out.count("RARE: house") == 1  # the test tiles are not trained on
     assert "--class-weights balanced --balance-crops" in out
-    assert out.endswith(f"python train.py --data tiles --root {tmp_path} --modalities image\n")
+    assert out.endswith(f"python train.py --data=tiles --root={tmp_path} --modalities=image\n")
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs shared/data")

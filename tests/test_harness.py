@@ -30,8 +30,9 @@ from engine.console import Mistake
 from engine.identity import Identities, code_digest, pixels_digest
 from engine.locks import try_lock
 from engine.scoring import ConfusionMatrix
+from engine.settings import words_of
 from engine.store import Store
-from engine.sweep import check_given, in_shard, words_of
+from engine.sweep import check_given, in_shard
 from engine.tables import TABLES, Row, rows_of
 from geodata import synthetic
 from geodata.loading import share_of

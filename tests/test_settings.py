@@ -138,6 +138,7 @@ def test_what_is_given_by_hand_overrides_the_recipe_and_nothing_else():
         "--data vaihingen --as-published --encoder vit_h --batch-size 2",
         "--data tiles --optimizer sgd --class-weights balanced --balance-crops --out o",
         "--data hunan --stride 64 --gradient-checkpointing --tuner-option mixing=false",
+        "--data tiles --heights=-20:40 --image-scaling=-1:1 --drop-modality 0.3",
     ],
 )
 def test_the_command_that_is_kept_with_a_run_gives_its_settings(words):
