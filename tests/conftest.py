@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,26 +51,47 @@ def same_state(module, state):
 
 # ---------------------------------------------------------------- the whole suite on two processors
 
-HALF = "MFNET_HALF_OF_THE_SUITE"
+CLAIMS = "MFNET_CLAIMS_OF_THE_SUITE"
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(session, config, items):
-    """A whole suite is shared with a second process, which runs every other file."""
+    """A whole suite is shared with a second process, which begins at the last file. Who comes to a
+    file first claims it in a folder; in the middle they meet.
+    """
     files = sorted({item.path for item in items})
     if len(files) < 20 or (os.cpu_count() or 1) < 2:
         return
-    half = os.environ.get(HALF)
-    if half is None:
+    config.claimed, folder = {}, os.environ.get(CLAIMS)
+    if folder is None:
+        config.claims = tempfile.TemporaryDirectory()
+        folder = config.claims.name
         config.other_output = tempfile.TemporaryFile("w+", encoding="utf-8")
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
         config.other_half = subprocess.Popen(
             [*command, *config.invocation_params.args],
-            env={**os.environ, HALF: "1"},
+            env={**os.environ, CLAIMS: folder},
             stdout=config.other_output,
             stderr=subprocess.STDOUT,
         )
-    items[:] = [item for item in items if files.index(item.path) % 2 == int(half or 0)]
+    else:
+        items.sort(key=lambda item: -files.index(item.path))
+    config.claim_folder = Path(folder)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item):
+    """Passes over the tests of a file that the other process has claimed."""
+    config, name = item.config, item.path.name
+    if not hasattr(config, "claim_folder"):
+        return None
+    if name not in config.claimed:
+        try:
+            (config.claim_folder / name).touch(exist_ok=False)
+            config.claimed[name] = True
+        except FileExistsError:
+            config.claimed[name] = False
+    return None if config.claimed[name] else True
 
 
 def pytest_sessionfinish(session):
