@@ -272,9 +272,15 @@ RASTER_FLAG = dict(
 
 
 def files_given(args: Namespace) -> dict[str, Path]:
-    """The rasters of --image, --dsm and --raster by name."""
-    given = {"image": args.image, "dsm": args.dsm, **dict(args.raster)}
-    return {name: path for name, path in given.items() if path is not None}
+    """The rasters of --image, --dsm and --raster by name. Raises DataError for one given twice."""
+    given = {"image": args.image, "dsm": args.dsm}
+    given = {name: path for name, path in given.items() if path is not None}
+    for name, path in args.raster:
+        if given.setdefault(name, path) is not path:
+            raise DataError(
+                f"--raster {name}={path}: {name} is {given[name]} already; give it once"
+            )
+    return given
 
 
 def raster_words(files: dict[str, Path | str]) -> list:

@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from data import open_from_settings
 from engine.checkpoints import is_finished, load_model, newest_run
-from engine.console import Mistake, Parser, run_script
+from engine.console import Mistake, Parser, run_script, say_next
 from engine.device import pick_device, store_frozen_weights
 from engine.files import replace_atomically
 from engine.recipes import published_protocol
@@ -129,6 +130,8 @@ def main() -> None:
     for line in skipped:
         print(line, file=sys.stderr)
     print(markdown(runs))
+    best = max(runs, key=lambda run: run.scores["miou"] or 0)
+    say_next(shlex.join(["python", "explain.py", "--run", str(best.folder)]))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python prepare.py --image ortho.tif --dsm heights.tif --polygons labels.geojson --out DIR
     python prepare.py --image ortho.tif --polygons labels.geojson --field landuse --out DIR
     python prepare.py --image ortho.tif --dsm heights.tif --labels labels.tif --out DIR
+    python prepare.py --image ortho.tif --raster sar=radar.tif --polygons labels.geojson --out DIR
 
 What no polygon covers is not labelled. The image is cut into blocks that do not touch; a seeded
 draw shares them out among DIR/train, DIR/val and DIR/test, so that each has some of every class if
@@ -18,6 +19,7 @@ import secrets
 import shlex
 import shutil
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Iterator
 
@@ -25,10 +27,12 @@ import numpy as np
 import tifffile
 from PIL import Image, ImageDraw
 
+from data import RASTER_FLAG, files_given
 from engine.console import Parser, Ticker, run_script
 from geodata.annotation import from_polygons, from_raster
 from geodata.blocks import cut_blocks, share_out
 from geodata.grids import geo_tags
+from geodata.kinds import ordered, read_kind
 from geodata.labels import labels_to_colors
 from geodata.layouts import IGNORE, Classes
 from geodata.maps import Output, write_maps
@@ -41,6 +45,7 @@ from reports.panels import assemble
 PARTS = {"train": (255, 255, 255), "test": (0, 0, 0), "val": (200, 0, 160)}  # colours in split.png
 LEAST = 64  # pixels of a block: what the network takes
 CROP = 256  # train.py's
+ENOUGH = 3  # blocks to choose an epoch by: one or two rather choose the luckiest
 SHOWN = 900  # pixels of the longer side of a picture
 
 # -------------------------------------------------------------------------------------------- tiles
@@ -56,7 +61,7 @@ def shares_of(n: int, test: float, val: float) -> tuple[int, ...]:
 def write_tile(
     folder: Path,
     image: Raster,
-    heights: View | None,
+    others: dict[str, View],
     labels: np.ndarray,
     classes: Classes,
     box: Box,
@@ -71,8 +76,11 @@ def write_tile(
     files = {
         "images": (image[box], nodata, {"photometric": "rgb" if rgb else "minisblack", **about})
     }
-    if heights is not None:
-        files["dsm"] = heights[box], [math.nan], {"photometric": "minisblack"}
+    for kind, view in others.items():
+        pixels = view[box]
+        bands = 1 if pixels.ndim == 2 else pixels.shape[2]
+        about = dict(extrasamples=["unspecified"] * (bands - 1), planarconfig="contig")
+        files[kind] = pixels, [math.nan], {"photometric": "minisblack", **about}
     for kind, (pixels, holes, about) in files.items():
         (folder / kind).mkdir(parents=True, exist_ok=True)
         extra = [*tags, *((NODATA, "s", 0, f"{value:.17g}", True) for value in holes)]
@@ -122,22 +130,44 @@ def table(classes: Classes, own: dict[str, np.ndarray]) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------ the way
 
 
-def prepare(args: Namespace, tile: Tile, folder: Path) -> list[str]:
-    """Writes everything below `folder` -> what train.py is to be told of it. Raises DataError."""
-    told, modalities = [], ("image", "dsm")[: 1 + ("dsm" in tile.paths)]
+def measured(tile: Tile) -> tuple[dict[str, View], list[str]]:
+    """The rasters besides the image, NaN where they have no data, and what train.py is to be told
+    of them. All get one scale for all tiles, which is that of the whole image: a block's own range
+    is another."""
+    others, told = [name for name in tile.paths if name not in ("image", "labels")], []
     bytes_ = tile.raster("image").dtype == np.uint8
-    # One scale for all tiles, which is the one of the whole image: a block's own range is another.
     tile.scaling = Scaling(images="0:1" if bytes_ else "minmax")
-    scale = tile.open(modalities).scale
+    for name in others:
+        raster = tile.raster(name)
+        if name != "dsm":
+            bands = tuple(band for band in range(raster.bands) if band != raster.alpha)
+            tile.kinds[name] = replace(tile.kinds[name], bands=bands)
+    loaded = tile.open(("image", *others))
     if not bytes_:
-        low, span = scale.image
-        told.append(f"--image-scaling={low.min():.6g}:{(low + span).max():.6g}")
-    heights = tile.heights() if "dsm" in tile.paths else None
-    if heights is not None:
+        told.append(f"--image-scaling={as_range(*loaded.scale.image)}")
+    if "dsm" in others:
         low, high = tile.height_limits
         told.append(f"--heights={math.floor(low)}:{math.floor(high) + 1}")
-    else:
-        told += ["--modalities", "image"]
+    if others != ["dsm"]:
+        told += ["--modalities", ordered("+".join(("image", *others)))]
+    for name, scale in loaded.scales.items():
+        bands = tuple(range(len(tile.kinds[name].bands)))  # of the tiles
+        tile.kinds[name] = replace(tile.kinds[name], bands=bands, scaling=as_range(*scale.image))
+    return ({"dsm": tile.heights()} if "dsm" in others else {}) | loaded.more, told
+
+
+def as_range(low: np.ndarray, span: np.ndarray) -> str:
+    """The one range LOW:HIGH of all bands."""
+    return f"{low.min():.9g}:{(low + span).max():.9g}"
+
+
+def has_data(name: str, pixels: np.ndarray) -> bool:
+    return bool((valid_heights(pixels) if name == "dsm" else np.isfinite(pixels)).any())
+
+
+def prepare(args: Namespace, tile: Tile, folder: Path) -> list[str]:
+    """Writes everything below `folder` -> what train.py is to be told of it. Raises DataError."""
+    others, told = measured(tile)
     drawn = args.polygons is not None
     classes, labels = from_polygons(args.polygons, args.field, tile) if drawn else from_raster(tile)
     if (missing := tile.without_data()) is not None:
@@ -147,7 +177,7 @@ def prepare(args: Namespace, tile: Tile, folder: Path) -> list[str]:
     found = []
     for box in cut_blocks(tile.size, args.block):
         pixels = np.bincount(labels[box].ravel(), minlength=256)[: len(classes)]
-        if pixels.any() and (heights is None or valid_heights(heights[box]).any()):
+        if pixels.any() and all(has_data(name, view[box]) for name, view in others.items()):
             found.append((box, pixels))
     if len(found) < 3:
         fits = max(LEAST, min(args.block - 1, min(tile.size) // 3))
@@ -160,16 +190,23 @@ def prepare(args: Namespace, tile: Tile, folder: Path) -> list[str]:
     drawn = share_out(pixels, shares_of(len(found), args.test, args.val), args.seed)
     parts, ticker = np.array(list(PARTS))[drawn], Ticker("blocks")
     for i, (box, part) in enumerate(zip(blocks, parts), 1):
-        write_tile(folder / part, tile.raster("image"), heights, labels, classes, box)
+        write_tile(folder / part, tile.raster("image"), others, labels, classes, box)
         ticker(i, len(blocks))
     named = [{"name": name, "color": color} for name, color in classes]
-    content = json.dumps({"classes": named, "ignore": IGNORE}, indent=1, ensure_ascii=False)
+    content = {"classes": named, "ignore": IGNORE}
+    if kinds := {name: kind.as_dict() for name, kind in tile.kinds.items()}:
+        content["rasters"] = kinds
+    content = json.dumps(content, indent=1, ensure_ascii=False)
     (folder / "classes.json").write_text(content + "\n", encoding="utf-8")
     picture(tile, labels, classes, blocks, parts.tolist()).save(folder / "split.png")
     own = {part: pixels[parts == part] for part in PARTS if (parts == part).any()}
     for line in table(classes, own):
         print(line)
-    told += ["--val", "val"] if "val" in own else []
+    if (held := len(own.get("val", ()))) >= ENOUGH:
+        told += ["--val", "val"]
+    elif held:
+        few = f"val has {held} block{'s' * (held > 1)}, too few to choose an epoch by"
+        print(f"note: {few}; a smaller --block makes more, and --val 0 trains on all but the test")
     if (least := min(side.stop - side.start for box in blocks for side in box)) < CROP:
         crop = max(LEAST, least // 16 * 16)
         told += ["--crop", str(crop), "--stride", str(crop // 2)]
@@ -181,6 +218,8 @@ def main() -> None:
     add = parser.add_argument
     add("--image", type=Path, required=True, help="image of three or more bands (TIFF, PNG, JPEG)")
     add("--dsm", type=Path, help="heights of the same size, or a GeoTIFF on another grid")
+    about = "another raster for the tiles; may be repeated"
+    add("--raster", **{**RASTER_FLAG, "help": about})
     one = parser.add_mutually_exclusive_group(required=True)
     one.add_argument("--polygons", type=Path, help="GeoJSON of polygons in the image's system")
     one.add_argument("--labels", type=Path, help="a raster of class numbers or colours instead")
@@ -191,19 +230,20 @@ def main() -> None:
     add("--val", type=float, default=0.1, help="share of the blocks to choose an epoch by; 0: none")
     add("--seed", type=int, default=0, help="of the draw of blocks")
     args = parser.parse_args()
-    given = {"image": args.image, "dsm": args.dsm, "labels": args.labels}
-    for flag, path in (given | {"polygons": args.polygons}).items():
-        if path is not None and not path.is_file():
-            raise DataError(f"--{flag} {path}: is no file; give one that is there")
+    kinds = {n: read_kind(n, {}, "--raster") for n, _ in args.raster if n not in ("image", "dsm")}
+    given = files_given(args) | ({"labels": args.labels} if args.labels else {})
+    drawn = {"polygons": args.polygons} if args.polygons else {}
+    for name, path in (given | drawn).items():
+        if not path.is_file():
+            flag = f"--raster {name}" if name in dict(args.raster) else f"--{name}"
+            raise DataError(f"{flag} {path}: is no file; give one that is there")
     if args.block < LEAST:
         parser.error(f"--block {args.block}: give {LEAST} pixels or more")
     if not (0 < args.test < 1 and 0 <= args.val < 1 - args.test) or args.seed < 0:
         parser.error("--test and --val are shares above 0 and below 1 together, --seed 0 or more")
     if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
         raise DataError(f"--out {args.out}: is there already; give a new folder")
-    tile = Tile(
-        args.image.stem, {k: p for k, p in given.items() if p}, (), scaling=Scaling(images="0:1")
-    )
+    tile = Tile(args.image.stem, given, (), kinds=kinds)
     folder = args.out.with_name(f"{args.out.name}.{secrets.token_hex(4)}.tmp")
     try:
         told = prepare(args, tile, folder)

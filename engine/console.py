@@ -94,6 +94,11 @@ def say_mistake(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def say_next(command: str) -> None:
+    """Prints what to type next beside a table, which is for a file or a pipe."""
+    print(f"next: {command}", file=sys.stderr)
+
+
 class Ticker:
     """Progress: a line that is rewritten on a terminal, else one after each `every` seconds."""
 

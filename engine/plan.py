@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from engine.console import Parser
+from engine.console import Parser, say_next
 from engine.cost import encoder_products, machine, operations
 from engine.device import pick_device
 from engine.recipes import RECIPES
-from engine.settings import Settings
+from engine.settings import Settings, command_line
 from engine.speed import Case, peak_of
 from geodata.crops import sliding_windows
 from mfnet import build_mfnet
@@ -129,3 +129,5 @@ def print_plan(args: argparse.Namespace) -> None:
     s = Settings(**recipe)
     s.complete()
     print(plan(s, pick_device(args.device)))
+    given = {**given, "tuner": args.tuner} if args.tuner != "adapter" else given
+    say_next(command_line("train.py", {"data": args.dataset, "root": "DIR", **given}))

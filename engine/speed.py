@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.console import Mistake, Parser
+from engine.console import Mistake, Parser, say_next
 from engine.cost import Product, ceiling, encoder_products, machine, operations, timed
 from engine.device import (
     autocast,
@@ -406,3 +406,4 @@ def compare_networks(args: argparse.Namespace) -> None:
             results[case].peak_mb = peak
         keep(results, args.out)
         print(markdown([as_text(item) for item in results.items()]))
+    say_next("python benchmark.py plan vaihingen")

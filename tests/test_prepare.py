@@ -43,13 +43,17 @@ def feature(name, top, left, bottom, right):
 
 @pytest.fixture
 def place(script, tmp_path):
-    """An image of four bands and 16 bit, heights on a coarser grid, and strips of three classes."""
+    """An image of four bands and 16 bit, heights and radar on coarser grids, and strips of three
+    classes."""
     rng = np.random.default_rng(0)
     image = rng.integers(0, 4000, (H, W, 4), dtype=np.uint16)
     options = dict(photometric="rgb", extrasamples=["unspecified"], extratags=tags(0.2))
     tifffile.imwrite("ortho.tif", image, **options)
     heights = rng.uniform(20, 30, (H // 2, W // 2)).astype(np.float32)
     tifffile.imwrite("dsm.tif", heights, photometric="minisblack", extratags=tags(0.4))
+    radar = rng.uniform(-30, -5, (H // 2, W // 2, 2)).astype(np.float32)
+    options = dict(photometric="minisblack", planarconfig="contig", extrasamples=["unspecified"])
+    tifffile.imwrite("radar.tif", radar, **options, extratags=tags(0.4))
     names = ("road", "roof", "tree")
     places = itertools.product(range(0, H, 30), range(0, W, 20))
     features = [feature(names[(y + x) // 10 % K], y, x, y + 28, x + 17) for y, x in places]
@@ -108,16 +112,17 @@ def test_every_part_has_every_class_where_that_can_be(n, classes, share, seed):
 def test_an_image_and_polygons_become_tiles_a_run_and_a_map_with_its_polygons(
     place, script, tmp_path
 ):
-    status, out, err = script("prepare.py", *WORDS, "--out", "tiles")
+    more = ["--raster", "sar=radar.tif", "--val", 0.25]
+    status, out, err = script("prepare.py", *WORDS, *more, "--out", "tiles")
     assert (status, err) == (0, "") and "heights resampled" in out
     grid = read_grid(tmp_path / "ortho.tif")
     labels, names = np.full((H, W), 255, np.uint8), ["road", "roof", "tree"]
     for name, rings in read_polygons(Path("labels.geojson"), "class", grid, (H, W)).polygons:
         burn(labels, rings, names.index(name))
-    dataset, boxes = open_dataset("tiles", "tiles"), {}
+    dataset, boxes, scales = open_dataset("tiles", "tiles"), {}, []
     assert dataset.class_names == names
     for split in ("train", "val", "test"):
-        for tile in dataset.tiles(split):
+        for tile in dataset.tiles(split, ("image", "dsm", "sar")):
             own = read_grid(tile.paths["image"])
             column, row = (round(float(v)) for v in grid.pixels(own.left, own.top))
             box = np.s_[row : row + tile.size[0], column : column + tile.size[1]]
@@ -127,7 +132,12 @@ def test_an_image_and_polygons_become_tiles_a_run_and_a_map_with_its_polygons(
             assert np.array_equal(tile.read_labels(), labels[box]) and not tile.notes
             heights = tile.read_dsm()
             assert heights.shape == tile.size and 20 <= heights.min() < heights.max() <= 30
+            radar = tile.read("sar")
+            assert radar.shape == (*tile.size, 2) and -30 <= radar.min() < radar.max() <= -5
+            scales.append(np.stack(tile.open(("image", "sar")).scales["sar"].image))
         assert len(np.unique([labels[box] for s, box in boxes.values() if s == split][0])) == 4
+    (low, _), (span, _) = scales[0]
+    assert np.ptp(scales, axis=0).max() == 0 and -28 < low < -26 and -9 < low + span < -7
     assert len(boxes) == 12 and len({split for split, _ in boxes.values()}) == 3
     with Image.open("tiles/split.png") as picture:
         assert min(picture.size) > 200
@@ -140,6 +150,7 @@ def test_an_image_and_polygons_become_tiles_a_run_and_a_map_with_its_polygons(
     assert status == 0, err
     assert "val tiles" in out
     rasters = ["--image", "ortho.tif", "--dsm", "dsm.tif", "--device", "cpu", "--run", "run"]
+    rasters += ["--raster", "sar=radar.tif"]
     more = ["--confidence", "sure.tif", "--polygons", "map.geojson", "--min-area", 0.5]
     status, out, err = script("predict.py", *rasters, "--out", "map.tif", *more)
     assert (status, err) == (0, "") and out.splitlines()[-1].startswith("next: python explain.py")
@@ -164,7 +175,8 @@ def test_an_image_and_polygons_become_tiles_a_run_and_a_map_with_its_polygons(
 
 
 def test_a_label_raster_gives_the_tiles_that_the_same_polygons_give(place, script):
-    assert script("prepare.py", *WORDS, "--out", "a")[0] == 0
+    status, out, _ = script("prepare.py", *WORDS, "--out", "a")
+    assert status == 0 and "--val val" not in out and "val has 1 block, too few" in out
     labels = np.full((H, W), 255, np.uint8)
     grid = read_grid(Path("ortho.tif"))
     for name, rings in read_polygons(Path("labels.geojson"), "class", grid, (H, W)).polygons:
@@ -218,6 +230,10 @@ def test_what_the_image_does_not_show_is_not_labelled(place, script):
         ({"--polygons": "ortho.tif"}, ["ortho.tif", "ogr2ogr"]),
         ({"--image": "dsm.tif"}, ["dsm.tif", "three or more bands"]),
         ({"--dsm": "ortho.tif"}, ["ortho.tif", "heights are one band"]),
+        ({"--raster": "sar=nowhere.tif"}, ["--raster sar nowhere.tif", "no file"]),
+        ({"--raster": "labels=radar.tif"}, ["--raster", "labels", "another name"]),
+        ({"--raster": "dsm=radar.tif"}, ["--raster dsm=radar.tif", "dsm.tif already"]),
+        ({"--raster": "sar=plain.png"}, ["plain.png", "differ in size"]),
         ({"--out": "."}, ["--out .", "new folder"]),
         ({"--out": "/proc/tiles"}, ["--out /proc/tiles"]),
     ],
@@ -226,7 +242,9 @@ def test_what_the_image_does_not_show_is_not_labelled(place, script):
 def test_a_mistake_in_preparing_is_one_line_and_leaves_nothing(
     place, script, tmp_path, flags, parts
 ):
+    Image.new("L", (W // 2, H // 2)).save("plain.png")
     words = dict(zip(WORDS[::2], WORDS[1::2])) | {"--out": "tiles"} | flags
     given = [str(word) for pair in words.items() if pair[1] is not None for word in pair]
     assert_refused(script("prepare.py", *given), *parts)
-    assert files_below(tmp_path) == ["dsm.tif", "labels.geojson", "ortho.tif"]
+    left = ["dsm.tif", "labels.geojson", "ortho.tif", "plain.png", "radar.tif"]
+    assert files_below(tmp_path) == left
