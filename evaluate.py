@@ -62,7 +62,8 @@ def evaluate(run: Path, args: argparse.Namespace) -> None:
     accelerate(model.to(device))
     stride, failed = s.eval_stride if args.stride is None else args.stride, []
     final, without = is_finished(run / "model.pt"), "+".join(dataset.withheld)
-    name = scores_name(ran, s, args.split, stride, final, without)
+    scored = (run / "scores.json").exists()
+    name = scores_name(ran, s, args.split, stride, final, without, scored)
     beside = f"_without-{without}" if without else ""
 
     def keep(tile, pred, confidence) -> None:

@@ -8,6 +8,7 @@ without clutter), without those that appear neither in the truth nor in the pred
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Callable
 
 import numpy as np
@@ -227,10 +228,17 @@ def format_scores(scores: dict) -> str:
 
 
 def scores_name(
-    ran: Settings, asked: Settings, split: str, stride: int, final: bool, without: str = ""
+    ran: Settings,
+    asked: Settings,
+    split: str,
+    stride: int,
+    final: bool,
+    without: str = "",
+    scored: bool = False,
 ) -> str:
     """The file for the scores of a run: scores.json for those by its own protocol at its end. What
-    was scored otherwise (`asked`, at `stride`) is kept under a name that says how."""
+    was scored otherwise (`asked`, at `stride`) is kept under a name that says how; that of tiles
+    in another folder too, once the run is `scored`."""
     parts = [] if split == "test" else [split]
     parts += [] if final else ["unfinished"]
     parts += [] if stride == ran.eval_stride else [f"stride{stride}"]
@@ -239,4 +247,6 @@ def scores_name(
     if asked.full_labels != ran.full_labels:
         parts.append("full-labels" if asked.full_labels else "eroded-labels")
     parts += [f"without-{without}"] if without else []
+    if scored and Path(asked.root).resolve() != Path(ran.root).resolve():
+        parts.append(f"root-{Path(asked.root).resolve().name}")
     return "_".join(["scores", *parts]) + ".json"

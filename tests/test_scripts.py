@@ -247,10 +247,14 @@ def test_only_the_run_s_own_protocol_at_its_end_is_its_score(script, tmp_path):
     write_own_tiles(tmp_path / "mine")
     assert script("train.py", *OWN, "--select", "test", "--out", "run")[0] == 0
     before = Path("run/scores.json").read_bytes()
-    for flags in (["--stride", 32], ["--split", "train"]):
+    shutil.copytree("mine", "other")
+    for flags in (["--stride", 32], ["--split", "train"], ["--root", "other"]):
         assert script("evaluate.py", "--run", "run", *flags)[0] == 0
     assert Path("run/scores.json").read_bytes() == before
-    assert {"run/scores_stride32.json", "run/scores_train.json"} <= {*files_below(tmp_path)}
+    names = {f"run/scores_{name}.json" for name in ("stride32", "train", "root-other")}
+    assert names <= {*files_below(tmp_path)}
+    assert script("evaluate.py", "--run", "run", "--root", tmp_path / "mine")[0] == 0
+    assert {path for path in files_below(tmp_path) if "scores_" in path} == names
     content = torch.load("run/model.pt", weights_only=True)
     torch.save({**content, "finished": False}, "run/model.pt")
     Path("run/scores.json").unlink()
