@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 from dataclasses import fields
 from fnmatch import fnmatchcase
@@ -28,7 +27,7 @@ import torch
 from data import open_from_settings
 from engine import plan, speed
 from engine.commandline import add_settings
-from engine.console import Mistake, Parser, run_script, say_next
+from engine.console import Mistake, Parser, run_script, say_next, typed
 from engine.device import pick_device
 from engine.files import replace_atomically
 from engine.identity import Identities
@@ -147,7 +146,7 @@ def show(args: argparse.Namespace, store: Store, reference: str, cells: list[Cel
     for path, text in texts.items():
         if path is not None:
             write_text(path, text)
-    say_next(shlex.join(["python", "-m", "webbrowser", str(page)]))
+    say_next(typed("-m", "webbrowser", page))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -14,8 +14,8 @@ from argparse import ArgumentTypeError, Namespace
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from engine.console import Parser, run_script
-from engine.settings import Settings, command_line
+from engine.console import Parser, run_script, typed
+from engine.settings import Settings, words_of
 from geodata import synthetic
 from geodata.crops import Crop, CropDataset, CropOrder, draw_crop, sliding_windows, window_places
 from geodata.doctor import check_dataset
@@ -53,6 +53,7 @@ class Dataset:
     scaling: Scaling = Scaling()
     heights_kind: str = ""  # of the layout's kinds of heights; "": that of `chosen_heights`
     held_out: tuple[str, ...] = ()  # tiles of `train` that are the split `val`
+    val_folder: bool = False  # or the folder of that name is
     rasters: dict[str, Kind] = field(default_factory=dict)  # besides image and heights
     may_lack: bool = False  # tiles may lack some of the rasters
     withheld: tuple[str, ...] = ()  # rasters that no tile is to give
@@ -118,6 +119,21 @@ class Dataset:
             tiles = [t for t in tiles if (t.name in self.held_out) == (split == "val")]
         return tiles, missing
 
+    def lacking(self, tiles: list[Tile], split: str, modalities: tuple[str, ...]) -> list[str]:
+        """A line for each raster that some tiles of a split lack. Raises DataError for one that no
+        training tile has."""
+        lines = []
+        for name in modalities:
+            n, what = sum(name not in t.paths for t in tiles), "heights" if name == "dsm" else name
+            if n == len(tiles) and split == "train":
+                rest = "+".join(other for other in modalities if other != name)
+                raise DataError(
+                    f"{self.root}: no training tile has {what}; add files of the tiles' names, or "
+                    f"use --modalities {rest}"
+                )
+            lines += [f"{n} of {len(tiles)} {split} tiles have no {what}"] if n else []
+        return lines
+
     def kinds_of(self, names: tuple[str, ...]) -> dict[str, dict]:
         """The kinds of rasters, besides image and heights, as they are kept with a run."""
         return {name: self.rasters[name].as_dict() for name in names if name in self.rasters}
@@ -140,12 +156,16 @@ class Dataset:
         found = (_tile_names(self, split) for split in splits)
         return all(_find(root, patterns, *name)[2] for root, names in found for name in names)
 
-    def check(self, modalities: tuple[str, ...]) -> None:
+    def check(self, modalities: tuple[str, ...]) -> list[str]:
         """Looks into the files of all tiles that are not trained on, which are needed only after
-        the training. Raises DataError."""
-        for split in ("val", "test") if self.held_out else ("test",):
-            for tile in self.tiles(split, modalities):
+        the training -> what is to be told of them. Raises DataError."""
+        lines = []
+        for split in ("val", "test") if self.held_out or self.val_folder else ("test",):
+            tiles = self.tiles(split, modalities)
+            lines += self.lacking(tiles, split, modalities)
+            for tile in tiles:
                 tile.check(modalities)
+        return lines
 
     def hold_out(self, names: tuple[str, ...] | int | None = None) -> Dataset:
         """The data set with a split `val` that is taken out of `train`.
@@ -153,7 +173,7 @@ class Dataset:
         Named tiles, so many tiles spread evenly over the list, or None: the layout's own list. Of
         own tiles "val" is the folder of that name. Raises DataError."""
         if names == ("val",) and self.layout is None:
-            return self  # the folder of that name
+            return replace(self, val_folder=True)
         whole = replace(self, held_out=())
         train = [tile.name for tile in whole.tiles("train", ())]
         if names is None and self.layout is None:
@@ -238,8 +258,10 @@ def tile_of_files(
     """Rasters by name as a tile that is read and scaled as those of a run. Raises DataError where
     one that the run was trained on is missing, and it was trained to have all."""
     kinds, paths = {n: read_kind(n, form, run) for n, form in s.kinds.items()}, {}
-    if others := given.keys() - {"image", "dsm", *s.rasters}:
-        raise DataError(f"--raster {min(others)}: {run} was trained on {', '.join(s.rasters)}")
+    needed = {*s.rasters, *(kind.source for kind in kinds.values())}
+    if others := given.keys() - needed:
+        flag = f"--{min(others)}" if min(others) in ("image", "dsm") else f"--raster {min(others)}"
+        raise DataError(f"{flag}: {run} was trained on {', '.join(s.rasters)}; leave it out")
     for kind in s.rasters:
         from_image = kind in kinds and kinds[kind].source == "image"
         path = given.get(kind) or (given.get("image") if from_image else None)
@@ -412,7 +434,14 @@ def _read_classes(path: Path) -> tuple[Classes, int, dict[str, Kind]]:
     for what, values in (("colour", colors), ("name", names)):
         if len(set(values)) < len(values):
             raise DataError(f"{path}: two classes have the same {what}; give each its own")
-    forms = {name: form for name, form in forms.items() if name != "dsm"}  # which is always known
+    if forms.pop("dsm", height := {"kind": "height"}) != height:
+        raise DataError(
+            f"{path}: the raster dsm: give {json.dumps(height)}; its scale is --heights"
+        )
+    if odd := next((name for name in names if not name.isprintable()), None):
+        raise DataError(
+            f"{path}: the class {odd!r} has a character that cannot be shown; rename it"
+        )
     rasters = {name: read_kind(name, form, str(path)) for name, form in forms.items()}
     return tuple(named), ignored, rasters
 
@@ -456,13 +485,14 @@ def main() -> None:
     add, as_there = parser.add_argument, "as for train.py"
     add("--data", required=True, choices=sorted(DATASETS), help="data set")
     add("--root", type=Path, help="its folder; by default data/NAME")
-    add("--modalities", default="image+dsm", type=ordered, help="rasters to look at")
+    add("--modalities", default="image+dsm", help="rasters to look at")
     add("--bands", default="", help=as_there)
     add("--labels", choices=LABELS, default="dataset", help=as_there)
     add("--splits", choices=("paper", "official"), default="paper", help=as_there)
     add("--full-labels", action="store_true", help=as_there)
     add("--image-scaling", help=as_there)
     args = parser.parse_args()
+    args.modalities = ordered(args.modalities)
     hunan = args.data in ("hunan", "mmhunan")
     scaling = Scaling(images=args.image_scaling or ("reflectance" if hunan else "unit"))
     choices = args.bands, args.labels, args.full_labels, args.splits, scaling
@@ -472,7 +502,11 @@ def main() -> None:
         what = "training cannot run; see above what is missing or unusable"
         raise DataError(f"{dataset.root}: {what}")
     given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
-    print(f"training can run; next: {command_line('train.py', given)}")
+    told = []
+    if dataset.layout is None:  # by prepare.py; what is given here comes later, and counts
+        content = (dataset.root / "classes.json").read_text(encoding="utf-8-sig")
+        told = json.loads(content).get("train", [])
+    print(f"training can run; next: {typed('train.py', *told, *words_of(given))}")
 
 
 if __name__ == "__main__":

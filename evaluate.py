@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from data import open_from_settings
 from engine.checkpoints import is_finished, load_model, newest_run
-from engine.console import Mistake, Parser, run_script, say_next
+from engine.console import Mistake, Parser, run_script, say_next, typed
 from engine.device import pick_device, store_frozen_weights
 from engine.files import replace_atomically
 from engine.recipes import published_protocol
@@ -79,7 +78,7 @@ def evaluate(run: Path, args: argparse.Namespace) -> None:
     print(f"{run}: {s.encoder}, {s.tuner}, {s.modalities}, fusion {s.fusion}")
     print(format_scores(scores))
     if "unfinished" in name:
-        go_on = f"python train.py --resume --out {run}"
+        go_on = typed("train.py", "--resume", "--out", run)
         print(f"note: {run} was not trained to its end; go on: {go_on}")
     try:
         if failed:
@@ -88,14 +87,14 @@ def evaluate(run: Path, args: argparse.Namespace) -> None:
         replace_atomically(run / name, lambda p: p.write_text(text, encoding="utf-8"))
         if name == "scores.json" and (run / "config.json").exists():
             write_report(run)
-        print(f"{run / name}; next: python explain.py --run {run}")
+        print(f"{run / name}; next: {typed('explain.py', '--run', run)}")
     except OSError as error:
         print(f"note: the scores are not kept, {run} cannot be written ({one_line(error)})")
 
 
 def withheld(without: str, s: Settings, run: Path) -> tuple[str, ...]:
     """The rasters that --without names. Raises Mistake for those that the run cannot do without."""
-    names = tuple(ordered(without).split("+")) if without else ()
+    names = tuple(ordered(without, "--without").split("+")) if without else ()
     if others := ", ".join(name for name in names if name not in s.rasters):
         raise Mistake(f"--without {others}: {run} was trained on {', '.join(s.rasters)}")
     if len(names) == len(s.rasters):
@@ -132,7 +131,7 @@ def main() -> None:
         print(line, file=sys.stderr)
     print(markdown(runs))
     best = max(runs, key=lambda run: run.scores["miou"] or 0)
-    say_next(shlex.join(["python", "explain.py", "--run", str(best.folder)]))
+    say_next(typed("explain.py", "--run", best.folder))
 
 
 if __name__ == "__main__":

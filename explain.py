@@ -24,7 +24,7 @@ import torch
 
 from data import RASTER_FLAG, files_given, open_from_settings, raster_words, tile_of_files
 from engine.checkpoints import load_model, newest_run
-from engine.console import Parser, run_script
+from engine.console import Parser, run_script, typed
 from engine.device import autocast, pick_device, store_frozen_weights
 from engine.inside import first_tuned, look_inside
 from engine.settings import Settings
@@ -153,10 +153,10 @@ def main() -> None:
     head = (RANDOM if s.weights == "none" else "") + note(words)
     if not files_given(args):
         at = f"{columns.start},{rows.start}"
-        head += command(f"python explain.py --run {run} --tile {tile.name} --at {at}")
+        head += command(typed("explain.py", "--run", run, "--tile", tile.name, "--at", at))
     write_lesson(page, title, head, stages, method, functions, inside.parameters)
-    rasters = " ".join(raster_words(dict.fromkeys(s.rasters, "FILE")))
-    again = f"python predict.py --run {run} {rasters} --out map.tif"
+    rasters = raster_words(dict.fromkeys(s.rasters, "FILE"))
+    again = typed("predict.py", "--run", run, *rasters, "--out", "map.tif")
     print(f"{page}: one window through {run}; next: {again}")
 
 

@@ -21,7 +21,6 @@ Shapes: `H, W` pixels of the raster, `B` windows of a batch, `K` classes.
 from __future__ import annotations
 
 import math
-import shlex
 from argparse import Namespace
 from pathlib import Path
 from typing import Iterator
@@ -30,7 +29,7 @@ import numpy as np
 
 from data import RASTER_FLAG, facts_of_run, files_by_stem, files_given, raster_words, tile_of_files
 from engine.checkpoints import load_model, newest_run
-from engine.console import Parser, Ticker, run_script
+from engine.console import Parser, Ticker, run_script, typed
 from engine.device import pick_device, store_frozen_weights
 from engine.inference import BLENDS, percent, predict_loaded, predict_strips, predict_tile
 from engine.settings import Settings
@@ -69,7 +68,7 @@ def write_prediction(
     DataError where they cannot be written."""
     strips = cut_out(bands_of(strips, *(flag in paths for flag in EXTRAS)), tile.without_data())
     grid, names = read_grid(like), tuple(name for name, _ in tile.classes)
-    smallest = math.ceil(min_area / ((grid and grid.pixel_area()) or 1))
+    smallest = math.ceil(min(min_area / ((grid and grid.pixel_area()) or 1), 1e18))
     kinds = {
         "--out": (("class",), tile.classes),
         "--confidence": (("confidence",),),
@@ -110,13 +109,13 @@ def jobs_of(given: dict[str, Path], paths: dict[str, Path]) -> list[Job]:
         jobs.append((rasters, {flag: path / ends[flag] for flag, path in paths.items()}))
     if not jobs:
         raise DataError(f"{first}: no image in this folder; give one with TIFF, PNG or JPEG files")
+    for rasters, job in jobs:
+        check_outputs(job, rasters.values(), folders=paths.values())
     for flag, path in paths.items():
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"{flag} {path}: cannot be written ({one_line(error)})") from error
-    for rasters, job in jobs:
-        check_outputs(job, rasters.values())
     return jobs
 
 
@@ -179,7 +178,7 @@ def main() -> None:
         predict_job(job, model, s, classes, run, args)
     given, out = raster_words(jobs[0][0]), f"{args.out.with_suffix('')}_explained"
     words = ["--run", run, *given, "--out", out]
-    print(f"next: python explain.py {shlex.join(map(str, words))}")
+    print(f"next: {typed('explain.py', *words)}")
 
 
 if __name__ == "__main__":

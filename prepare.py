@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 import secrets
-import shlex
 import shutil
 from argparse import Namespace
 from dataclasses import replace
@@ -28,15 +27,16 @@ import tifffile
 from PIL import Image, ImageDraw
 
 from data import RASTER_FLAG, files_given
-from engine.console import Parser, Ticker, run_script
+from engine.console import Parser, Ticker, run_script, typed
 from geodata.annotation import from_polygons, from_raster
 from geodata.blocks import cut_blocks, share_out
+from geodata.doctor import MARKERS
 from geodata.grids import geo_tags
-from geodata.kinds import ordered, read_kind
+from geodata.kinds import Kind, ordered, read_kind
 from geodata.labels import labels_to_colors
 from geodata.layouts import IGNORE, Classes
 from geodata.maps import Output, write_maps
-from geodata.rasters import NODATA, DataError, one_line
+from geodata.rasters import GDAL_METADATA, NODATA, DataError, one_line
 from geodata.scaling import Scaling, valid_heights
 from geodata.slices import Box, Raster, View, strip_boxes
 from geodata.tiles import Tile
@@ -45,6 +45,7 @@ from reports.panels import assemble
 PARTS = {"train": (255, 255, 255), "test": (0, 0, 0), "val": (200, 0, 160)}  # colours in split.png
 LEAST = 64  # pixels of a block: what the network takes
 CROP = 256  # train.py's
+IN_METRES = '<GDALMetadata><Item name="UNITTYPE" sample="0" role="unittype">m</Item></GDALMetadata>'
 ENOUGH = 3  # blocks to choose an epoch by: one or two rather choose the luckiest
 SHOWN = 900  # pixels of the longer side of a picture
 
@@ -73,9 +74,10 @@ def write_tile(
     kinds = {i: "unspecified" for i in range(3 if rgb else 1, image.bands)}
     kinds |= {} if image.alpha is None else {image.alpha: "unassalpha"}
     about = dict(extrasamples=list(kinds.values()), planarconfig="contig")
-    files = {
-        "images": (image[box], nodata, {"photometric": "rgb" if rgb else "minisblack", **about})
-    }
+    pixels = image[box]
+    if image.mask is not None and pixels.dtype.kind == "f":  # no tile has a mask
+        pixels, nodata = np.where(image.valid(box, pixels)[..., None], pixels, np.nan), [math.nan]
+    files = {"images": (pixels, nodata, {"photometric": "rgb" if rgb else "minisblack", **about})}
     for kind, view in others.items():
         pixels = view[box]
         bands = 1 if pixels.ndim == 2 else pixels.shape[2]
@@ -84,6 +86,8 @@ def write_tile(
     for kind, (pixels, holes, about) in files.items():
         (folder / kind).mkdir(parents=True, exist_ok=True)
         extra = [*tags, *((NODATA, "s", 0, f"{value:.17g}", True) for value in holes)]
+        # The tags, which are the image's, may name a unit of heights.
+        extra += [(GDAL_METADATA, "s", 0, IN_METRES, True)] if kind == "dsm" else []
         options = dict(compression="zlib", metadata=None, extratags=extra)
         tifffile.imwrite(folder / kind / name, pixels, **about, **options)
     (folder / "labels").mkdir(exist_ok=True)
@@ -91,15 +95,17 @@ def write_tile(
     write_maps([output], [cut[None]], cut.shape, folder / "images" / name)
 
 
-def picture(tile: Tile, labels: np.ndarray, classes: Classes, blocks: list[Box], parts: list[str]):
+def picture(
+    pixels: View, labels: np.ndarray, classes: Classes, blocks: list[Box], parts: list[str]
+) -> Image.Image:
     """The image, and on it the labels and the frame of each block in the colour of its part."""
-    (H, W), raster = tile.size, tile.raster("image")
+    H, W = labels.shape
     step = -(-max(H, W) // SHOWN)
     image, seen = (
         np.concatenate([source[y : y + 1, 0:W][:, ::step] for y in range(0, H, step)])
-        for source in (raster, labels)
+        for source in (pixels, labels)
     )
-    image = image[..., :3].astype(np.float32)
+    image = image.astype(np.float32)
     low, high = np.percentile(image, (2, 98))
     image = (255 * np.clip((image - low) / max(high - low, 1e-6), 0, 1)).astype(np.uint8)
     known = (seen != IGNORE)[..., None]
@@ -127,13 +133,23 @@ def table(classes: Classes, own: dict[str, np.ndarray]) -> Iterator[str]:
             yield f"note: {part} has no {', '.join(lacking)}; label more, or try a smaller --block"
 
 
+def write_classes(path: Path, classes: Classes, kinds: dict[str, Kind], told: list[str]) -> None:
+    """The classes.json of the tiles, with what train.py is to be told of them."""
+    named = [{"name": name, "color": color} for name, color in classes]
+    content = {"classes": named, "ignore": IGNORE, "train": told}
+    if kinds:
+        content["rasters"] = {name: kind.as_dict() for name, kind in kinds.items()}
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
 # ------------------------------------------------------------------------------------------ the way
 
 
-def measured(tile: Tile) -> tuple[dict[str, View], list[str]]:
-    """The rasters besides the image, NaN where they have no data, and what train.py is to be told
-    of them. All get one scale for all tiles, which is that of the whole image: a block's own range
-    is another."""
+def measured(tile: Tile) -> tuple[View, dict[str, View], list[str]]:
+    """The image, the other rasters, NaN where they have no data, and what train.py is to be told of
+    them. All get one scale for all tiles, which is that of the whole image: a block's own range is
+    another."""
     others, told = [name for name in tile.paths if name not in ("image", "labels")], []
     bytes_ = tile.raster("image").dtype == np.uint8
     tile.scaling = Scaling(images="0:1" if bytes_ else "minmax")
@@ -141,6 +157,10 @@ def measured(tile: Tile) -> tuple[dict[str, View], list[str]]:
         raster = tile.raster(name)
         if name != "dsm":
             bands = tuple(band for band in range(raster.bands) if band != raster.alpha)
+            if bands != tuple(range(len(bands))):
+                remedy = f"{' '.join(f'-b {band + 1}' for band in bands)} IN OUT.tif"
+                last = f"band {raster.alpha + 1} is alpha, which comes last"
+                raise DataError(f"{raster.path}: {last}: gdal_translate {remedy}")
             tile.kinds[name] = replace(tile.kinds[name], bands=bands)
     loaded = tile.open(("image", *others))
     if not bytes_:
@@ -151,14 +171,16 @@ def measured(tile: Tile) -> tuple[dict[str, View], list[str]]:
     if others != ["dsm"]:
         told += ["--modalities", ordered("+".join(("image", *others)))]
     for name, scale in loaded.scales.items():
-        bands = tuple(range(len(tile.kinds[name].bands)))  # of the tiles
-        tile.kinds[name] = replace(tile.kinds[name], bands=bands, scaling=as_range(*scale.image))
-    return ({"dsm": tile.heights()} if "dsm" in others else {}) | loaded.more, told
+        tile.kinds[name] = replace(tile.kinds[name], scaling=as_range(*scale.image))
+        for marker in set(MARKERS) & {*scale.image[0].tolist()}:
+            said = f"if {marker} stands for no data, say so: gdal_edit.py -a_nodata {marker} FILE"
+            tile.notes.append(f"{tile.paths[name]}: {said}")
+    return loaded.image, ({"dsm": tile.heights()} if "dsm" in others else {}) | loaded.more, told
 
 
 def as_range(low: np.ndarray, span: np.ndarray) -> str:
     """The one range LOW:HIGH of all bands."""
-    return f"{low.min():.9g}:{(low + span).max():.9g}"
+    return f"{low.min():.12g}:{(low + span).max():.12g}"
 
 
 def has_data(name: str, pixels: np.ndarray) -> bool:
@@ -167,18 +189,22 @@ def has_data(name: str, pixels: np.ndarray) -> bool:
 
 def prepare(args: Namespace, tile: Tile, folder: Path) -> list[str]:
     """Writes everything below `folder` -> what train.py is to be told of it. Raises DataError."""
-    others, told = measured(tile)
+    image, others, told = measured(tile)
     drawn = args.polygons is not None
     classes, labels = from_polygons(args.polygons, args.field, tile) if drawn else from_raster(tile)
     if (missing := tile.without_data()) is not None:
         for rows, _ in strip_boxes(tile.size):
             labels[rows][missing(rows)] = IGNORE
 
-    found = []
+    found, empty = [], 0
     for box in cut_blocks(tile.size, args.block):
         pixels = np.bincount(labels[box].ravel(), minlength=256)[: len(classes)]
         if pixels.any() and all(has_data(name, view[box]) for name, view in others.items()):
             found.append((box, pixels))
+        else:
+            empty += bool(pixels.any())
+    if empty:
+        tile.notes.append(f"{empty} labelled blocks are left out, where {' or '.join(others)} ends")
     if len(found) < 3:
         fits = max(LEAST, min(args.block - 1, min(tile.size) // 3))
         few = f"labels lie in {len(found)} blocks of {args.block} pixels, and 3 are needed"
@@ -192,13 +218,7 @@ def prepare(args: Namespace, tile: Tile, folder: Path) -> list[str]:
     for i, (box, part) in enumerate(zip(blocks, parts), 1):
         write_tile(folder / part, tile.raster("image"), others, labels, classes, box)
         ticker(i, len(blocks))
-    named = [{"name": name, "color": color} for name, color in classes]
-    content = {"classes": named, "ignore": IGNORE}
-    if kinds := {name: kind.as_dict() for name, kind in tile.kinds.items()}:
-        content["rasters"] = kinds
-    content = json.dumps(content, indent=1, ensure_ascii=False)
-    (folder / "classes.json").write_text(content + "\n", encoding="utf-8")
-    picture(tile, labels, classes, blocks, parts.tolist()).save(folder / "split.png")
+    picture(image, labels, classes, blocks, parts.tolist()).save(folder / "split.png")
     own = {part: pixels[parts == part] for part in PARTS if (parts == part).any()}
     for line in table(classes, own):
         print(line)
@@ -210,6 +230,7 @@ def prepare(args: Namespace, tile: Tile, folder: Path) -> list[str]:
     if (least := min(side.stop - side.start for box in blocks for side in box)) < CROP:
         crop = max(LEAST, least // 16 * 16)
         told += ["--crop", str(crop), "--stride", str(crop // 2)]
+    write_classes(folder / "classes.json", classes, tile.kinds, told)
     return told
 
 
@@ -231,6 +252,7 @@ def main() -> None:
     add("--seed", type=int, default=0, help="of the draw of blocks")
     args = parser.parse_args()
     kinds = {n: read_kind(n, {}, "--raster") for n, _ in args.raster if n not in ("image", "dsm")}
+    ordered("+".join(["image", *kinds]), "--raster")
     given = files_given(args) | ({"labels": args.labels} if args.labels else {})
     drawn = {"polygons": args.polygons} if args.polygons else {}
     for name, path in (given | drawn).items():
@@ -241,7 +263,8 @@ def main() -> None:
         parser.error(f"--block {args.block}: give {LEAST} pixels or more")
     if not (0 < args.test < 1 and 0 <= args.val < 1 - args.test) or args.seed < 0:
         parser.error("--test and --val are shares above 0 and below 1 together, --seed 0 or more")
-    if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
+    here = args.out.resolve() == Path.cwd()  # which cannot be replaced
+    if args.out.exists() and (here or not args.out.is_dir() or any(args.out.iterdir())):
         raise DataError(f"--out {args.out}: is there already; give a new folder")
     tile = Tile(args.image.stem, given, (), kinds=kinds)
     folder = args.out.with_name(f"{args.out.name}.{secrets.token_hex(4)}.tmp")
@@ -254,9 +277,9 @@ def main() -> None:
         raise DataError(f"--out {args.out}: cannot be written ({one_line(error)})") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    words = shlex.join(["--data", "tiles", "--root", str(args.out), *told])
+    command = typed("train.py", "--data", "tiles", "--root", args.out, *told)
     print(f"{args.out}: look at {args.out / 'split.png'}")
-    print(f"next: python train.py {words}  # without a GPU: --encoder vit_t")
+    print(f"next: {command}  # without a GPU: --encoder vit_t")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from data import Dataset, open_from_settings
 from engine.budget import explain_failure
 from engine.checkpoints import load_trained_state, read_content, read_settings
 from engine.commandline import parse_settings, resumed_settings
-from engine.console import Mistake, Ticker, clock, run_script
+from engine.console import Mistake, Ticker, clock, run_script, typed
 from engine.device import peak_memory, pick_device, use_large_pages
 from engine.distributed import Team, join_team, leave_team
 from engine.folder import RunFolder, check_new, read_last, unfinished_run
@@ -155,7 +155,7 @@ def finish(run: Run, noted: list[int]) -> dict:
         with run.folder.writing():
             write_report(run.folder.path)
     run.say(f"{run.folder}: model.pt, scores.json, pictures/, report.html")
-    run.say(f"next: python explain.py --run {run.folder}")
+    run.say(f"next: {typed('explain.py', '--run', run.folder)}")
     return scores
 
 
@@ -175,7 +175,7 @@ def score(run: Run, split: str, stride: int, noted: list[int], pictures: bool = 
 
 
 def stop(run: Run, number: int, where: str) -> None:
-    again = f"python train.py --resume --out {run.folder}"
+    again = typed("train.py", "--resume", "--out", run.folder)
     raise TrainingStopped(f"interrupted {where}; go on with {again}", status=128 + number)
 
 
@@ -202,7 +202,7 @@ def one_run(
         s = resumed_settings(stored_settings(folder), given, folder.path, lengthen)
         step = read_last(folder.path)["progress"]["step"]
         if step == s.epochs * s.steps and folder.is_finished():
-            print(f"{folder} is finished; python evaluate.py --run {folder} scores it again")
+            print(f"{folder} is finished; {typed('evaluate.py', '--run', folder)} scores it again")
             return
         if team.is_main:
             folder.hold()
@@ -239,7 +239,7 @@ def all_seeds(s: Settings, seeds: list[int], team: Team, device: torch.device) -
         )
     if team.is_main:
         print(markdown(read_runs([Path(s.out)])[0]))
-        print(f"next: python explain.py --run {Path(s.out) / f'seed-{seeds[0]}'}")
+        print(f"next: {typed('explain.py', '--run', Path(s.out) / f'seed-{seeds[0]}')}")
 
 
 def start_or_continue(s: Settings, team: Team, device: torch.device) -> None:

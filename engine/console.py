@@ -6,6 +6,7 @@ import argparse
 import difflib
 import logging
 import os
+import shlex
 import sys
 import time
 from typing import Callable, Iterable, NoReturn, TextIO
@@ -92,6 +93,11 @@ def say_mistake(line: str) -> None:
         time.sleep(5)
         line = f"process {rank}: {line}"
     print(line, file=sys.stderr, flush=True)
+
+
+def typed(script: str, *words: object) -> str:
+    """The command that runs a script, as it is typed, whatever is in its words."""
+    return shlex.join(["python", script, *map(str, words)])
 
 
 def say_next(command: str) -> None:

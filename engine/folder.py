@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Iterator
 
 from engine.checkpoints import MODEL_KEYS, is_finished, read_content, save_tensors
-from engine.console import Mistake
+from engine.console import Mistake, typed
 from engine.distributed import Team
 from engine.files import replace_atomically
 from engine.settings import Settings
@@ -74,9 +74,10 @@ class RunFolder:
             if not self.path.exists():
                 raise TrainingStopped(f"{self.path} is gone ({reason})") from error
             free = shutil.disk_usage(self.path).free / 1e6
+            again = typed("train.py", "--resume", "--out", self.path)
             raise TrainingStopped(
                 f"{self.path} cannot be written ({reason}, {free:,.0f} MB are free); what was "
-                f"saved is intact: make room, then python train.py --resume --out {self.path}"
+                f"saved is intact: make room, then {again}"
             ) from error
 
     def write_text(self, name: str, text: str) -> None:
@@ -132,10 +133,8 @@ def check_new(folder: Path) -> None:
     if there == ["last.pt"] and read_last(folder)["progress"]["step"] == 0:
         return
     if "last.pt" in there:
-        raise Mistake(
-            f"{folder} holds a run; go on with it: python train.py --resume --out {folder}; or "
-            f"give another --out"
-        )
+        again = typed("train.py", "--resume", "--out", folder)
+        raise Mistake(f"{folder} holds a run; go on with it: {again}; or give another --out")
     if there:
         raise Mistake(f"{folder} holds {there[0]}, which a run would overwrite; give another --out")
 

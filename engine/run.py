@@ -56,7 +56,8 @@ class Run:
         self.classes = [[name, list(color)] for name, color in dataset.classes]
         tiles = share_of(self.dataset.tiles("train", modalities), s.share, s.seed)
         # A test tile that is missing or broken is to be found now, not after the training.
-        self.dataset.check(modalities)
+        self.notes = self.dataset.lacking(tiles, "train", modalities)
+        self.notes += self.dataset.check(modalities)
         if "dsm" in modalities:
             s.heights_kind, _ = self.dataset.chosen_heights()
         check_budget(s, len(self.classes), self.device, world)
@@ -64,7 +65,7 @@ class Run:
         self.fingerprint, self.facts = fingerprint(self.tiles), facts_of(tiles)
         counted = self.tiles if s.class_weights == "balanced" else []  # seconds, of large tiles
         self.pixels = class_pixels(counted, len(self.classes))
-        self.notes = [note for tile in tiles for note in tile.notes]
+        self.notes += [note for tile in tiles for note in tile.notes]
         if last is not None and last["data"] != self.fingerprint:
             others = f"{s.root}: not the training tiles that {s.out} began with"
             raise DataError(f"{others}; give them back, or begin anew")

@@ -17,7 +17,7 @@ from geodata.geojson import MOST, read_polygons
 from geodata.grids import read_grid
 from geodata.layouts import IGNORE, Classes
 from geodata.polygons import burn
-from geodata.slices import DataError, Raster, row_strips
+from geodata.slices import DataError, Raster, strip_boxes
 from geodata.tiles import Tile
 
 # Told apart also by those who do not tell red from green (M. Okabe, K. Ito, 2008)
@@ -51,11 +51,16 @@ def from_raster(tile: Tile) -> tuple[Classes, np.ndarray]:
     255 and no data. Raises DataError."""
     raster = tile.raster("labels")
     if raster.bands >= 3:
-        codes = (strip[..., :3].astype(np.int32) @ (65536, 256, 1) for strip in row_strips(raster))
-        found = [(v >> 16, v >> 8 & 255, v & 255) for v in _values(raster, codes)]
+        codes = (pixels[:, :3].astype(np.int64) @ (65536, 256, 1) for pixels in _pixels(raster))
+        found = [
+            (v >> 16, v >> 8 & 255, v & 255)
+            for v in _values(raster, codes, raster.dtype == np.uint8, 0xFFFFFF)
+        ]
         tile.classes = tuple(("#{:02x}{:02x}{:02x}".format(*rgb), rgb) for rgb in found)
+        tile.unscored_color = None if raster.nodata is None else (int(raster.nodata),) * 3
     else:
-        values = _values(raster, row_strips(raster), IGNORE, raster.nodata)
+        numbers = (pixels[:, 0] for pixels in _pixels(raster))
+        values = _values(raster, numbers, raster.dtype.kind in "ui", 0xFFFF, IGNORE)
         beside, names = raster.path.with_name(raster.path.name + ".aux.xml"), {}
         if beside.is_file():
             categories = ElementTree.parse(beside).iter("Category")
@@ -63,17 +68,32 @@ def from_raster(tile: Tile) -> tuple[Classes, np.ndarray]:
         own = [] if raster.palette is None else [tuple(c.tolist()) for c in raster.palette]
         own = [own[v] for v in values if v < len(own)]
         free = own if len(set(own)) == len(values) else colours()
-        tile.classes = tuple((names.get(v) or f"class {v}", c) for v, c in zip(values, free))
+        called = [names.get(v) or f"class {v}" for v in values]
+        called = [f"{n} ({v})" if called.count(n) > 1 else n for n, v in zip(called, values)]
+        tile.classes = tuple(zip(called, free))
         number = {v: k for k, v in enumerate(values)}
         tile.codes = tuple(number.get(v, IGNORE) for v in range(values[-1] + 1))
     return tile.classes, tile.read_labels()
 
 
-def _values(raster: Raster, strips: Iterator[np.ndarray], *left_out: float | None) -> list[int]:
-    """The different values of a raster that are classes. Raises DataError."""
+def _pixels(raster: Raster) -> Iterator[np.ndarray]:
+    """Strip by strip the pixels (n, C) that are data."""
+    for box in strip_boxes(raster.shape):
+        raw = raster[box]
+        where = raster.valid(box, raw)
+        yield (
+            raw.reshape(-1, raster.bands) if where is None else raw[where].reshape(-1, raster.bands)
+        )
+
+
+def _values(
+    raster: Raster, strips: Iterator[np.ndarray], fits: bool, top: int, left_out: int | None = None
+) -> list[int]:
+    """The different values that are classes. Raises DataError for too many and for those above
+    `top`, and where the type of the raster does not fit."""
     values = np.unique(np.concatenate([np.unique(strip) for strip in strips])).tolist()
-    values = [v for v in values if v not in left_out]
-    if raster.dtype.kind not in "ui" or not 2 <= len(values) <= MOST or values[0] < 0:
+    values = [v for v in values if v != left_out]
+    if not (fits and 2 <= len(values) <= MOST and 0 <= values[0] and values[-1] <= top):
         held = f"holds {len(values)} different values of {raster.dtype}"
         needed = f"labels are 2 to {MOST} class numbers from 0, or as many flat colours"
         remedy = "gdal_translate -ot Byte IN OUT.tif"

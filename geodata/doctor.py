@@ -25,7 +25,9 @@ def check_dataset(dataset, modalities: tuple[str, ...]) -> bool:
     if dataset.layout is None and 0 <= ignored < len(dataset.classes):
         name = dataset.class_names[ignored]
         print(f"SUSPICIOUS: classes.json ignores {ignored}, the class {name}")
-    return all([check_split(dataset, split, modalities) for split in ("train", "test")])
+    held = dataset.layout is None and (dataset.root / "val").is_dir()
+    splits = ("train", "val", "test") if held else ("train", "test")
+    return all([check_split(dataset, split, modalities) for split in splits])
 
 
 def check_split(dataset, split: str, modalities: tuple[str, ...]) -> bool:
@@ -79,15 +81,14 @@ def check_tile(tile: Tile, modalities: tuple[str, ...]) -> tuple[str, list[str],
             remarks.append(f"SUSPICIOUS: all heights are {low:.2f} m")
         if (share := tile.missing_heights / dsm.size) > MUCH:
             remarks.append(f"SUSPICIOUS: {100 * share:.1f} % of the pixels have no height")
-        for value in {low, high} & set(MARKERS):
-            remarks.append(
-                f"SUSPICIOUS: {int((dsm == value).sum()):,} pixels are {value:g} m high; if that "
-                f"stands for no data, say so: gdal_edit.py -a_nodata {value:g} FILE"
-            )
+        remarks += _markers("m high", dsm, low, high)
     for name in modalities:
         if name in tile.kinds:
             bands = tile.read(name)
-            low, high = np.nanmin(bands), np.nanmax(bands)
+            if np.isnan(bands).all():
+                raise DataError(f"{tile.paths[name]}: holds no pixel with data; replace the file")
+            low, high = float(np.nanmin(bands)), float(np.nanmax(bands))
+            remarks += _markers(f"of {name}", bands, low, high)
             line.append(f"{name} {low:.4g} to {high:.4g} {tile.kinds[name].unit}".rstrip())
             if low == high:
                 remarks.append(f"SUSPICIOUS: all of {name} is {low:g}")
@@ -97,6 +98,14 @@ def check_tile(tile: Tile, modalities: tuple[str, ...]) -> tuple[str, list[str],
     present, ignored = np.unique(labels[labels != IGNORE]), float((labels == IGNORE).mean())
     line.append(f"{len(present)} classes, {100 * ignored:.2f} % not scored")
     return ", ".join(line), remarks + _look_at_labels(tile, labels, present), labels
+
+
+def _markers(what: str, values: np.ndarray, low: float, high: float) -> list[str]:
+    return [
+        f"SUSPICIOUS: {int((values == value).sum()):,} pixels are {value:g} {what}; if that stands "
+        f"for no data, say so: gdal_edit.py -a_nodata {value:g} FILE"
+        for value in {low, high} & set(MARKERS)
+    ]
 
 
 def _look_at_image(tile: Tile) -> tuple[str, list[str]]:

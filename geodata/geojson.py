@@ -48,6 +48,9 @@ def read_polygons(path: Path, key: str, grid: Grid | None, size: tuple[int, int]
     if not 2 <= len(names) <= MOST:
         held = f"holds {len(names)} different classes in the field {key!r}, and 2 to {MOST} are"
         raise DataError(f"{path}: {held} needed; give another one by --field")
+    if odd := next((name for name in names if not name.isprintable()), None):
+        problem = f"the class {odd!r} has a character that cannot be shown"
+        raise DataError(f"{path}: {problem}; rename it in the field {key!r}")
     found, outside = Polygons(sorted(names, key=_natural)), 0
     to_pixels = (grid or Grid(0, 0, 1, 1)).pixels
     if grid:

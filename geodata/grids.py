@@ -141,27 +141,31 @@ def _system(geo: dict) -> int | None:
 def geo_tags(path: Path, row: int = 0, column: int = 0) -> list[tuple]:
     """The tags that say where a raster lies from a pixel on, as tifffile writes them (code, type,
     count, value, True); [] without."""
-    raster = open_raster(path)
-    if 33922 in raster.geo or 34264 in raster.geo:
-        geo = dict(raster.geo)
-        if row or column:  # every tie point is that much nearer to the first pixel
-            tie, matrix = (np.array(geo.get(code, [])) for code in (33922, 34264))
-            tie[0::6] -= column
-            tie[1::6] -= row
-            matrix[3::4] += column * matrix[0::4] + row * matrix[1::4]
-            geo |= {33922: tuple(tie.tolist()), 34264: tuple(matrix.tolist())}
-        kept = [(code, kind) for code, kind in GEO_TAGS.items() if np.size(geo.get(code, ()))]
-        counts = [0 if kind == "s" else np.size(geo[code]) for code, kind in kept]
-        return [(*tag, n, geo[tag[0]], True) for tag, n in zip(kept, counts)]
-    grid = read_grid(raster)
-    if grid is None:
-        return []
-    grid = grid.moved(row, column)
+    geo, grid = (raster := open_raster(path)).geo, None
+    if "GeoTransform" in geo or not (33922 in geo or 34264 in geo):
+        if (grid := read_grid(raster)) is None:
+            return []
+        geo = {code: value for code, value in geo.items() if code not in (33550, 33922, 34264)}
+        geo |= _place_tags(grid, point=geo.get("GTRasterTypeGeoKey") == 2)
+    if row or column:  # every tie point is that much nearer to the first pixel
+        tie, matrix = (np.array(geo.get(code, [])) for code in (33922, 34264))
+        tie[0::6] -= column
+        tie[1::6] -= row
+        matrix[3::4] += column * matrix[0::4] + row * matrix[1::4]
+        geo = {**geo, 33922: tuple(tie.tolist()), 34264: tuple(matrix.tolist())}
+    kept = [(code, kind) for code, kind in GEO_TAGS.items() if np.size(geo.get(code, ()))]
+    counts = [0 if kind == "s" else np.size(geo[code]) for code, kind in kept]
+    return [(*tag, n, geo[tag[0]], True) for tag, n in zip(kept, counts)]
+
+
+def _place_tags(grid: Grid, point: bool) -> dict[int, tuple]:
+    """The values of the tags that lay a grid; of its first pixel's middle where the keys say that
+    a place is a point."""
+    left, top = grid.corner(0.5, 0.5) if point else (grid.left, grid.top)
     if grid.north_up:
-        tie = (0.0, 0.0, 0.0, grid.left, grid.top, 0.0)
-        return [(33550, "d", 3, (grid.step_x, grid.step_y, 0.0), True), (33922, "d", 6, tie, True)]
-    rows = (grid.step_x, grid.turn[0], 0.0, grid.left), (grid.turn[1], -grid.step_y, 0.0, grid.top)
-    return [(34264, "d", 16, (*rows[0], *rows[1], *[0.0] * 7, 1.0), True)]
+        return {33550: (grid.step_x, grid.step_y, 0.0), 33922: (0.0, 0.0, 0.0, left, top, 0.0)}
+    rows = (grid.step_x, grid.turn[0], 0.0, left), (grid.turn[1], -grid.step_y, 0.0, top)
+    return {34264: (*rows[0], *rows[1], *[0.0] * 7, 1.0)}
 
 
 # ------------------------------------------------------------------------------------- two of them

@@ -48,7 +48,8 @@ def read_kind(name: str, form: object, where: str) -> Kind:
         if not fits:
             raise DataError(f"{where}: the raster {name}: {what}")
 
-    need(re.fullmatch(NAME, name) and name not in TAKEN, "give another name, of letters and digits")
+    fits = re.fullmatch(NAME, name) and name.casefold() not in TAKEN  # folders, of any system
+    need(fits, "give another name, of letters and digits")
     need(isinstance(form, dict), 'a list of its properties is needed, as {"bands": [1, 2]}')
     unknown = ", ".join(sorted(form.keys() - set(KEYS)))
     need(not unknown, f"has no property {unknown}; there are {', '.join(KEYS)}")
@@ -66,10 +67,11 @@ def read_kind(name: str, form: object, where: str) -> Kind:
     return Kind(tuple(b - 1 for b in bands), scaling, unit, nodata, form.get("from", ""))
 
 
-def ordered(modalities: str) -> str:
+def ordered(modalities: str, flag: str = "--modalities") -> str:
     """ "sar+dsm+image" -> "image+dsm+sar": image and heights first, then by name. Raises DataError
-    for what is no list of names."""
+    for what is no list of names that differ, by more than capitals."""
     names = [name.strip() for name in modalities.split("+")]
-    if not all(re.fullmatch(NAME, name) for name in names) or len(set(names)) < len(names):
-        raise DataError(f"--modalities {modalities}: give names with +, as image+dsm")
+    different = len({name.casefold() for name in names}) == len(names)
+    if not all(re.fullmatch(NAME, name) for name in names) or not different:
+        raise DataError(f"{flag} {modalities}: give different names with +, as image+dsm")
     return "+".join(sorted(names, key=lambda name: (name != "image", name != "dsm", name)))

@@ -143,10 +143,11 @@ def sidecars(output: Output, source: Path | None) -> dict[Path, str | None]:
     beside = {path.with_name(path.name + ending): text for ending, text in texts.items()}
     if not output.is_tiff and source and (grid := read_grid(source)):
         place = grid.world_file()
-    # The world file of the image itself is none of the map's.
-    if not output.is_tiff or source is None or source.with_suffix("") != path.with_suffix(""):
+    # The world file and the style of the image itself are none of the map's.
+    same = source is not None and source.with_suffix("") == path.with_suffix("")
+    if not output.is_tiff or not same:
         beside[path.with_suffix(".tfw" if output.is_tiff else ".pgw")] = place
-    if output.classes:
+    if output.classes and not same:
         beside[path.with_suffix(".qml")] = _qgis_style(output.classes)
     return beside
 
@@ -240,9 +241,12 @@ def cut_out(
         yield strip
 
 
-def check_outputs(paths: dict[str, Path], sources: Iterable[Path]) -> None:
+def check_outputs(
+    paths: dict[str, Path], sources: Iterable[Path], folders: Iterable[Path] = ()
+) -> None:
     """Raises DataError, by flag, for a map that could not be written, or would overwrite another or
-    a source of it."""
+    a source of it. `folders` are going to be made."""
+    made = [folder.resolve() for folder in folders]
     taken, own = {}, [source.resolve() for source in sources if source.exists()]
     for flag, path in paths.items():
         place, problem = path.resolve(), None
@@ -254,7 +258,7 @@ def check_outputs(paths: dict[str, Path], sources: Iterable[Path]) -> None:
             problem = f"{written} {POLYGONS if flag == '--polygons' else '.png or .tif'}"
         elif flag == "--probabilities" and path.suffix.lower() not in TIFF_ENDINGS:
             problem = "a PNG has no bands for all classes; give a .tif"
-        elif not place.parent.is_dir():
+        elif not place.parent.is_dir() and place.parent not in made:
             problem = "its folder does not exist"
         elif path.is_dir():
             problem = "is a folder; give a file"

@@ -32,7 +32,8 @@ CONVERT = "gdal_translate IN OUT.tif"
 COLOURS = {0: "grey", 1: "grey", 2: "rgb", 3: "palette", 4: "grey", 6: "rgb"}  # PHOTOMETRIC
 FOOT, SURVEY_FOOT = 0.3048, 1200 / 3937
 FEET = {9002: FOOT, 9003: SURVEY_FOOT, "ft": FOOT, "ftUS": SURVEY_FOOT}  # of GeoTIFF
-METRES = {  # of GDAL's names of units; none and an unknown one are taken for metres
+METRES = {  # of GDAL's names of units; an unknown one is that of the system, or else metres
+    **dict.fromkeys(("m", "metre", "meter", "metres", "meters"), 1.0),
     **dict.fromkeys(("ft", "foot", "feet", "international foot"), FOOT),
     **dict.fromkeys(("us survey foot", "us survey feet", "ftus", "us-ft"), SURVEY_FOOT),
     **dict.fromkeys(("cm", "centimetre", "centimeter", "centimetres", "centimeters"), 0.01),

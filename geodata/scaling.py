@@ -225,7 +225,10 @@ def band_pixels(
     where = raster.valid(box, raw)
     raw = (raw if raw.ndim == 3 else raw[..., None])[..., list(bands)]
     out = raw.astype(np.float32)
-    out[~np.isfinite(out) | (False if nodata is None else raw == nodata)] = np.nan
+    out[~np.isfinite(out)] = np.nan
+    for value in (nodata, None if raster.nodata is None else raster.dtype.type(raster.nodata)):
+        if value is not None:  # of each band by itself, as GDAL's masks are
+            out[raw == value] = np.nan
     if where is not None:
         out[~where] = np.nan
     return out

@@ -26,6 +26,7 @@ from geodata.scaling import (
     TileScale,
     band_pixels,
     fill,
+    fixed_range,
     height_limits,
     measure,
     measure_bands,
@@ -176,7 +177,7 @@ class Tile:
         except DataError as error:
             raise DataError(f"{raster.path}: {error}") from None
         if empty := sum(int(np.isnan(strip).any(axis=-1).sum()) for strip in row_strips(bands)):
-            self._note(f"{empty} pixels of {name} without data, set to the lowest")
+            self._note(f"{empty} pixels of {name} without data, read as the lowest")
         return bands, scale
 
     def _pixel_problem(self, view: View) -> str | None:
@@ -252,8 +253,9 @@ class Tile:
             dsm = self._heights(raster)
             dsm = dsm if keep == "file" else dsm[:, :]
             low, high, missing = height_limits(dsm)
-            if missing:
-                dsm = view_of(dsm, fill, low) if keep == "file" else fill(dsm, low)
+            if missing:  # a fixed range is one for all tiles, and so is what stands for no height
+                lowest = (fixed_range(self.scaling.heights) or (low,))[0]
+                dsm = view_of(dsm, fill, lowest) if keep == "file" else fill(dsm, lowest)
             scale = measure(self.scaling, dsm=dsm, pixel=self.pixel_size(), limits=(low, high))
         except DataError as error:
             raise DataError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
@@ -263,7 +265,7 @@ class Tile:
         if missing:
             share = missing / (self.size[0] * self.size[1])
             percent = f", {100 * share:.1f} % of the tile" if share > MUCH else ""
-            self._note(f"{missing} pixels without height{percent}, set to the lowest")
+            self._note(f"{missing} pixels without height{percent}, read as the lowest")
         return dsm, scale
 
     def pixel_size(self) -> float | None:
@@ -295,7 +297,10 @@ class Tile:
     def _labels(self) -> View:
         """What `Legend.decode` gives, behind slices."""
         raster, legend = self.raster("labels"), self.legend
-        view = view_of(raster, legend.decode, legend.table_of(raster), dtype=np.int16)
+        masked = (raster.mask, raster.alpha) != (None, None)
+        shown = replace(raster, nodata=None) if masked else None
+        read = partial(_label_pixels, raster, legend, legend.table_of(raster), shown)
+        view = View(raster.shape, np.dtype(np.int16), read)
         return self._on_tile("labels", replace(view, shape=raster.shape[:2]), nearest)
 
     def unknown_values(self, strips: int | None = None) -> dict:
@@ -432,6 +437,17 @@ def _image_pixels(raster: Raster, bands: tuple[int, ...], box: Box) -> np.ndarra
         if where is not None:
             raw[~where] = 0
     return raw if bands == tuple(range(raw.shape[2])) else raw[..., list(bands)]
+
+
+def _label_pixels(
+    raster: Raster, legend: Legend, table: np.ndarray | None, shown: Raster | None, box: Box
+) -> np.ndarray:
+    """What `Legend.decode` gives; not scored where the mask or alpha band that `shown` has is 0."""
+    raw = raster[box]
+    out = legend.decode(raw, table)
+    if shown is not None:
+        out[~shown.valid(box, raw)] = IGNORE
+    return out
 
 
 @dataclass

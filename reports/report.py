@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from engine.console import typed
 from geodata.layouts import LAYOUTS
 from geodata.rasters import DataError
 from reports.files import MEANS, in_a_line, read_files
@@ -35,7 +36,7 @@ def write_report(run: Path) -> None:
     and pictures/ as far as they are there. Raises DataError in one line."""
     config, scores, log = read_files(run)
     if not scores:
-        again = f"python evaluate.py --run {run}"
+        again = typed("evaluate.py", "--run", run)
         raise DataError(f"{run}: there is no scores.json to report; score the run: {again}")
     try:
         title, sections = describe(run, config, scores, log)
@@ -64,7 +65,7 @@ def describe(run: Path, config: dict, scores: dict, log: list[dict]) -> tuple[st
         sections["Settings"] = f'<div class="settings">{listed}</div>'
     else:
         head += note("There is no config.json in this folder: settings are not known.")
-    sections["Next"] = command(f"python explain.py --run {run}")
+    sections["Next"] = command(typed("explain.py", "--run", run))
     return title, {"": head, **sections}
 
 

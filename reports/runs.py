@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.console import typed
 from engine.settings import Settings
 from geodata.rasters import DataError
 from reports.files import MEANS, in_a_line, read_files
@@ -53,7 +54,7 @@ def read_run(folder: Path) -> Result:
 
 def no_result(folder: Path, config: dict, scores: dict, log: list[dict]) -> str:
     """Why the scores in a folder are not the result of its run; "" where they are."""
-    again = f"score it again: python evaluate.py --run {folder}"
+    again = f"score it again: {typed('evaluate.py', '--run', folder)}"
     if not scores:
         return "it is not finished, there is no scores.json"
     if not config:

@@ -312,6 +312,36 @@ def test_a_broken_test_tile_is_named_by_the_doctor_and_before_any_training(check
     open_dataset("tiles", root).check(("image",))
 
 
+def test_the_folder_that_an_epoch_is_chosen_by_is_looked_into_before_training(check, tmp_path):
+    dataset = open_dataset("tiles", write_tiles(tmp_path)).hold_out(("val",))
+    with pytest.raises(DataError, match="val/images: no images"):
+        dataset.check(("image", "dsm"))
+    write_tiles(tmp_path, ("val",), labels=np.full((20, 20), 77, np.uint8))
+    with pytest.raises(DataError, match="val/labels/a.tif"):
+        dataset.check(("image", "dsm"))
+    status, out, _ = check("--data", "tiles", "--root", tmp_path)
+    assert status == 2 and f"UNUSABLE, {tmp_path}/val/labels/a.tif" in out
+
+
+def test_the_doctor_ends_with_what_prepare_found_and_refuses_a_raster_without_data(check, tmp_path):
+    root = write_tiles(tmp_path, sar=np.full((20, 20), -9999, np.float32))
+    content = json.loads((root / "classes.json").read_text())
+    more = {"train": ["--heights=-1:9"], "rasters": {"sar": {}, "dsm": {"kind": "height"}}}
+    (root / "classes.json").write_text(json.dumps(content | more))
+    words = ["--data", "tiles", "--root", root, "--modalities", "image+sar"]
+    status, out, _ = check(*words)
+    assert status == 0 and "next: python train.py --heights=-1:9 --data=tiles" in out
+    assert "400 pixels are -9999 of sar; if that stands for no data" in out
+    more["rasters"]["sar"]["nodata"] = -9999
+    (root / "classes.json").write_text(json.dumps(content | more))
+    status, out, err = check(*words)
+    assert status == 2 and "sar/a.tif: holds no pixel with data" in out and "Warning" not in err
+    more["rasters"]["dsm"] = {"scaling": "0:9"}
+    (root / "classes.json").write_text(json.dumps(content | more))
+    status, _, err = check(*words)
+    assert status == 2 and "the raster dsm" in err and "--heights" in err
+
+
 BROKEN = {
     "labels": np.full((20, 20), 77, np.uint8),
     "dsm": np.full((20, 20), np.nan, np.float32),

@@ -2,6 +2,7 @@
 
 # ruff: noqa: F811  # `script` is a fixture of test_scripts.py
 import json
+import shutil
 from copy import deepcopy
 from itertools import permutations
 
@@ -115,7 +116,7 @@ def test_own_rasters_are_read_by_their_names_and_scaled_by_their_kinds(tmp_path)
     assert np.nanmax(np.abs(read[6:] - sar[6:, :, ::-1])) == 0
     assert np.array_equal(tile.read("image"), tile.read_image())
     loaded, box = tile.load(("image", "dsm", "blue", "sar")), np.s_[0:80, 0:80]
-    assert [n.endswith("2 pixels of sar without data, set to the lowest") for n in tile.notes] == [
+    assert [n.endswith("2 pixels of sar without data, read as the lowest") for n in tile.notes] == [
         1
     ]
     expected = np.nan_to_num(np.clip((read + 30) / 30, 0, 1))
@@ -134,13 +135,16 @@ def test_percentiles_are_of_each_band_and_ignore_what_is_no_data(
 ):
     values = RNG.integers(low, low + span + 1, (70, 66, 2)).astype(dtype)
     values[:9] = -9999
+    values[9:12, :, 0] = -9998  # of one band alone, and by the file's word
     path = tmp_path_factory.mktemp("p") / "a.tif"
-    tifffile.imwrite(path, values, photometric="minisblack", planarconfig="contig")
+    about = dict(photometric="minisblack", planarconfig="contig")
+    tifffile.imwrite(path, values, **about, extratags=[(42113, "s", 0, "-9998", True)])
     tile = Tile("a", {"sar": path}, CLASSES, kinds={"sar": Kind((0, 1), nodata=-9999)})
     found = tile.open(("sar",)).input("sar", np.s_[9:70, 0:66])
     for band, one in zip(found, np.moveaxis(values[9:].astype(np.float64), -1, 0)):
-        first, last = np.percentile(one, (1, 99))
-        wanted = np.clip((one - first) / ((last - first) or 1), 0, 1)
+        there = one != -9998
+        first, last = np.percentile(one[there], (1, 99))
+        wanted = there * np.clip((one - first) / ((last - first) or 1), 0, 1)
         assert np.allclose(band, wanted, atol=1e-5)
 
 
@@ -196,6 +200,14 @@ def test_a_tile_that_lacks_a_raster_is_named_or_trained_on_without_it(tmp_path):
     (image, dsm, sar), _ = CropDataset([tile], 64, 0, names, drop=0.3)[0, 0]
     assert sar.shape == (1, 64, 64) and sar.isnan().all()
     assert not (image.isnan().any() and dsm.isnan().any())
+    with pytest.raises(DataError, match="no training tile has sar; .*use --modalities image"):
+        dataset.lacking(dataset.tiles("train", names), "train", names)
+    shutil.copy(root / "train/images/a.tif", root / "train/images/b.tif")
+    shutil.copy(root / "train/labels/a.tif", root / "train/labels/b.tif")
+    tiles = dataset.tiles("train", names[:2])
+    assert dataset.lacking(tiles, "train", names[:2]) == ["1 of 2 train tiles have no heights"]
+    (root / "test/sar/a.tif").unlink()
+    assert dataset.check(names) == ["1 of 1 test tiles have no sar"]
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=4), st.floats(0.05, 0.95), st.integers(0, 99))
@@ -350,6 +362,7 @@ def test_three_rasters_train_score_and_predict_with_any_of_them_missing(script, 
         (["evaluate.py", "--run", "run", "--without", "sar+dsm+image"], ["nothing is left"]),
         (["predict.py", "--run", "run", "--out", "m.png"], ["no raster", "image, dsm, sar"]),
         ([*predict, "--raster", "nir=x.tif"], ["--raster nir", "image, dsm, sar"]),
+        ([*predict, "--raster", "sar=x.tif"], ["sar=x.tif", "give it once"]),
         ([*predict[:-1], "sar"], ["NAME=FILE"]),
         ([*predict[:-1], f"sar={files['dsm']}"], [files["dsm"], "band 2"]),
     ):
@@ -370,6 +383,10 @@ def test_a_run_without_dropout_says_how_to_train_one(script, tmp_path):
         )
         status, _, err = script(*words, "--run", "run")
         assert status == 2 and trains in err and err.count("\n") == 1
+    assert script("train.py", *RUN, "image", "--modalities", "image")[0] == 0
+    words = ["--run", "image", "--image", "x.png", "--dsm", "nowhere.tif", "--out", "m.png"]
+    status, _, err = script("predict.py", *words)
+    assert status == 2 and "--dsm: image was trained on image; leave it out" in err
     for flags, said in (
         (["--modalities", "image", *DROP], "alone nothing"),
         (["--drop-modality", 1], "less than 1"),

@@ -95,6 +95,21 @@ def test_gdal_s_sidecar_tells_place_no_data_scale_and_unit(tmp_path):
     assert np.allclose(dsm, (100 * 0.5 + 10) * 0.3048)
 
 
+@pytest.mark.parametrize("point", [1, 2])
+def test_what_is_written_lies_where_the_image_is_read_whatever_says_so(tmp_path, point):
+    """GDAL's sidecar moves an image that has tags of another place."""
+    write(tmp_path / "a.tif", image(8, 8), geo_tags(10, 20, (0.5, 0.5), raster=point))
+    place = "<GeoTransform>100, 0.25, 0.1, 200, 0.05, -0.5</GeoTransform>"
+    for sidecar in (None, place.replace("0.1,", "0,").replace("0.05", "0"), place):
+        if sidecar:
+            (tmp_path / "a.tif.aux.xml").write_text(f"<PAMDataset>{sidecar}</PAMDataset>")
+        own = read_grid(tmp_path / "a.tif")
+        write(tmp_path / "b.tif", image(5, 6), tags_of(tmp_path / "a.tif", 3, 2))
+        moved = read_grid(tmp_path / "b.tif")
+        assert (moved.system, moved.turn) == (own.system, own.turn) == (2154, own.turn)
+        assert np.allclose(moved.corner(0, 0), own.corner(3, 2), rtol=0, atol=1e-9)
+
+
 # ------------------------------------------------------------------------------- coordinate systems
 
 

@@ -20,17 +20,19 @@ from geodata.geojson import read_polygons
 from geodata.grids import read_grid
 from geodata.polygons import burn
 from geodata.rasters import open_raster, read_raster
+from geodata.scaling import Scaling
+from geodata.tiles import Tile
 
 script = test_scripts.script
 H, W, K = 210, 280, 3
 CRS = {"type": "name", "properties": {"name": "urn:ogc:def:crs:EPSG::2154"}}
 
 
-def tags(step):
-    keys = (1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 1, 3072, 0, 1, 2154)
+def tags(step, *more):
+    keys = (1, 1, 0, 3 + len(more) // 4, 1024, 0, 1, 1, 1025, 0, 1, 1, 3072, 0, 1, 2154, *more)
     tie = (0.0, 0.0, 0.0, 770_000.0, 6_277_000.0, 0.0)
     places = (33550, "d", 3, (step, step, 0.0), True), (33922, "d", 6, tie, True)
-    return [*places, (34735, "H", 16, keys, True)]
+    return [*places, (34735, "H", len(keys), keys, True)]
 
 
 def feature(name, top, left, bottom, right):
@@ -201,6 +203,61 @@ def test_a_label_raster_gives_the_tiles_that_the_same_polygons_give(place, scrip
         assert listed[0] == {"name": "class 3", "color": first}
 
 
+def test_what_a_label_raster_does_not_show_is_no_class(place, script):
+    labels = np.full((H, W, 3), 40, np.uint8)
+    labels[: H // 3], labels[H // 3 : H // 2] = 0, (0, 200, 0)
+    clear = np.where(labels.any(axis=-1), 255, 0).astype(np.uint8)
+    hole = [(42113, "s", 0, "0", True)]
+    tifffile.imwrite("nodata.tif", labels, photometric="rgb", extratags=[*tags(0.2), *hole])
+    Image.fromarray(np.dstack([labels, clear])).save("clear.png")
+    Image.fromarray(np.dstack([labels[..., 1], clear])).save("grey.png")
+    image = ["--image", "ortho.tif", "--block", 64, "--labels"]
+    for name, of in (("nodata.tif", "#00c800"), ("clear.png", "#00c800"), ("grey.png", "class 40")):
+        status, _, err = script("prepare.py", *image, name, "--out", name[:4])
+        assert (status, err) == (0, "")
+        dataset = open_dataset("tiles", name[:4])
+        assert len(dataset.classes) == 2 and dataset.class_names[0] == of
+        for tile in dataset.tiles("train", ("image",)):
+            top, (h, w) = int(tile.name[:5]), tile.size
+            assert np.array_equal(tile.read_labels() == 255, clear[top : top + h, :w] == 0)
+    tifffile.imwrite("wide.tif", labels.astype(np.uint16) * 200, photometric="rgb")
+    tifffile.imwrite("large.tif", labels[..., 0].astype(np.uint32) * 9_999_999)
+    for name in ("wide.tif", "large.tif"):
+        assert_refused(script("prepare.py", *image, name, "--out", "none"), name, "class numbers")
+
+
+def test_tiles_and_the_whole_image_give_a_network_the_same(place, script):
+    """Heights in metres below an image in feet; holes of heights, of one band, of a mask."""
+    feet, rng = tags(0.2, 4099, 0, 1, 9003), np.random.default_rng(1)
+    image = rng.uniform(0, 1, (H, W, 3)).astype(np.float32)
+    tifffile.imwrite("ortho.tif", image, photometric="rgb", extratags=feet)
+    mask = np.full((H, W), 255, np.uint8)
+    mask[40:60, 50:90] = 0
+    tifffile.imwrite("ortho.tif.msk", mask, photometric="minisblack")
+    heights = np.linspace(0, 100, W, dtype=np.float32) + np.zeros((H, 1), np.float32)
+    heights[80:90, 200:260] = np.nan
+    tifffile.imwrite("dsm.tif", heights, photometric="minisblack")
+    sar = rng.uniform(-20, -5, (H, W, 2)).astype(np.float32)
+    sar[100:120, :, 0] = -9999
+    about = dict(photometric="minisblack", planarconfig="contig")
+    tifffile.imwrite("radar.tif", sar, **about, extratags=[(42113, "s", 0, "-9999", True)])
+    more = ["--raster", "sar=radar.tif", "--val", 0, "--out", "tiles"]
+    status, out, err = script("prepare.py", *WORDS, *more)
+    assert (status, err) == (0, "") and "--heights=0:101" in out
+    words = dict(word.removeprefix("--").split("=") for word in out.split() if "=" in word[1:])
+    scaling = Scaling(words["heights"], words["image-scaling"])
+    dataset, names = open_dataset("tiles", "tiles", scaling=scaling), ("image", "dsm", "sar")
+    paths = {"image": Path("ortho.tif"), "dsm": Path("dsm.tif"), "sar": Path("radar.tif")}
+    whole = Tile("a", paths, dataset.classes, kinds=dataset.rasters, scaling=scaling).open(names)
+    for tile in (*dataset.tiles("train", names), *dataset.tiles("test", names)):
+        top, left = map(int, tile.name.split("_"))
+        loaded = tile.load(names)
+        box = np.s_[top : top + tile.size[0], left : left + tile.size[1]]
+        for name in names:
+            own = loaded.input(name, np.s_[0 : tile.size[0], 0 : tile.size[1]])
+            assert np.array_equal(own, whole.input(name, box)), (tile.name, name)
+
+
 def test_what_the_image_does_not_show_is_not_labelled(place, script):
     image = place[..., :3] // 16
     image[:100] = 0
@@ -234,6 +291,8 @@ def test_what_the_image_does_not_show_is_not_labelled(place, script):
         ({"--raster": "labels=radar.tif"}, ["--raster", "labels", "another name"]),
         ({"--raster": "dsm=radar.tif"}, ["--raster dsm=radar.tif", "dsm.tif already"]),
         ({"--raster": "sar=plain.png"}, ["plain.png", "differ in size"]),
+        ({"--raster": "Labels=radar.tif"}, ["--raster", "Labels", "another name"]),
+        ({"--raster": "sar=alpha.tif"}, ["alpha.tif", "band 2 is alpha", "-b 1 -b 3"]),
         ({"--out": "."}, ["--out .", "new folder"]),
         ({"--out": "/proc/tiles"}, ["--out /proc/tiles"]),
     ],
@@ -243,8 +302,11 @@ def test_a_mistake_in_preparing_is_one_line_and_leaves_nothing(
     place, script, tmp_path, flags, parts
 ):
     Image.new("L", (W // 2, H // 2)).save("plain.png")
+    extra = ["unassalpha", "unspecified"]
+    about = dict(photometric="minisblack", planarconfig="contig", extrasamples=extra)
+    tifffile.imwrite("alpha.tif", place[..., :3], **about, extratags=tags(0.2))
     words = dict(zip(WORDS[::2], WORDS[1::2])) | {"--out": "tiles"} | flags
     given = [str(word) for pair in words.items() if pair[1] is not None for word in pair]
     assert_refused(script("prepare.py", *given), *parts)
-    left = ["dsm.tif", "labels.geojson", "ortho.tif", "plain.png", "radar.tif"]
+    left = ["alpha.tif", "dsm.tif", "labels.geojson", "ortho.tif", "plain.png", "radar.tif"]
     assert files_below(tmp_path) == left
