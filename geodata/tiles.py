@@ -477,8 +477,9 @@ class LoadedTile:
         """What a network is given of a raster inside a box: (C, h, w) or (h, w) float32, NaN
         throughout where it is missing."""
         if name in self.lacking:
+            bands = () if name == "dsm" else (self.lacking[name],)
             size = (len(part) for part in ranges(box, self.size))
-            return np.full((self.lacking[name], *size), np.nan, np.float32)
+            return np.full((*bands, *size), np.nan, np.float32)
         if name == "image":
             return self.scale.image_input(self.image[box])
         if name == "dsm":

@@ -337,9 +337,12 @@ DROP = ["--drop-modality", 0.4]
 
 def test_three_rasters_train_score_and_predict_with_any_of_them_missing(script, tmp_path):
     sar = RNG.normal(size=(80, 80, 2)).astype(np.float32)
-    own_tiles(tmp_path, {"sar": {"bands": [1, 2]}}, sar=sar)
+    root = own_tiles(tmp_path, {"sar": {"bands": [1, 2]}}, sar=sar)
+    for name in ("images", "labels", "sar"):
+        shutil.copy(root / "train" / name / "a.tif", root / "train" / name / "b.tif")
     status, out, err = script("train.py", *RUN, "run", *DROP, "--modalities", "sar+image+dsm")
     assert status == 0 and f"rasters {9 + 3 * 256:,}" in out, err
+    assert "note: 1 of 2 train tiles have no heights" in out
     (tmp_path / "mine/classes.json").write_text(
         (tmp_path / "mine/classes.json").read_text().replace("[1, 2]", "[2, 1]")
     )  # the run keeps the bands that it was trained on
