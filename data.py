@@ -55,7 +55,7 @@ class Dataset:
     held_out: tuple[str, ...] = ()  # tiles of `train` that are the split `val`
     val_folder: bool = False  # or the folder of that name is
     rasters: dict[str, Kind] = field(default_factory=dict)  # besides image and heights
-    may_lack: bool = False  # tiles may lack some of the rasters
+    may_lack: tuple[str, ...] = ()  # rasters that tiles may lack
     withheld: tuple[str, ...] = ()  # rasters that no tile is to give
 
     @property
@@ -240,7 +240,7 @@ def open_from_settings(s: Settings, root: str | Path | None = None) -> Dataset:
         kept = replace(read_kind(name, form, "its settings"), patterns=patterns)
         dataset.rasters = {**dataset.rasters, name: kept}
     s.kinds = dataset.kinds_of(s.rasters)
-    dataset.may_lack = s.drop_modality > 0
+    dataset.may_lack = s.may_lack
     return dataset
 
 
@@ -270,14 +270,14 @@ def tile_of_files(
             raise DataError(f"{flag}: {path} is no file; {run} was trained on it")
         if path is not None:
             paths[kind] = path
-        elif not s.drop_modality:
-            train = f"python train.py --modalities {s.modalities} --drop-modality 0.3"
+        elif kind not in s.may_lack:
+            train = f"python train.py --modalities {s.modalities} --drop-modality 0.5"
             raise DataError(f"{flag}: missing; {run} was trained on it; to do without: {train}")
     if not paths:
         raise DataError(f"no raster is given; {run} was trained on {', '.join(s.rasters)}")
     named, layout = tuple((name, tuple(color)) for name, color in classes), LAYOUTS.get(s.data)
     tile = Tile(name, paths, named, scaling=Scaling(s.heights, s.image_scaling))
-    tile.kinds, tile.may_lack = kinds, s.drop_modality > 0
+    tile.kinds, tile.may_lack = kinds, s.may_lack
     if "image" in paths:
         tile.bands = image_bands(layout, s.bands, open_raster(paths["image"]).bands)
     if layout is not None:
@@ -343,8 +343,7 @@ def _layout_tiles(
     for folder, name in names:
         found = {kind: _find(root, patterns, folder, name) for kind, patterns in kinds.items()}
         absent = {kind: path for kind, (_, path, there) in found.items() if not there}
-        if dataset.may_lack:
-            absent = {"labels": absent["labels"]} if "labels" in absent else {}
+        absent = {k: path for k, path in absent.items() if k not in dataset.may_lack}
         missing += absent.values()
         coded = found["labels"][0] in layout.coded
         tile = Tile(
@@ -458,7 +457,7 @@ def _own_tiles(dataset: Dataset, split: str, modalities: tuple[str, ...]) -> lis
         without = f"no labels for {len(lacking)} images, first {lacking[0]}"
         raise DataError(f"{folder / 'labels'}: {without}")
     bands, tiles = image_bands(None, dataset.bands, 99), []
-    names = images.keys() | (labels.keys() if dataset.may_lack else ())
+    names = images.keys() | (labels.keys() if "image" in dataset.may_lack else ())
     for name in sorted(names):
         paths = {"image": images[name]} if name in images else {}
         paths["labels"] = labels[name]

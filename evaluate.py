@@ -99,9 +99,9 @@ def withheld(without: str, s: Settings, run: Path) -> tuple[str, ...]:
         raise Mistake(f"--without {others}: {run} was trained on {', '.join(s.rasters)}")
     if len(names) == len(s.rasters):
         raise Mistake(f"--without {without}: nothing is left of {s.modalities}")
-    if names and not s.drop_modality:
-        train = f"python train.py --modalities {s.modalities} --drop-modality 0.3"
-        raise Mistake(f"--without {without}: {run} was trained to have all its rasters; {train}")
+    if not {*names} <= {*s.may_lack}:
+        train = f"python train.py --modalities {s.modalities} --drop-modality 0.5"
+        raise Mistake(f"--without {without}: {run} cannot do without; to train one: {train}")
     return names
 
 

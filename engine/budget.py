@@ -11,6 +11,7 @@ from engine.device import peak_memory, resolve_precision, total_memory
 from engine.networks import build_network
 from engine.settings import Settings
 from engine.training import TrainingStopped
+from geodata.crops import crops_of_step
 from mfnet import count_parameters
 from sam_vit import first_line
 
@@ -35,7 +36,8 @@ def check_budget(s: Settings, num_classes: int, device: torch.device, world: int
     weights = (stored * frozen + 4 * (2 + state) * trained) / 2**20
     # float32: three channels of each raster, and three times the logits, in the loss and backward
     numbers = 3 * len(s.rasters) + 3 * num_classes
-    batch = s.batch_size / world * s.crop**2 * 4 * numbers / 2**20
+    crops = crops_of_step(s.batch_size, s.drop_modality, world) / world
+    batch = crops * s.crop**2 * 4 * numbers / 2**20
     if weights + batch > have:
         remedy = "a smaller --batch-size" if batch > weights else "fewer trained parameters"
         asked = f"{trained:,} trained parameters, --batch-size {s.batch_size} of --crop {s.crop}"

@@ -187,12 +187,12 @@ class Identities:
     def key(self, s: Settings) -> str:
         """Raises DataError or WeightsError for a run that cannot be."""
         modalities = s.rasters
-        where = ("pixels", *data_settings(s), modalities, s.drop_modality > 0)
+        where = ("pixels", *data_settings(s), modalities, s.may_lack)
         pixels = self.once(where, lambda: pixels_digest(self.dataset(s), modalities))
         return sha256([self.counted(s), code_digest(s.tuner), self.base(s), pixels])
 
 
 def data_settings(s: Settings) -> tuple:
     names = "data root bands labels splits full_labels heights heights_kind image_scaling"
-    names = [*names.split(), "drop_modality"]
+    names = [*names.split(), "may_lack"]
     return tuple(getattr(s, name) for name in names)

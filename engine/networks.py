@@ -30,7 +30,7 @@ def build_network(s: Settings, num_classes: int) -> MFNet:
     """A network as a run's settings describe it, with random weights. Seeds torch with the run's
     seed: what `--weights none` trains on is a function of it. Raises Mistake."""
     torch.manual_seed(s.seed)
-    bands, fills = bands_of(s), s.drop_modality > 0
+    bands, fills = bands_of(s), bool(s.may_lack)
     how = dict(fusion=s.fusion, bands=bands, fills=fills, **s.tuner_option)
     try:
         return build_mfnet(s.encoder, s.tuner, num_classes, len(bands), **how)

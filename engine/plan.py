@@ -17,7 +17,7 @@ from engine.device import pick_device
 from engine.recipes import RECIPES
 from engine.settings import Settings, command_line
 from engine.speed import Case, peak_of
-from geodata.crops import sliding_windows
+from geodata.crops import crops_of_step, sliding_windows
 from mfnet import build_mfnet
 from sam_vit import SIZES
 from tuners import TUNERS
@@ -50,7 +50,8 @@ def measure_needs(s: Settings, device: torch.device) -> Needs:
     )
     memory_one, step_one = peak_of(one, device, s=s)
     memory_two, step_two, window = peak_of(two, device, replace(two, task="network"), s=s)
-    step = step_one + (s.batch_size - 1) * (step_two - step_one)
+    crops = crops_of_step(s.batch_size, s.drop_modality)
+    step = step_one + (crops - 1) * (step_two - step_one)
     return Needs(max(step, step_one), window / 2, memory_one, memory_two)
 
 
@@ -73,7 +74,7 @@ def in_words(s: Settings, dataset: Any, device: torch.device) -> str:
         return f"a step could not be tried ({error})"
     sizes = [tile.size for tile in dataset.tiles("test", s.rasters)]
     training, scoring = needs.step * s.steps * s.epochs, needs.window * count_windows(sizes, s)
-    used = needs.memory(s.batch_size) / 1000
+    used = needs.memory(crops_of_step(s.batch_size, s.drop_modality)) / 1000
     return f"about {training:.0f} s of training, {scoring:.0f} s of scoring, {used:.1f} GB"
 
 

@@ -20,6 +20,7 @@ from engine.recipes import command_of, different_from_recipe
 from engine.settings import Settings, held_out_tiles
 from engine.training import Trainer
 from fast import accelerate
+from geodata.crops import crops_of_step
 from geodata.loading import class_pixels, facts_of, fingerprint, load_tiles, memory_line, share_of
 from geodata.rasters import DataError
 from mfnet import MFNet, count_parameters, trained_names
@@ -52,6 +53,7 @@ class Run:
         if s.batch_size % (world * s.accumulate):
             parts = f"{world} processes x {s.accumulate} parts"
             raise Mistake(f"--batch-size {s.batch_size} is no multiple of {parts}")
+        self.crops = crops_of_step(s.batch_size, s.drop_modality, world)
         self.dataset = dataset.hold_out(held_out_tiles(s.val)) if s.val else dataset
         self.classes = [[name, list(color)] for name, color in dataset.classes]
         tiles = share_of(self.dataset.tiles("train", modalities), s.share, s.seed)
@@ -104,7 +106,9 @@ class Run:
             named = zip(self.classes, self.facts["class_weights"])
             listed = ", ".join(f"{name} {weight:.2f}" for (name, _), weight in named)
             self.say(f"class weights: {listed}")
-        self.say(f"{s.epochs} epochs x {s.steps} steps x {s.batch_size} crops of {s.crop}")
+        again = self.crops - s.batch_size
+        more = f", {again} of them again with rasters missing" if again else ""
+        self.say(f"{s.epochs} epochs x {s.steps} steps x {s.batch_size} crops of {s.crop}{more}")
 
     def begin(self, last: dict | None) -> None:
         """Writes what there is before the first step: a run that dies in it can go on."""

@@ -85,8 +85,9 @@ class Settings:
         ("flips", "flips+rotations"),
     )
     drop_modality: float = of_training(
-        0.0, "share of crops that each raster is taken from, so that it may be missing later"
+        0.0, "share of crops trained on again with rasters missing, so that they may be later"
     )
+    drop_only: str = of_training("", "the rasters that --drop-modality takes, with +; else any")
     batch_size: int = of_training(10, "crops in a step, over all processes")
     epochs: int = of_training(50, "number of epochs")
     steps: int = of_training(1000, "optimiser steps in an epoch")
@@ -140,6 +141,13 @@ class Settings:
         """The names of the rasters, in the order in which the network takes them."""
         return tuple(self.modalities.split("+"))
 
+    @property
+    def may_lack(self) -> tuple[str, ...]:
+        """The rasters that may be missing."""
+        if not self.drop_modality:
+            return ()
+        return tuple(self.drop_only.split("+")) if self.drop_only else self.rasters
+
     @classmethod
     def from_dict(cls, stored: dict, where: str) -> Settings:
         """What `config.json`, `model.pt` or `last.pt` hold, of this version or an earlier one.
@@ -173,6 +181,8 @@ class Settings:
         check_ranges(self)
         try:
             self.modalities = ordered(self.modalities)
+            if self.drop_only:
+                self.drop_only = ordered(self.drop_only, "--drop-only")
             Scaling(self.heights, self.image_scaling)
         except ValueError as error:
             raise Mistake(str(error)) from error
@@ -250,9 +260,12 @@ def check_ranges(s: Settings) -> None:
     need(0 <= s.select_stride <= s.crop, "select_stride", f"give 0 to the crop's {s.crop} pixels")
     need(0 < s.lr < math.inf, "lr", "a positive number is needed")
     need(0 < s.share <= 1, "share", "more than 0 to 1 is needed")
-    need(0 <= s.drop_modality < 1, "drop_modality", "0 to less than 1 is needed")
+    need(0 <= s.drop_modality <= 1, "drop_modality", "0 to 1 is needed")
     alone = s.drop_modality and "+" not in s.modalities
     need(not alone, "drop_modality", f"of {s.modalities} alone nothing can be missing")
+    need(s.drop_modality or not s.drop_only, "drop_only", "needs --drop-modality")
+    fits = {*s.may_lack} <= {*s.rasters}
+    need(fits, "drop_only", f"there are {', '.join(s.rasters)}")
     need(0 <= s.label_smoothing < 1, "label_smoothing", "0 to less than 1 is needed")
     need(s.select != "val" or bool(s.val), "select", "needs --val: the tiles to hold out")
     need(-1 <= s.seed < 2**32, "seed", "0 to 4294967295 is needed, or -1 to draw one")

@@ -7,6 +7,7 @@ Shapes: `H, W` pixels of a tile, `h, w` pixels of a crop or window."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Iterator
 
@@ -102,7 +103,8 @@ def around_pixel(
 
 @dataclass
 class CropDataset(torch.utils.data.Dataset):
-    """Training samples; the index is the pair (epoch, index).
+    """Training samples; the index is the pair (epoch, index), or (epoch, index, True) for the same
+    crop again with rasters missing.
 
     With `balanced` classes, so many, every sample of an odd index is a crop around a pixel of a
     class that is drawn with equal odds (nnU-Net does so with a third of them: Isensee et al.,
@@ -115,7 +117,7 @@ class CropDataset(torch.utils.data.Dataset):
     last_pixel: bool = True
     rotations: bool = False
     balanced: int = 0
-    drop: float = 0.0  # the share of samples that each raster is taken from
+    may_lack: tuple[str, ...] = ()  # the rasters that may be missing
 
     def __post_init__(self):
         labels = [tile.labels for tile in self.tiles]
@@ -131,17 +133,18 @@ class CropDataset(torch.utils.data.Dataset):
         place = self.places.draw(rng)
         return around_pixel(c, place, sizes[place[0]], *how, rng)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], Tensor]:
+    def __getitem__(self, key: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
         """([image (3, h, w), dsm (h, w), other rasters (C, h, w)] as the modalities ask, labels (h,
-        w) int64). What is missing or dropped is NaN throughout.
+        w) int64). What is missing or taken away is NaN throughout.
 
         A tile smaller than the crop is continued by reflection; what was added is never scored."""
-        c, rasters = self.draw(*key), []
+        c, rasters = self.draw(*key[:2]), []
         tile = self.tiles[c.tile]
         cut = np.s_[c.top : c.top + self.crop, c.left : c.left + self.crop]
-        gone = draw_missing(
-            (self.seed, *key), [n in tile.lacking for n in self.modalities], self.drop
-        )
+        gone = [name in tile.lacking for name in self.modalities]
+        if len(key) > 2:
+            may = [name in self.may_lack for name in self.modalities]
+            gone = draw_missing((self.seed, *key), gone, may)
         for name, is_gone in zip(self.modalities, gone):
             raster = tile.input(name, cut)
             raster = np.full_like(raster, np.nan) if is_gone else raster
@@ -150,16 +153,37 @@ class CropDataset(torch.utils.data.Dataset):
         return rasters, _tensor(labels, c).long()
 
 
-def draw_missing(key: tuple[int, int, int], lacking: list[bool], drop: float) -> list[bool]:
-    """Which rasters a sample goes without: those that it lacks, and of the others each with the
-    probability `drop`, but never all. A function of its arguments."""
-    if not drop:
-        return lacking
+def draw_missing(key: tuple[int, ...], lacking: list[bool], may: list[bool]) -> list[bool]:
+    """Which rasters a crop goes without: those that it lacks, and of the others that may be missing
+    one or more, but never all. Each number of them is drawn as often. A function of its
+    arguments."""
     rng = np.random.default_rng((*key, 2))  # crops are drawn from others
-    gone, own = rng.random(len(lacking)) < drop, np.array(lacking)
-    if (gone | own).all():
-        gone[rng.choice(np.flatnonzero(~own))] = False
-    return (gone | own).tolist()
+    gone = np.array(lacking)
+    own = rng.permutation(np.flatnonzero(~gone & may))
+    most = min(len(own), (~gone).sum() - 1)
+    gone[own[: rng.integers(1, most + 1) if most else 0]] = True
+    return gone.tolist()
+
+
+def taken_again(place: int, share: float) -> bool:
+    """Whether the crop at a place of a batch is one of the `share` that are trained on again with
+    rasters missing: the first, and from there on evenly."""
+    upto = [math.ceil(round(n * share, 9)) for n in (place, place + 1)]
+    return upto[1] > upto[0]
+
+
+def crops_of_step(batch: int, share: float, world: int = 1) -> int:
+    """The crops that a step takes with those that are `taken_again`. Raises DataError where they do
+    not lie evenly on `world` processes."""
+    size = batch // world
+    again = [
+        sum(taken_again(place, share) for place in range(rank * size, (rank + 1) * size))
+        for rank in range(world)
+    ]
+    if len(set(again)) > 1:
+        problem = f"{', '.join(map(str, again))} of {size} crops of each process"
+        raise DataError(f"--drop-modality {share:g}: takes {problem}; give 1, 0.5 or {1 / size:g}")
+    return batch + sum(again)
 
 
 def _fit(array: np.ndarray, size: int, **options) -> np.ndarray:
@@ -178,7 +202,8 @@ def _tensor(array: np.ndarray, crop: Crop) -> Tensor:
 @dataclass
 class CropOrder(torch.utils.data.Sampler):
     """Batches of (epoch, index): `steps` batches of `batch` samples an epoch, from step `first` of
-    the run on; of each batch only the share of process `rank` of `world`."""
+    the run on; of each batch only the share of process `rank` of `world`. Behind each that is
+    `taken_again` stands (epoch, index, True)."""
 
     epochs: int
     steps: int
@@ -186,12 +211,19 @@ class CropOrder(torch.utils.data.Sampler):
     first: int = 0
     rank: int = 0
     world: int = 1
+    again: float = 0.0
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         size = self.batch // self.world
+        places = range(self.rank * size, (self.rank + 1) * size)
         for step in range(self.first, len(self) + self.first):
-            epoch, start = step // self.steps, step % self.steps * self.batch + self.rank * size
-            yield [(epoch, index) for index in range(start, start + size)]
+            epoch, start = step // self.steps, step % self.steps * self.batch
+            keys = []
+            for place in places:
+                keys.append((epoch, start + place))
+                if taken_again(place, self.again):
+                    keys.append((epoch, start + place, True))
+            yield keys
 
     def __len__(self) -> int:
         return self.epochs * self.steps - self.first

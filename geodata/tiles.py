@@ -65,7 +65,7 @@ class Tile:
     height_limits: tuple[float, float] | None = None  # metres, once the heights are read
     unknown_labels: int = 0  # pixels that `read_labels` found to fit no class
     kinds: dict[str, Kind] = field(default_factory=dict)  # of the rasters besides image and heights
-    may_lack: bool = False  # the network takes a tile that lacks some of its rasters
+    may_lack: tuple[str, ...] = ()  # rasters that the network can do without, but not without all
     withheld: tuple[str, ...] = ()  # rasters that the network is not given
     rasters: dict[str, Raster] = field(default_factory=dict, repr=False)
 
@@ -383,10 +383,11 @@ class Tile:
         """The rasters that the tile lacks of those of a network. Raises DataError where the network
         cannot be given the tile."""
         lacking = [n for n in modalities if n not in self.paths or n in self.withheld]
-        if lacking and (not self.may_lack or len(lacking) == len(modalities)):
-            what = "heights" if lacking[0] == "dsm" else lacking[0]
+        missed = [n for n in lacking if n not in self.may_lack or len(lacking) == len(modalities)]
+        if missed:
+            what = "heights" if missed[0] == "dsm" else missed[0]
             rest = "+".join(n for n in modalities if n not in lacking)
-            ways = f", use --modalities {rest}, or train with --drop-modality 0.3" if rest else ""
+            ways = f", use --modalities {rest}, or train with --drop-modality 0.5" if rest else ""
             raise DataError(f"tile {self.name} has no {what}; add it, leave the tile out{ways}")
         return lacking
 

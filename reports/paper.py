@@ -72,6 +72,7 @@ def variant(settings: dict) -> str:
     parts = [f"{settings['modalities']} only"] if alone else []
     parts += [] if alone or settings["modalities"] == "image+dsm" else [settings["modalities"]]
     parts += [f"drop-modality {drop:g}"] if (drop := settings.get("drop_modality")) else []
+    parts += [f"of {only}"] if (only := settings.get("drop_only")) else []
     parts += ["no mixing"] if options.pop("mixing", True) is False and not alone else []
     parts += ["fusion sum"] if settings["fusion"] == "sum" else []
     return ", ".join([*parts, *(f"{name} {value}" for name, value in sorted(options.items()))])

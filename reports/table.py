@@ -28,6 +28,7 @@ METHOD = {
     "modalities",
     "kinds",
     "drop_modality",
+    "drop_only",
     "fusion",
     *OPTIONS,
 }  # what a row is called by

@@ -20,7 +20,7 @@ from data import CropDataset, Tile, open_dataset
 from engine.commandline import parse_settings
 from engine.training import encode_in_parts
 from fast import accelerate
-from geodata.crops import draw_missing
+from geodata.crops import CropOrder, crops_of_step, draw_missing
 from geodata.kinds import Kind, ordered, read_kind
 from geodata.rasters import DataError
 from mfnet import build_mfnet, count_parameters
@@ -195,11 +195,24 @@ def test_a_tile_that_lacks_a_raster_is_named_or_trained_on_without_it(tmp_path):
     dataset = open_dataset("tiles", root)
     with pytest.raises(DataError, match="tile a has no sar; .*leave the tile out.*--drop-modality"):
         dataset.tiles("train", names)[0].load(names)
-    dataset.may_lack = True
+    dataset.may_lack = names
     tile = dataset.tiles("train", names)[0].load(names)
-    (image, dsm, sar), _ = CropDataset([tile], 64, 0, names, drop=0.3)[0, 0]
+    crops = CropDataset([tile], 64, 0, names, may_lack=names)
+    (image, dsm, sar), labels = crops[0, 0]
     assert sar.shape == (1, 64, 64) and sar.isnan().all()
-    assert not (image.isnan().any() and dsm.isnan().any())
+    assert not (image.isnan().any() or dsm.isnan().any())
+    again, same = crops[0, 0, True]
+    assert torch.equal(labels, same) and again[2].isnan().all()
+    assert {x.isnan().all().item() for x in again[:2]} == {True, False}
+    assert all(torch.equal(x, y) or x.isnan().all() for x, y in zip(again, (image, dsm, sar)))
+    for one, other in ((0, 1), (1, 0)):  # --drop-only
+        crops.may_lack = (names[one], "sar")
+        again, _ = zip(*(crops[0, i, True] for i in range(4)))
+        assert all(x[one].isnan().all() and not x[other].isnan().any() for x in again)
+    dataset.may_lack = ("image", "dsm")
+    with pytest.raises(DataError, match="tile a has no sar"):
+        dataset.tiles("train", names)[0].load(names)
+    dataset.may_lack = names
     with pytest.raises(DataError, match="no training tile has sar; .*use --modalities image"):
         dataset.lacking(dataset.tiles("train", names), "train", names)
     shutil.copy(root / "train/images/a.tif", root / "train/images/b.tif")
@@ -210,19 +223,47 @@ def test_a_tile_that_lacks_a_raster_is_named_or_trained_on_without_it(tmp_path):
     assert dataset.check(names) == ["1 of 1 test tiles have no sar"]
 
 
-@given(st.lists(st.booleans(), min_size=1, max_size=4), st.floats(0.05, 0.95), st.integers(0, 99))
-def test_a_sample_never_goes_without_all_rasters_and_has_none_that_it_lacks(lacking, drop, seed):
+RASTERS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=4)
+
+
+@given(RASTERS, st.integers(0, 99))
+def test_a_crop_never_goes_without_all_rasters_nor_without_one_that_it_needs(rasters, seed):
+    lacking, may = map(list, zip(*rasters))
     if all(lacking):
         return
-    gone = draw_missing((seed, 1, 2), lacking, drop)
-    assert gone == draw_missing((seed, 1, 2), lacking, drop) and not all(gone)
-    assert all(g for g, own in zip(gone, lacking) if own)
-    assert draw_missing((seed, 1, 2), lacking, 0.0) == lacking
+    gone = draw_missing((seed, 1, 2), lacking, may)
+    assert gone == draw_missing((seed, 1, 2), lacking, may) and not all(gone)
+    assert all(g == own or g and m for g, own, m in zip(gone, lacking, may))
+    able = sum(m and not own for m, own in zip(may, lacking))
+    assert (sum(gone) > sum(lacking)) == (able > 0 and lacking.count(False) > 1)
 
 
-def test_each_raster_is_dropped_as_often_as_is_asked_for():
-    drawn = np.array([draw_missing((3, 0, i), [False] * 4, 0.3) for i in range(4000)])
-    assert np.allclose(drawn.mean(axis=0), 0.3 - 0.3**4 / 4, atol=0.03)
+def test_each_raster_and_each_number_of_them_is_missing_as_often():
+    drawn = np.array([draw_missing((3, 0, i), [False] * 4, [True] * 4) for i in range(4000)])
+    assert np.allclose(drawn.mean(axis=0), 0.5, atol=0.03)
+    counts = np.bincount(drawn.sum(axis=1), minlength=5) / len(drawn)
+    assert np.allclose(counts, [0, 1 / 3, 1 / 3, 1 / 3, 0], atol=0.03)
+
+
+@given(st.integers(1, 12), st.sampled_from([1, 2, 4]), st.floats(0, 1))
+def test_crops_are_those_of_a_run_without_dropout_and_a_share_of_them_again(size, world, share):
+    plain, batch = list(CropOrder(2, 3, size * world)), size * world
+    whole = list(CropOrder(2, 3, batch, again=share))
+    first = [[key for key in keys if len(key) == 2] for keys in whole]
+    again = [[key[:2] for key in keys if len(key) == 3] for keys in whole]
+    assert first == plain and all({*a} <= {*f} for a, f in zip(again, first))
+    assert {abs(len(a) - share * batch) < 1 + 1e-6 for a in again} == {True}
+    assert all(len(a) == (0 if share == 0 else batch if share == 1 else len(a)) for a in again)
+    assert all(keys[keys.index(key) - 1] == key[:2] for keys in whole for key in keys if key[2:])
+    ranks = [list(CropOrder(2, 3, batch, 0, rank, world, share)) for rank in range(world)]
+    assert [sum(shares, []) for shares in zip(*ranks)] == whole
+    sizes = {len(keys) for shares in ranks for keys in shares}
+    if len(sizes) == 1:
+        assert crops_of_step(batch, share, world) == len(whole[0])
+    else:
+        with pytest.raises(DataError, match="of each process; give 1, 0.5 or"):
+            crops_of_step(batch, share, world)
+    assert crops_of_step(batch, 1 / size, world) == batch + world
 
 
 # ----------------------------------------------------------------------------------- the network
@@ -343,6 +384,7 @@ def test_three_rasters_train_score_and_predict_with_any_of_them_missing(script, 
     status, out, err = script("train.py", *RUN, "run", *DROP, "--modalities", "sar+image+dsm")
     assert status == 0 and f"rasters {9 + 3 * 256:,}" in out, err
     assert "note: 1 of 2 train tiles have no heights" in out
+    assert "2 crops of 64, 1 of them again with rasters missing" in out
     (tmp_path / "mine/classes.json").write_text(
         (tmp_path / "mine/classes.json").read_text().replace("[1, 2]", "[2, 1]")
     )  # the run keeps the bands that it was trained on
@@ -376,7 +418,7 @@ def test_three_rasters_train_score_and_predict_with_any_of_them_missing(script, 
 def test_a_run_without_dropout_says_how_to_train_one(script, tmp_path):
     own_tiles(tmp_path, {})
     assert script("train.py", *RUN, "run")[0] == 0
-    trains = "python train.py --modalities image+dsm --drop-modality 0.3"
+    trains = "python train.py --modalities image+dsm --drop-modality 0.5"
     for words in (
         ["evaluate.py", "--without", "dsm"],
         ["predict.py", "--image", "x.png", "--out", "m.png"],
@@ -386,13 +428,19 @@ def test_a_run_without_dropout_says_how_to_train_one(script, tmp_path):
         )
         status, _, err = script(*words, "--run", "run")
         assert status == 2 and trains in err and err.count("\n") == 1
+    assert script("train.py", *RUN, "only", *DROP, "--drop-only", "dsm")[0] == 0
+    assert script("evaluate.py", "--run", "only", "--without", "dsm")[0] == 0
+    status, _, err = script("evaluate.py", "--run", "only", "--without", "image")
+    assert status == 2 and "only cannot do without" in err
     assert script("train.py", *RUN, "image", "--modalities", "image")[0] == 0
     words = ["--run", "image", "--image", "x.png", "--dsm", "nowhere.tif", "--out", "m.png"]
     status, _, err = script("predict.py", *words)
     assert status == 2 and "--dsm: image was trained on image; leave it out" in err
     for flags, said in (
         (["--modalities", "image", *DROP], "alone nothing"),
-        (["--drop-modality", 1], "less than 1"),
+        (["--drop-modality", 1.5], "0 to 1"),
+        (["--drop-only", "dsm"], "needs --drop-modality"),
+        ([*DROP, "--drop-only", "sar"], "there are image, dsm"),
         (["--modalities", "image+lidar"], "no raster lidar"),
     ):
         status, _, err = script("train.py", *RUN, "none", *flags)

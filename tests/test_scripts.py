@@ -871,7 +871,7 @@ def test_the_benchmark_prints_and_keeps_both_networks_with_their_ratio_memory_an
     words = "speed --encoder vit_t --tasks network --crop 64 --batch 1 --repeats 1 --precision fp32"
     words = [*words.split(), "--memory", "--out", "here/rows.csv", "--device", "cpu"]
     done = shell(tmp_path, "benchmark.py", *words)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, "next: python benchmark.py plan vaihingen\n")
     assert files_below(tmp_path) == ["here/rows.csv", "here/rows.md"]
     assert done.stdout.strip() in (tmp_path / "here/rows.md").read_text()
     with (tmp_path / "here/rows.csv").open(newline="") as file:
@@ -885,7 +885,8 @@ def test_the_benchmark_prints_and_keeps_both_networks_with_their_ratio_memory_an
 
 def test_a_plan_tells_hours_windows_and_memory_of_the_recipe_for_each_crop(tmp_path):
     done = shell(tmp_path, "benchmark.py", *"plan vaihingen --encoder vit_t --device cpu".split())
-    assert (done.returncode, done.stderr) == (0, "") and "50 x 1000 steps of 10" in done.stdout
+    then = "next: python train.py --data=vaihingen --root=DIR --encoder=vit_t\n"
+    assert (done.returncode, done.stderr) == (0, then) and "50 x 1000 steps of 10" in done.stdout
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in done.stdout.splitlines()

@@ -52,6 +52,7 @@ TABLE = {
     "kinds": (dict(kinds={"intensity": {"bands": [1], "scaling": "0:9"}}), NEUTRAL),
     "modalities": (dict(modalities="image"), "inputs"),
     "drop_modality": (dict(drop_modality=0.5), "inputs"),
+    "drop_only": (dict(drop_modality=0.5, drop_only="dsm"), "inputs"),
     "fusion": (dict(fusion="sum"), "trained"),
     "plugin": (dict(plugin={}), NEUTRAL),  # this one adds nothing; see test_plugins.py
     "crop": (dict(crop=68), "inputs"),

@@ -297,7 +297,7 @@ def test_two_processes_compute_what_one_computes_in_double_precision(tmp_path):
 def test_a_run_on_two_processes_is_that_of_one_and_writes_one_folder(city, tmp_path):
     # At a rate at which training does not multiply rounding: at 0.01 one process with another
     # number of threads is as far off. What is no rounding shows in double precision, above.
-    flags = "--epochs 5 --steps 2 --batch-size 4 --lr 0.0001 --drop-modality 0.3"
+    flags = "--epochs 3 --steps 2 --batch-size 4 --lr 0.0001 --drop-modality 0.5"
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
     out, _ = finish(start(city, tmp_path / "two", flags, launcher))
     call(city, tmp_path / "one", flags)
@@ -305,7 +305,7 @@ def test_a_run_on_two_processes_is_that_of_one_and_writes_one_folder(city, tmp_p
         [json.loads(e)["loss"] for e in (tmp_path / n / "log.jsonl").read_text().splitlines()]
         for n in ("one", "two")
     )
-    assert len(one) == 5 and one == pytest.approx(two, rel=0, abs=1e-5)
+    assert len(one) == 3 and one == pytest.approx(two, rel=0, abs=1e-5)
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert max((a[n].float() - b[n].float()).abs().max() for n in a) < 1e-4
     scores = [json.loads((tmp_path / n / "scores.json").read_text()) for n in ("one", "two")]
