@@ -3,19 +3,21 @@
     python data.py --data NAME --root DIR        checks a folder before anybody trains
 
 A data set is a table of `geodata/layouts.py`: classes, splits, and where the files of a tile lie.
-`open_dataset` finds the files of a split and complains in one line about those that are missing.
+`Dataset.tiles` finds the files of a split and complains in one line about those that are missing.
 Below it, each one idea, the modules of `geodata/`; what users need of them is importable from here.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from argparse import ArgumentTypeError, Namespace
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from engine.console import Parser, run_script, typed
-from engine.settings import Settings, words_of
+from engine.plugins import load_plugins
+from engine.settings import Settings, data_sets, words_of
 from geodata import synthetic
 from geodata.crops import Crop, CropDataset, CropOrder, draw_crop, sliding_windows, window_places
 from geodata.doctor import check_dataset
@@ -271,8 +273,9 @@ def tile_of_files(
         if path is not None:
             paths[kind] = path
         elif kind not in s.may_lack:
-            train = f"python train.py --modalities {s.modalities} --drop-modality 0.5"
-            raise DataError(f"{flag}: missing; {run} was trained on it; to do without: {train}")
+            raise DataError(
+                f"{flag}: missing; {run} was trained on it; to do without: {to_lack(s)}"
+            )
     if not paths:
         raise DataError(f"no raster is given; {run} was trained on {', '.join(s.rasters)}")
     named, layout = tuple((name, tuple(color)) for name, color in classes), LAYOUTS.get(s.data)
@@ -285,6 +288,12 @@ def tile_of_files(
         if "dsm" in paths:
             tile.use_heights_of(layout, s.heights_kind)
     return tile
+
+
+def to_lack(s: Settings) -> str:
+    """The command that trains a run like another that may lack rasters."""
+    place = ["--data", s.data, "--root", s.root] if s.data != "synthetic" else []
+    return typed("train.py", *place, "--modalities", s.modalities, "--drop-modality", "0.5")
 
 
 RASTER_FLAG = dict(
@@ -479,10 +488,26 @@ def files_by_stem(folder: Path) -> dict[str, Path]:
 # -------------------------------------------------------------------------------------- the doctor
 
 
+def told_by_prepare(data: str, root: Path | None) -> list[str]:
+    """The words for train.py that prepare.py left in the classes.json of own tiles."""
+    path = (root or Path("data") / data) / "classes.json"
+    if data != "tiles" or not path.is_file():
+        return []
+    _read_classes(path)
+    words = json.loads(path.read_text(encoding="utf-8-sig")).get("train", [])
+    if not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
+        raise DataError(f'{path}: "train" is a list of the words for train.py; leave it out')
+    return words
+
+
 def main() -> None:
+    first = Parser(prog="data.py", add_help=False)
+    first.add_argument("--plugin", action="append", default=[])
+    load_plugins(first.parse_known_args()[0].plugin)
     parser = Parser(prog="data.py", description=__doc__)
     add, as_there = parser.add_argument, "as for train.py"
-    add("--data", required=True, choices=sorted(DATASETS), help="data set")
+    add("--data", required=True, choices=data_sets(), help="data set")
+    add("--plugin", action="append", default=[], metavar="FILE", help=as_there)
     add("--root", type=Path, help="its folder; by default data/NAME")
     add("--modalities", default="image+dsm", help="rasters to look at")
     add("--bands", default="", help=as_there)
@@ -490,9 +515,13 @@ def main() -> None:
     add("--splits", choices=("paper", "official"), default="paper", help=as_there)
     add("--full-labels", action="store_true", help=as_there)
     add("--image-scaling", help=as_there)
-    args = parser.parse_args()
+    by_hand = parser.parse_args()
+    told = told_by_prepare(
+        by_hand.data, by_hand.root
+    )  # what is given by hand comes later, and counts
+    args, _ = parser.parse_known_args([*told, *sys.argv[1:]])
     args.modalities = ordered(args.modalities)
-    hunan = args.data in ("hunan", "mmhunan")
+    hunan = args.data == "hunan"
     scaling = Scaling(images=args.image_scaling or ("reflectance" if hunan else "unit"))
     choices = args.bands, args.labels, args.full_labels, args.splits, scaling
     dataset = open_dataset(args.data, args.root, *choices)
@@ -500,11 +529,7 @@ def main() -> None:
     if not check_dataset(dataset, tuple(args.modalities.split("+"))):
         what = "training cannot run; see above what is missing or unusable"
         raise DataError(f"{dataset.root}: {what}")
-    given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
-    told = []
-    if dataset.layout is None:  # by prepare.py; what is given here comes later, and counts
-        content = (dataset.root / "classes.json").read_text(encoding="utf-8-sig")
-        told = json.loads(content).get("train", [])
+    given = {n: v for n, v in vars(by_hand).items() if v != parser.get_default(n)}
     print(f"training can run; next: {typed('train.py', *told, *words_of(given))}")
 
 

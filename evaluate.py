@@ -22,7 +22,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from data import open_from_settings
+from data import open_from_settings, to_lack
 from engine.checkpoints import is_finished, load_model, newest_run
 from engine.console import Mistake, Parser, run_script, say_next, typed
 from engine.device import pick_device, store_frozen_weights
@@ -100,8 +100,7 @@ def withheld(without: str, s: Settings, run: Path) -> tuple[str, ...]:
     if len(names) == len(s.rasters):
         raise Mistake(f"--without {without}: nothing is left of {s.modalities}")
     if not {*names} <= {*s.may_lack}:
-        train = f"python train.py --modalities {s.modalities} --drop-modality 0.5"
-        raise Mistake(f"--without {without}: {run} cannot do without; to train one: {train}")
+        raise Mistake(f"--without {without}: {run} cannot do without; to train one: {to_lack(s)}")
     return names
 
 

@@ -5,12 +5,12 @@
     python predict.py --image ortho.tif --dsm heights.tif --out map.tif --confidence sure.tif
     python predict.py --image ortho.tif --dsm heights.tif --out map.tif --probabilities classes.tif
     python predict.py --image ortho.tif --dsm heights.tif --out map.tif --polygons map.geojson
-    python predict.py --image FOLDER --dsm heights.tif --out FOLDER
+    python predict.py --image FOLDER --dsm heights.tif --out MAPS
 
 The map is a PNG or a GeoTIFF, by the ending of --out: class indices with a colour table, laid where
 the image lies; see `geodata/maps.py`. Rasters are read and the map is written strip by strip.
-`predict_strips` is what `evaluate.py` uses too, which averages windows as the paper does; a map
-trusts the middle of a window more than its border.
+`evaluate.py` predicts by the same functions (`engine/inference.py`) and averages windows as the
+paper does; a map trusts the middle of a window more than its border.
 
 The probabilities of a pixel are the softmax of the mean of its windows' logits. They are what the
 network says, and networks are often surer than they are right.

@@ -8,12 +8,13 @@
     python train.py --seeds 0 1 2 --out runs/NAME                three runs, and their mean
     python train.py --resume --out runs/NAME                     go on with an interrupted run
     python train.py --start-or-continue --out runs/NAME ...      the same command, again and again
-    torchrun --nproc_per_node=4 train.py --data vaihingen ...    the same run on four GPUs
+    torchrun --nproc_per_node=5 train.py --data vaihingen ...    the same run on five GPUs
 
 A run's folder holds config.json, log.jsonl (a line per epoch), last.pt (everything to go on), and
 at the end model.pt (what was trained), scores.json, pictures/ and report.html. Every random choice
-is a function of --seed and the step: the same command on the same machine gives the same weights, a
-resumed run those of one that was never stopped, and N processes the weights of one, up to rounding.
+is a function of --seed and the step: on a CPU with as many threads the same command gives the same
+weights (on a GPU as far as --deterministic can), a resumed run those of one that was never stopped,
+and N processes the weights of one, up to rounding.
 """
 
 from __future__ import annotations

@@ -157,8 +157,10 @@ def is_finished(path: Path) -> bool:
 
 
 def newest_run(runs: Path = Path("runs")) -> Path:
-    """The folder below `runs` whose model.pt was written last. Raises WeightsError."""
-    models = sorted(runs.glob("*/model.pt"), key=lambda p: p.stat().st_mtime)
+    """The folder below `runs`, those of --seeds included, whose model.pt was written last. Raises
+    WeightsError."""
+    found = [*runs.glob("*/model.pt"), *runs.glob("*/seed-*/model.pt")]
+    models = sorted(found, key=lambda p: p.stat().st_mtime)
     if not models:
         there = f"there is no finished run below {runs.resolve()}"
         raise WeightsError(f"{there}; train one, or give --run DIR")

@@ -29,7 +29,7 @@ def parse_settings(
     argv: list[str] | None = None, description: str = ""
 ) -> tuple[Settings, dict, argparse.Namespace]:
     """The command line -> (settings, those given by hand, the switches --resume, --seeds,
-    --as-published). Raises Mistake."""
+    --as-published, --start-or-continue). Raises Mistake."""
     first = Parser(prog="train.py", add_help=False)
     first.add_argument("--plugin", action="append", default=[])
     first.add_argument("--data", default="synthetic")

@@ -171,8 +171,10 @@ def read_last(folder: Path) -> dict:
 
 
 def unfinished_run(runs: Path = Path("runs")) -> Path:
-    """The folder below `runs` that was saved last and is not finished. Raises Mistake."""
-    saved = sorted(runs.glob("*/last.pt"), key=lambda p: p.stat().st_mtime)
+    """The folder below `runs`, those of --seeds included, that was saved last and is not finished.
+    Raises Mistake."""
+    found = [*runs.glob("*/last.pt"), *runs.glob("*/seed-*/last.pt")]
+    saved = sorted(found, key=lambda p: p.stat().st_mtime)
     open_runs = [path.parent for path in saved if not (path.parent / "scores.json").exists()]
     if not open_runs:
         listed = f"; {saved[-1].parent} is the newest finished one" if saved else ""

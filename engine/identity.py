@@ -35,7 +35,6 @@ NEUTRAL |= {"engine.settings", "engine.recipes", "engine.plugins", "engine.pretr
 NEUTRAL |= {"engine.budget", "geodata.doctor", "geodata.city", "geodata.canvas"}
 NEUTRAL |= {"geodata.synthetic", "geodata.sensor", "geodata.things"}
 
-SPLITS = ("train", "test")
 FREE = {*FREE_ON_RESUME, "weights"}  # settings that move no score; weights count by their content
 
 
@@ -117,11 +116,19 @@ def registers(node: ast.AST) -> bool:
 # ------------------------------------------------------------------------ pixels, backbone, the key
 
 
-def pixels_digest(dataset: Any, modalities: tuple[str, ...]) -> str:
+def splits_of(s: Settings) -> tuple[str, ...]:
+    """The splits that move a score; tiles held out of `train` are those of `train`."""
+    folder = s.data == "tiles" and s.val == "val"
+    return ("train", "val", "test") if folder else ("train", "test")
+
+
+def pixels_digest(
+    dataset: Any, modalities: tuple[str, ...], splits: tuple[str, ...] = ("train", "test")
+) -> str:
     """SHA-256 of what a network of `modalities` is given of all tiles, before it is scaled:
     images, heights, labels. Raises DataError."""
     digest = hashlib.sha256()
-    for split in SPLITS:
+    for split in splits:
         for tile in dataset.tiles(split, modalities):
             loaded = tile.load(modalities)
             digest.update(f"{split} {tile.name}".encode())
@@ -169,7 +176,7 @@ class Identities:
         """A function that says whether code and files are what they are now."""
 
         def look() -> list:
-            tiles = [self.dataset(s).tiles(split, s.rasters) for split in SPLITS]
+            tiles = [self.dataset(s).tiles(split, s.rasters) for split in splits_of(s)]
             paths = [path for found in tiles for tile in found for path in tile.paths.values()]
             stats = [path.stat() for path in paths if path.exists()]
             return [code_digest(s.tuner), [(stat.st_size, stat.st_mtime_ns) for stat in stats]]
@@ -186,9 +193,9 @@ class Identities:
 
     def key(self, s: Settings) -> str:
         """Raises DataError or WeightsError for a run that cannot be."""
-        modalities = s.rasters
-        where = ("pixels", *data_settings(s), modalities, s.may_lack)
-        pixels = self.once(where, lambda: pixels_digest(self.dataset(s), modalities))
+        what = s.rasters, splits_of(s)
+        where = ("pixels", *data_settings(s), *what)
+        pixels = self.once(where, lambda: pixels_digest(self.dataset(s), *what))
         return sha256([self.counted(s), code_digest(s.tuner), self.base(s), pixels])
 
 

@@ -51,7 +51,7 @@ def data_sets() -> tuple[str, ...]:
 class Settings:
     data: str = of_data("synthetic", "data set", data_sets)
     root: str = of_data("", "folder of the data set; by default data/NAME")
-    bands: str = of_data("", "bands of the image: rgb, irrg (potsdam), or three numbers as 4,3,2")
+    bands: str = of_data("", "bands: rgb, irrg, rgbir (potsdam), or numbers from 1 on, as 4,3,2")
     labels: str = of_data("dataset", "labels with their defects repaired, or as published", LABELS)
     splits: str = of_data("paper", "which training and test tiles", ("paper", "official"))
     full_labels: bool = of_data(False, "score with the full labels where there are eroded ones")

@@ -109,9 +109,11 @@ class Tile:
         H, W = (min(size[axis] for size in sizes.values()) for axis in (0, 1))
         if any(h - H > NEAR or w - W > NEAR for h, w in sizes.values()):
             listing = ", ".join(f"{self.paths[k]} {h} x {w}" for k, (h, w) in sizes.items())
+            remedy = "files on another grid than the image need GeoTIFF tags, as the image does"
+            remedy = "lay them on the image's grid" if self.one_grid else remedy
             raise DataError(
                 f"tile {self.name}: the files differ in size by more than two pixels: {listing}; "
-                f"files on another grid than the image need GeoTIFF tags, as the image does"
+                f"{remedy}"
             )
         for kind, (h, w) in sizes.items():
             if (h, w) != (H, W):

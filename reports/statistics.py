@@ -51,9 +51,9 @@ def paired_difference(ours: np.ndarray, other: np.ndarray, scored: list[int]) ->
     The variance is that of a paired bootstrap: seeds are resampled, and tiles are, each with both
     networks' counts together. A resample of n things spreads by (n - 1) / n less than new things
     would, which is made good; and few things know their own variance badly, which Student's
-    distribution pays for. Its freedom is halfway between Welch and Satterthwaite's, which tells
-    up to 9 % of equal networks apart in simulations of two or three seeds, and that of the fewer
-    things: at most 6 %. One seed alone tells nothing of another, and has no interval."""
+    distribution pays for. Its freedom lies halfway between Welch and Satterthwaite's, which by
+    itself tells up to 9 % of equal networks apart in simulations of two or three seeds, and that of
+    the fewer things. One seed alone tells nothing of another, and has no interval."""
     S, T = ours.shape[:2]
     per_seed = mean_iou(ours.sum(1), scored) - mean_iou(other.sum(1), scored)  # (S,)
     mean = float(per_seed.mean())

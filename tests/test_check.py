@@ -332,6 +332,11 @@ def test_the_doctor_ends_with_what_prepare_found_and_refuses_a_raster_without_da
     status, out, _ = check(*words)
     assert status == 0 and "next: python train.py --heights=-1:9 --data=tiles" in out
     assert "400 pixels are -9999 of sar; if that stands for no data" in out
+    told = {"train": ["--heights=-1:9", "--modalities", "image+sar", "--crop", "64"]}
+    (root / "classes.json").write_text(json.dumps(content | more | told))
+    status, out, _ = check(*words[:-2])  # looks at what prepare.py prepared
+    assert status == 0 and "of sar;" in out and "m high" not in out
+    assert f"next: python train.py {' '.join(told['train'])} --data=tiles --root={root}" in out
     more["rasters"]["sar"]["nodata"] = -9999
     (root / "classes.json").write_text(json.dumps(content | more))
     status, out, err = check(*words)

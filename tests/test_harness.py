@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from test_scripts import write_own_tiles
 
 import benchmark
 import train
@@ -382,6 +383,23 @@ def test_a_key_changes_with_one_pixel_of_a_test_tile(inside):
         tifffile.imwrite(path, array, **options)
         found.append(pixels_digest(open_from_settings(s), ("image",)))
     assert len(set(found[:3])) == 3 and found[3] == found[2]  # the image alone has no heights
+
+
+def test_a_key_changes_with_one_pixel_of_the_folder_that_an_epoch_is_chosen_by(inside):
+    write_own_tiles(inside / "mine")
+    shutil.copytree("mine/train", "mine/val")
+    words = "--data tiles --root mine --encoder vit_t --weights none --crop 64"
+
+    def keys():
+        ids = Identities(open_from_settings, torch.device("cpu"))
+        return [ids.key(parse_settings([*words.split(), *v])[0]) for v in ([], ["--val", "val"])]
+
+    before = keys()
+    labels = tifffile.imread("mine/val/labels/a.tif")
+    labels[3, 4] = 1 - labels[3, 4]
+    tifffile.imwrite("mine/val/labels/a.tif", labels)
+    after = keys()
+    assert after[0] == before[0] and after[1] != before[1]
 
 
 def test_a_result_whose_code_or_tiles_change_meanwhile_is_thrown_away(run, monkeypatch):

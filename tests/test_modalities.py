@@ -418,7 +418,7 @@ def test_three_rasters_train_score_and_predict_with_any_of_them_missing(script, 
 def test_a_run_without_dropout_says_how_to_train_one(script, tmp_path):
     own_tiles(tmp_path, {})
     assert script("train.py", *RUN, "run")[0] == 0
-    trains = "python train.py --modalities image+dsm --drop-modality 0.5"
+    trains = "python train.py --data tiles --root mine --modalities image+dsm --drop-modality 0.5"
     for words in (
         ["evaluate.py", "--without", "dsm"],
         ["predict.py", "--image", "x.png", "--out", "m.png"],

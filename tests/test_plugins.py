@@ -158,6 +158,8 @@ def test_a_plugin_that_is_missing_or_changed_is_one_line_and_is_not_run(script, 
 def test_a_data_set_in_a_file_is_a_choice_of_its_own(script, tmp_path):
     status, out, _ = script("train.py", "--plugin", "mine.py", "--data", "mytown", "--help")
     assert status == 0 and "mytown" in out and "scaleshift" in out and "tiny" in out
+    status, _, err = script("data.py", "--plugin", "mine.py", "--data", "mytown", "--root", "none")
+    assert status == 2 and "none: training cannot run" in err
     status, _, err = script("train.py", "--data", "mytown")
     assert status == 2 and "mytown" in err and "vaihingen" in err
 

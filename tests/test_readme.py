@@ -16,6 +16,7 @@ import torch
 
 import tuners
 from engine.console import Parser
+from engine.plugins import load_plugins
 from geodata import synthetic
 from geodata.layouts import LAYOUTS
 from mfnet import build_mfnet, trained_names
@@ -137,6 +138,7 @@ def test_every_command_that_is_shown_is_understood(name, words, parser_of):
     if name == "train":
         importlib.import_module("train").parse_settings(list(words))
     else:
+        load_plugins([words[i + 1] for i, word in enumerate(words) if word == "--plugin"])
         parser_of(name).parse_args(words)
 
 

@@ -238,6 +238,8 @@ def test_the_table_holds_seeds_as_a_row_and_what_is_not_finished_beside_it(scrip
     ]
     cell = f"{np.mean(scores):.2f} +- {np.std(scores, ddof=1):.2f}"
     assert table.startswith("## tiles") and cell in table and cell in out
+    status, newest, _ = script("evaluate.py")  # of all, those of --seeds included
+    assert status == 0 and newest.splitlines()[-1].startswith("runs/two/seed-1/scores.json")
     status, one, _ = script("evaluate.py", "--table", "runs/two")
     assert status == 0 and cell in one
 

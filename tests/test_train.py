@@ -1,6 +1,7 @@
 """The pieces of training: learning rate, loss, optimiser, a step, and the folder of a run."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -501,6 +502,11 @@ def test_the_newest_run_that_is_not_finished_is_gone_on_with(tmp_path):
     done = begun(tmp_path / "done", step=9)
     (done / "scores.json").write_text("{}")
     assert unfinished_run(tmp_path) == tmp_path / "open"
+    seed = tmp_path / "three" / "seed-1"
+    seed.mkdir(parents=True)
+    (seed / "last.pt").touch()
+    os.utime(seed / "last.pt", (2**31 - 1, 2**31 - 1))
+    assert unfinished_run(tmp_path) == seed
 
 
 def test_the_log_has_one_line_for_each_step_whatever_was_logged_before(tmp_path):
