@@ -122,10 +122,10 @@ class Dataset:
         return tiles, missing
 
     def lacking(self, tiles: list[Tile], split: str, modalities: tuple[str, ...]) -> list[str]:
-        """A line for each raster that some tiles of a split lack. Raises DataError for one that no
-        training tile has."""
+        """A line for each raster that some tiles of a split lack and may lack. Raises DataError for
+        one that no training tile has."""
         lines = []
-        for name in modalities:
+        for name in (name for name in modalities if name in self.may_lack):
             n, what = sum(name not in t.paths for t in tiles), "heights" if name == "dsm" else name
             if n == len(tiles) and split == "train":
                 rest = "+".join(other for other in modalities if other != name)

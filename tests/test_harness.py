@@ -48,6 +48,7 @@ HOME = Path(benchmark.__file__).parent
 TINY = "--weights none --epochs 1 --steps 1 --crop 64 --stride 64 --batch-size 2"
 TINY = [*TINY.split(), "--encoder", "vit_t", "--device", "cpu"]
 FLAGS = ["--data", "vaihingen", "--root", "city", *TINY]
+NEXT = "next: python -m webbrowser {}/results.html\n"
 
 STAND_IN = """
 import json, os, shutil, sys, time, zlib
@@ -162,7 +163,7 @@ def test_a_sweep_that_is_killed_again_and_again_gives_the_undisturbed_table(run,
             os.killpg(process.pid, signal.SIGKILL)
         process.join()
     status, printed, errors = run(*words, "--out", "wild")
-    assert (status, errors) == (0, "") and table_of(printed) == table_of(expected)
+    assert (status, errors) == (0, NEXT.format("wild")) and table_of(printed) == table_of(expected)
     done = finished()
     assert len(done) == 7 == len(set(done)) and len(stored("wild")) == 7
 
@@ -228,7 +229,9 @@ def test_a_damaged_line_is_named_and_left_alone_and_its_cell_is_made_again(run):
     path.write_text("\n".join([first, changed, third[: len(third) // 2]]))  # no newline at the end
     status, printed, errors = run(*words)
     assert status == 0 and table_of(printed) == table_of(expected)
-    assert [re.search(r"line (\d)", line)[1] for line in errors.splitlines()] == ["2", "3"]
+    *told, last = errors.splitlines()
+    assert [re.search(r"line (\d)", line)[1] for line in told] == ["2", "3"]
+    assert f"{last}\n" == NEXT.format("out")
     lines = path.read_text().splitlines()
     assert lines[:3] == [first, changed, third[: len(third) // 2]] and len(lines) == 5
 
@@ -272,8 +275,8 @@ def test_a_row_whose_data_are_missing_is_named_and_the_others_are_made(run, insi
     words = ["table4", *FLAGS, "--root", "flat", "--seeds", "0", "--out", "out"]
     status, printed, errors = run(*words)
     assert status == 1 and len(stored("out")) == 3
-    assert all(line.startswith("image+dsm-") for line in errors.splitlines())
-    assert errors.count("\n") == 4 and "| image-LoRA | ✓ |  | 1 |" in printed
+    assert [line[:10] for line in errors.splitlines()] == [*["image+dsm-"] * 4, "next: pyth"]
+    assert "| image-LoRA | ✓ |  | 1 |" in printed
 
 
 def test_a_line_is_refused_a_second_time_and_a_lock_holds_until_it_is_closed(tmp_path):
@@ -533,7 +536,7 @@ def test_a_sweep_in_earnest_from_nothing_to_the_page(world, tmp_path):
     command = [sys.executable, str(HOME / "benchmark.py"), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, NEXT.format("results/table4_vaihingen"))
     out = tmp_path / "results" / "table4_vaihingen"
     lines = stored(out)
     assert [line["cell"] for line in lines] == ["image-Adapter/seed-0"]

@@ -517,8 +517,13 @@ def test_every_kind_of_network_trains_is_scored_again_and_predicts(script, tmp_p
     before = scores.read_bytes()
     assert script("evaluate.py", "--device", "cpu")[0] == 0 and scores.read_bytes() == before
     paths = {"--image": "mine/test/images/a.tif", "--dsm": "mine/test/dsm/a.tif"}
-    rasters = [word for pair in paths.items() for word in pair if Path(pair[1]).exists()]
-    assert script("predict.py", *rasters, "--out", "map.png", "--device", "cpu")[0] == 0
+    taken = flags[1] if "--modalities" in flags else "image+dsm"
+    rasters = [word for flag, path in paths.items() if flag[2:] in taken for word in (flag, path)]
+    predict = ["predict.py", "--out", "map.png", "--device", "cpu"]
+    assert script(*predict, *rasters)[0] == 0
+    for flag, path in paths.items():
+        if flag[2:] not in taken:
+            assert_refused(script(*predict, *rasters, flag, path), flag, "leave it out")
     assert read_raster(tmp_path / "map.png").shape == (80, 80)
 
 

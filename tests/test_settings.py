@@ -172,7 +172,8 @@ def test_every_setting_is_a_flag_that_is_read_in_its_own_type(f):
     flag = "--" + f.name.replace("_", "-")
     choices = f.metadata["choices"]
     choices = choices() if callable(choices) else choices
-    text = {"heights": "1:2", "image_scaling": "3:4"}.get(f.name, (choices or ("x",))[-1])
+    texts = {"heights": "1:2", "image_scaling": "3:4", "drop_only": "dsm"}
+    text = texts.get(f.name, (choices or ("x",))[-1])
     value = {"int": 65, "float": 0.25, "str": text, "bool": False}[f.type]
     words = ["--no-" + flag[2:]] if f.type == "bool" else [flag, str(value)]
     extra = {
@@ -180,6 +181,7 @@ def test_every_setting_is_a_flag_that_is_read_in_its_own_type(f):
         "select": ["--val", "2"],
         "accumulate": ["--batch-size", "130"],
         "val": ["--select", "last"],
+        "drop_only": ["--drop-modality", "0.5"],
     }.get(f.name, [])
     settings, _, _ = parse_settings([*words, *extra])
     assert getattr(settings, f.name) == value and type(getattr(settings, f.name)) is type(f.default)
