@@ -13,7 +13,7 @@ from hypothesis import settings
 from sam_vit import build_image_encoder
 
 torch.set_num_threads(1)
-settings.register_profile("house", deadline=None, max_examples=14)
+settings.register_profile("house", deadline=None, max_examples=20)
 settings.load_profile("house")
 
 # A windowed and a global block; a grid of 4 is no multiple of the window of 3.

@@ -97,7 +97,7 @@ def joined(tensors):
 CASE = dict(H=70, W=100, window=3, heads=2, M=2, without=False, precision="fp32", seed=0)
 
 
-@settings(max_examples=30)
+@settings(max_examples=40)
 @example(tuner="dropout-tuning", checkpointing=True, **CASE)
 @example(tuner="bias-tuning", checkpointing=False, **CASE)
 @example(tuner="adapter", checkpointing=True, **CASE)

@@ -236,7 +236,7 @@ label_maps = hnp.arrays(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(label_maps, st.integers(0, 4))
 def test_eroded_labels_are_the_labels_except_where_the_disc_holds_a_second_class(labels, radius):
     eroded = erode_labels(labels, radius)

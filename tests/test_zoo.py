@@ -241,7 +241,7 @@ def choices(draw):
     return name, options, draw(count)
 
 
-@settings(max_examples=24)
+@settings(max_examples=40)
 @given(choices())
 def test_names_gradients_and_start_are_what_the_tuner_says_with_any_options(choice):
     name, options, M = choice
@@ -261,7 +261,7 @@ def test_names_gradients_and_start_are_what_the_tuner_says_with_any_options(choi
             assert len(p) == M and all(row.any() for row in p.grad), n
 
 
-@settings(max_examples=18)
+@settings(max_examples=30)
 @given(choices(), st.sampled_from(["before", "after"]))
 def test_an_official_checkpoint_loads_before_and_after_and_the_start_stays_the_frozen_one(
     choice, when
@@ -281,7 +281,7 @@ def test_an_official_checkpoint_loads_before_and_after_and_the_start_stays_the_f
     assert torch.allclose(encoder(x), sam(x), atol=1e-5) == ZOO[name].starts_as_frozen
 
 
-@settings(max_examples=15)
+@settings(max_examples=25)
 @example(("ssf", {"mixing": True, "blocks": "all"}, 2), 70, 100, 3)
 @example(("dora", {"mixing": True, "blocks": "all"}, 3), 70, 100, 3)
 @example(("vpt", {"blocks": "all"}, 2), 70, 100, 3)
