@@ -31,7 +31,7 @@ from engine.console import Mistake, Parser, run_script, say_next, typed
 from engine.device import pick_device
 from engine.files import replace_atomically
 from engine.identity import Identities
-from engine.plugins import load_plugins
+from engine.plugins import load_given_plugins
 from engine.recipes import recipe
 from engine.settings import Settings
 from engine.signals import noted_signals
@@ -171,9 +171,7 @@ def print_cells(cells: list[Cell], store: Store, device: torch.device, ids: Iden
 
 
 def main() -> None:
-    first = Parser(prog="benchmark.py", add_help=False)
-    first.add_argument("--plugin", action="append", default=[])
-    load_plugins(first.parse_known_args()[0].plugin)
+    load_given_plugins("benchmark.py")
     args = build_parser().parse_args()
     if args.name == "speed":
         return speed.compare_networks(args)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from engine.console import Parser, run_script, typed
-from engine.plugins import load_plugins
+from engine.plugins import load_given_plugins
 from engine.settings import Settings, data_sets, words_of
 from geodata import synthetic
 from geodata.crops import Crop, CropDataset, CropOrder, draw_crop, sliding_windows, window_places
@@ -226,7 +226,7 @@ def open_dataset(
         classes, scored, ignored = layout.classes, layout.scored, IGNORE
         rasters = layout.rasters
     else:
-        classes, ignored, rasters = _read_classes(root / "classes.json")
+        classes, ignored, rasters, _ = _read_classes(root / "classes.json")
         scored = tuple(range(len(classes)))
     choices = bands, labels, full_labels, splits, scaling, heights_kind
     return Dataset(name, root, classes, scored, layout, ignored, *choices, rasters=rasters)
@@ -244,91 +244,6 @@ def open_from_settings(s: Settings, root: str | Path | None = None) -> Dataset:
     s.kinds = dataset.kinds_of(s.rasters)
     dataset.may_lack = s.may_lack
     return dataset
-
-
-def named_file(text: str) -> tuple[str, Path]:
-    """What --raster says, NAME=FILE."""
-    name, equals, path = text.partition("=")
-    if not (name and equals and path):
-        raise ArgumentTypeError(f"{text}: give NAME=FILE, as s1=radar.tif")
-    return name, Path(path)
-
-
-def tile_of_files(
-    s: Settings, name: str, given: dict[str, Path | None], classes: list, run: str
-) -> Tile:
-    """Rasters by name as a tile that is read and scaled as those of a run. Raises DataError where
-    one that the run was trained on is missing, and it was trained to have all."""
-    kinds, paths = {n: read_kind(n, form, run) for n, form in s.kinds.items()}, {}
-    needed = {*s.rasters, *(kind.source for kind in kinds.values())}
-    if others := given.keys() - needed:
-        flag = f"--{min(others)}" if min(others) in ("image", "dsm") else f"--raster {min(others)}"
-        raise DataError(f"{flag}: {run} was trained on {', '.join(s.rasters)}; leave it out")
-    for kind in s.rasters:
-        from_image = kind in kinds and kinds[kind].source == "image"
-        path = given.get(kind) or (given.get("image") if from_image else None)
-        flag = f"--{kind}" if kind in ("image", "dsm") else f"--raster {kind}=FILE"
-        if path is not None and not path.is_file():
-            raise DataError(f"{flag}: {path} is no file; {run} was trained on it")
-        if path is not None:
-            paths[kind] = path
-        elif kind not in s.may_lack:
-            raise DataError(
-                f"{flag}: missing; {run} was trained on it; to do without: {to_lack(s)}"
-            )
-    if not paths:
-        raise DataError(f"no raster is given; {run} was trained on {', '.join(s.rasters)}")
-    named, layout = tuple((name, tuple(color)) for name, color in classes), LAYOUTS.get(s.data)
-    tile = Tile(name, paths, named, scaling=Scaling(s.heights, s.image_scaling))
-    tile.kinds, tile.may_lack = kinds, s.may_lack
-    if "image" in paths:
-        tile.bands = image_bands(layout, s.bands, open_raster(paths["image"]).bands)
-    if layout is not None:
-        tile.pixel = layout.pixel
-        if "dsm" in paths:
-            tile.use_heights_of(layout, s.heights_kind)
-    return tile
-
-
-def to_lack(s: Settings) -> str:
-    """The command that trains a run like another that may lack rasters."""
-    place = ["--data", s.data, "--root", s.root] if s.data != "synthetic" else []
-    return typed("train.py", *place, "--modalities", s.modalities, "--drop-modality", "0.5")
-
-
-RASTER_FLAG = dict(
-    type=named_file, action="append", default=[], metavar="NAME=FILE",
-    help="another raster that the run was trained on; may be repeated",
-)  # fmt: skip
-
-
-def files_given(args: Namespace) -> dict[str, Path]:
-    """The rasters of --image, --dsm and --raster by name. Raises DataError for one given twice."""
-    given = {"image": args.image, "dsm": args.dsm}
-    given = {name: path for name, path in given.items() if path is not None}
-    for name, path in args.raster:
-        if given.setdefault(name, path) is not path:
-            raise DataError(
-                f"--raster {name}={path}: {name} is {given[name]} already; give it once"
-            )
-    return given
-
-
-def raster_words(files: dict[str, Path | str]) -> list:
-    """Rasters by name as the flags that give them."""
-    pairs = {
-        n: (f"--{n}", p) if n in ("image", "dsm") else ("--raster", f"{n}={p}")
-        for n, p in files.items()
-    }
-    return [word for pair in pairs.values() for word in pair]
-
-
-def facts_of_run(run: Path) -> dict:
-    """What `facts_of` told of a run's training tiles; {} for a run that did not keep it."""
-    try:
-        return dict(json.loads((run / "config.json").read_text(encoding="utf-8"))["facts"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
 
 
 # ---------------------------------------------------------------------------- tiles of a benchmark
@@ -422,8 +337,9 @@ ENDINGS = (".tif", ".tiff", ".gtiff", ".png", ".jpg", ".jpeg")
 FOREIGN = (".jp2", ".img", ".vrt", ".asc", ".ecw", ".bil")  # found, to be refused with what helps
 
 
-def _read_classes(path: Path) -> tuple[Classes, int, dict[str, Kind]]:
-    """Classes, the ignored value and the rasters of a classes.json. Raises DataError."""
+def _read_classes(path: Path) -> tuple[Classes, int, dict[str, Kind], list[str]]:
+    """Classes, the ignored value, the rasters, and the words for train.py that prepare.py left, of
+    a classes.json. Raises DataError."""
     if not path.is_file():
         raise DataError(f"{path} is missing; {EXPECTED}")
     try:
@@ -451,7 +367,10 @@ def _read_classes(path: Path) -> tuple[Classes, int, dict[str, Kind]]:
             f"{path}: the class {odd!r} has a character that cannot be shown; rename it"
         )
     rasters = {name: read_kind(name, form, str(path)) for name, form in forms.items()}
-    return tuple(named), ignored, rasters
+    told = content.get("train", [])
+    if not (isinstance(told, list) and all(isinstance(word, str) for word in told)):
+        raise DataError(f'{path}: "train" is a list of the words for train.py; leave it out')
+    return tuple(named), ignored, rasters, told
 
 
 def _own_tiles(dataset: Dataset, split: str, modalities: tuple[str, ...]) -> list[Tile]:
@@ -488,22 +407,8 @@ def files_by_stem(folder: Path) -> dict[str, Path]:
 # -------------------------------------------------------------------------------------- the doctor
 
 
-def told_by_prepare(data: str, root: Path | None) -> list[str]:
-    """The words for train.py that prepare.py left in the classes.json of own tiles."""
-    path = (root or Path("data") / data) / "classes.json"
-    if data != "tiles" or not path.is_file():
-        return []
-    _read_classes(path)
-    words = json.loads(path.read_text(encoding="utf-8-sig")).get("train", [])
-    if not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
-        raise DataError(f'{path}: "train" is a list of the words for train.py; leave it out')
-    return words
-
-
 def main() -> None:
-    first = Parser(prog="data.py", add_help=False)
-    first.add_argument("--plugin", action="append", default=[])
-    load_plugins(first.parse_known_args()[0].plugin)
+    load_given_plugins("data.py")
     parser = Parser(prog="data.py", description=__doc__)
     add, as_there = parser.add_argument, "as for train.py"
     add("--data", required=True, choices=data_sets(), help="data set")
@@ -515,11 +420,10 @@ def main() -> None:
     add("--splits", choices=("paper", "official"), default="paper", help=as_there)
     add("--full-labels", action="store_true", help=as_there)
     add("--image-scaling", help=as_there)
-    by_hand = parser.parse_args()
-    told = told_by_prepare(
-        by_hand.data, by_hand.root
-    )  # what is given by hand comes later, and counts
-    args, _ = parser.parse_known_args([*told, *sys.argv[1:]])
+    by_hand, told = parser.parse_args(), []
+    if by_hand.data == "tiles":
+        told = _read_classes((by_hand.root or Path("data/tiles")) / "classes.json")[3]
+    args, _ = parser.parse_known_args([*told, *sys.argv[1:]])  # the later word counts
     args.modalities = ordered(args.modalities)
     hunan = args.data == "hunan"
     scaling = Scaling(images=args.image_scaling or ("reflectance" if hunan else "unit"))

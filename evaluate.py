@@ -22,11 +22,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from data import open_from_settings, to_lack
+from data import open_from_settings
 from engine.checkpoints import is_finished, load_model, newest_run
 from engine.console import Mistake, Parser, run_script, say_next, typed
 from engine.device import pick_device, store_frozen_weights
 from engine.files import replace_atomically
+from engine.given import to_lack
 from engine.recipes import published_protocol
 from engine.scoring import ConfusionMatrix, format_scores, score_split, scores_name
 from engine.settings import Settings, flag, held_out_tiles

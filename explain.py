@@ -22,10 +22,11 @@ from typing import Callable
 import numpy as np
 import torch
 
-from data import RASTER_FLAG, files_given, open_from_settings, raster_words, tile_of_files
+from data import open_from_settings
 from engine.checkpoints import load_model, newest_run
 from engine.console import Parser, run_script, typed
 from engine.device import autocast, pick_device, store_frozen_weights
+from engine.given import RASTER_FLAG, files_given, raster_words, tile_of_files
 from engine.inside import first_tuned, look_inside
 from engine.settings import Settings
 from geodata.rasters import DataError

@@ -27,10 +27,11 @@ from typing import Iterator
 
 import numpy as np
 
-from data import RASTER_FLAG, facts_of_run, files_by_stem, files_given, raster_words, tile_of_files
+from data import files_by_stem
 from engine.checkpoints import load_model, newest_run
 from engine.console import Parser, Ticker, run_script, typed
 from engine.device import pick_device, store_frozen_weights
+from engine.given import RASTER_FLAG, facts_of_run, files_given, raster_words, tile_of_files
 from engine.inference import BLENDS, percent, predict_loaded, predict_strips, predict_tile
 from engine.settings import Settings
 from fast import accelerate

@@ -26,8 +26,8 @@ import numpy as np
 import tifffile
 from PIL import Image, ImageDraw
 
-from data import RASTER_FLAG, files_given
 from engine.console import Parser, Ticker, run_script, typed
+from engine.given import RASTER_FLAG, files_given
 from geodata.annotation import from_polygons, from_raster
 from geodata.blocks import cut_blocks, share_out
 from geodata.doctor import MARKERS

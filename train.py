@@ -83,9 +83,9 @@ def loader(run: Run) -> torch.utils.data.DataLoader:
     last_pixel, rotations = s.crop_range == "full", s.augment == "flips+rotations"
     balanced = len(run.classes) if s.balance_crops else 0
     how = last_pixel, rotations, balanced, s.may_lack
-    crops, place = CropDataset(run.tiles, s.crop, s.seed, modalities, *how), run.team
-    ranks = place.rank, place.world
-    order = CropOrder(s.epochs, s.steps, s.batch_size, first, *ranks, s.drop_modality)
+    crops = CropDataset(run.tiles, s.crop, s.seed, modalities, *how)
+    place = run.team.rank, run.team.world
+    order = CropOrder(s.epochs, s.steps, s.batch_size, first, *place, s.drop_modality)
     return torch.utils.data.DataLoader(
         crops,
         batch_sampler=order,

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from engine.console import Mistake
+from engine.console import Mistake, Parser
 from engine.files import replace_atomically
 from sam_vit import first_line
 
@@ -37,6 +37,13 @@ def load_plugins(paths: list[str | Path]) -> Plugins:
         plugins[path.name] = sha256(content)
         execute(path, content)
     return plugins
+
+
+def load_given_plugins(script: str) -> None:
+    """Executes those of the command line, before its other words are understood."""
+    first = Parser(prog=script, add_help=False)
+    first.add_argument("--plugin", action="append", default=[])
+    load_plugins(first.parse_known_args()[0].plugin)
 
 
 def load_run_plugins(plugins: Plugins, folder: Path) -> None:

@@ -8,12 +8,11 @@ The same values are kept in `config.json` and in the checkpoints, and read back 
 from __future__ import annotations
 
 import math
-import shlex
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Callable, get_type_hints
 
-from engine.console import Mistake, unknown
+from engine.console import Mistake, typed, unknown
 from geodata.kinds import ordered
 from geodata.layouts import LABELS, LAYOUTS
 from geodata.scaling import Scaling
@@ -210,7 +209,7 @@ def words_of(given: dict) -> list[str]:
 
 def command_line(script: str, given: dict) -> str:
     """The command that gives settings, by name, to a script; a plugin by its file."""
-    return shlex.join(["python", script, *words_of(given)])
+    return typed(script, *words_of(given))
 
 
 def choices_of(f) -> tuple[str, ...]:

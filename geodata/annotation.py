@@ -52,10 +52,8 @@ def from_raster(tile: Tile) -> tuple[Classes, np.ndarray]:
     raster = tile.raster("labels")
     if raster.bands >= 3:
         codes = (pixels[:, :3].astype(np.int64) @ (65536, 256, 1) for pixels in _pixels(raster))
-        found = [
-            (v >> 16, v >> 8 & 255, v & 255)
-            for v in _values(raster, codes, raster.dtype == np.uint8, 0xFFFFFF)
-        ]
+        values = _values(raster, codes, raster.dtype == np.uint8, 0xFFFFFF)
+        found = [(v >> 16, v >> 8 & 255, v & 255) for v in values]
         tile.classes = tuple(("#{:02x}{:02x}{:02x}".format(*rgb), rgb) for rgb in found)
         tile.unscored_color = None if raster.nodata is None else (int(raster.nodata),) * 3
     else:
@@ -81,9 +79,8 @@ def _pixels(raster: Raster) -> Iterator[np.ndarray]:
     for box in strip_boxes(raster.shape):
         raw = raster[box]
         where = raster.valid(box, raw)
-        yield (
-            raw.reshape(-1, raster.bands) if where is None else raw[where].reshape(-1, raster.bands)
-        )
+        raw = raw if where is None else raw[where]
+        yield raw.reshape(-1, raster.bands)
 
 
 def _values(

@@ -168,18 +168,20 @@ def draw_missing(key: tuple[int, ...], lacking: list[bool], may: list[bool]) -> 
 def taken_again(place: int, share: float) -> bool:
     """Whether the crop at a place of a batch is one of the `share` that are trained on again with
     rasters missing: the first, and from there on evenly."""
-    upto = [math.ceil(round(n * share, 9)) for n in (place, place + 1)]
-    return upto[1] > upto[0]
+    return taken_before(place + 1, share) > taken_before(place, share)
+
+
+def taken_before(place: int, share: float) -> int:
+    """How many crops before a place of a batch are `taken_again`."""
+    return math.ceil(round(place * share, 9))
 
 
 def crops_of_step(batch: int, share: float, world: int = 1) -> int:
     """The crops that a step takes with those that are `taken_again`. Raises DataError where they do
     not lie evenly on `world` processes."""
     size = batch // world
-    again = [
-        sum(taken_again(place, share) for place in range(rank * size, (rank + 1) * size))
-        for rank in range(world)
-    ]
+    ends = [taken_before(rank * size, share) for rank in range(world + 1)]
+    again = [end - start for start, end in zip(ends, ends[1:])]
     if len(set(again)) > 1:
         problem = f"{', '.join(map(str, again))} of {size} crops of each process"
         raise DataError(f"--drop-modality {share:g}: takes {problem}; give 1, 0.5 or {1 / size:g}")

@@ -141,9 +141,11 @@ def _system(geo: dict) -> int | None:
 def geo_tags(path: Path, row: int = 0, column: int = 0) -> list[tuple]:
     """The tags that say where a raster lies from a pixel on, as tifffile writes them (code, type,
     count, value, True); [] without."""
-    geo, grid = (raster := open_raster(path)).geo, None
+    raster = open_raster(path)
+    geo = raster.geo
     if "GeoTransform" in geo or not (33922 in geo or 34264 in geo):
-        if (grid := read_grid(raster)) is None:
+        grid = read_grid(raster)
+        if grid is None:
             return []
         geo = {code: value for code, value in geo.items() if code not in (33550, 33922, 34264)}
         geo |= _place_tags(grid, point=geo.get("GTRasterTypeGeoKey") == 2)
