@@ -6,6 +6,7 @@
     python benchmark.py table4 --list                 the cells, and what each will take
     python benchmark.py table4 --shard 2/8            every eighth cell, for a job array
     python benchmark.py speed                         the accelerated network against the plain
+    python benchmark.py device                        all of a GPU, in nine minutes
     python benchmark.py plan vaihingen                hours and memory of the paper's recipe
 
 A sweep makes every cell (a row with a seed) that its folder lacks, goes on with what was
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch
 
 from data import open_from_settings
-from engine import plan, speed
+from engine import plan, speed, survey
 from engine.commandline import add_settings
 from engine.console import Mistake, Parser, run_script, say_next, typed
 from engine.device import pick_device
@@ -71,6 +72,8 @@ def build_parser() -> Parser:
     for name, table in TABLES.items():
         add_flags(names.add_parser(name, help=f"{table.title}, on {table.data}"), table.data)
     speed.add_flags(names.add_parser("speed", help="the accelerated network against the plain"))
+    text = "all that a GPU is to be asked, in some minutes"
+    survey.add_flags(names.add_parser("device", help=text))
     plan.add_flags(names.add_parser("plan", help="hours and memory of a data set's recipe"))
     return parser
 
@@ -175,6 +178,8 @@ def main() -> None:
     args = build_parser().parse_args()
     if args.name == "speed":
         return speed.compare_networks(args)
+    if args.name == "device":
+        return survey.survey_device(args)
     if args.name == "plan":
         return plan.print_plan(args)
     if status := sweep(args):

@@ -264,9 +264,10 @@ def softmax_attention(q: Tensor, k: Tensor, codes: Tensor, v: Tensor) -> Tensor:
     """
     if q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= MAX_EXPLICIT_LOGITS:
         return ChunkedAttention.apply(q, k, codes, v)
-    padded = F.pad(v, (0, q.shape[-1] - v.shape[-1]))  # the fused kernels want one width
-    out = F.scaled_dot_product_attention(q, append_codes(k, codes), padded, scale=1.0)
-    return out[..., : v.shape[-1]]
+    # The fused kernels want one width, and a multiple of 8: zeros add nothing to a product.
+    width = -(-q.shape[-1] // 8) * 8
+    padded = (F.pad(t, (0, width - t.shape[-1])) for t in (q, append_codes(k, codes), v))
+    return F.scaled_dot_product_attention(*padded, scale=1.0)[..., : v.shape[-1]]
 
 
 class ChunkedAttention(torch.autograd.Function):

@@ -18,7 +18,7 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterable
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from engine.device import (
     autocast,
     peak_memory,
     pick_device,
+    set_tf32,
     store_frozen_weights,
     use_large_pages,
     version,
@@ -41,6 +42,7 @@ from engine.networks import build_network
 from engine.settings import Settings
 from engine.training import segmentation_loss
 from fast import accelerate
+from geodata.crops import sliding_windows
 from mfnet import MFNet, build_mfnet
 from sam_vit import SIZES
 from tuners import TUNERS
@@ -69,6 +71,7 @@ class Result:
     """What was measured of a case: medians over the repeats."""
 
     seconds: float | None = None
+    per_second: float | None = None  # images; of a tile, windows
     fastest: float | None = None
     slowest: float | None = None
     times_plain_fp32: float | None = None  # how many times as fast as the plain network in fp32
@@ -204,23 +207,29 @@ def measure(cases: list[Case], repeats: int, device: torch.device) -> dict[Case,
         for case, result in results.items():
             if result.note:
                 continue
-            set_matrix_precision(case)
-            counting = FlopCounterMode(display=False) if warm_up and turn == 0 else nullcontext()
+            set_tf32(case.precision == "tf32")
+            warming = warm_up and turn == 0
+            # Under a counter of operations nothing is compiled, then or later.
+            counted = warming and case.order != "compiled"
+            counting = FlopCounterMode(display=False) if counted else nullcontext()
             try:
                 with counting as counter:
                     spent = timed(lambda: outputs.update({case: works[case]()}), device)
             except RuntimeError as error:
                 result.note = str(error).strip().splitlines()[0]
                 continue
-            if counter:
+            if counted:
                 result.gflop = counter.get_total_flops() / 1e9
-            else:
+            elif not warming:
                 seconds[case].append(spent)
     for case, result in results.items():
+        if case.order == "compiled":
+            result.gflop = getattr(results.get(replace(case, order="fast")), "gflop", None)
         if case in outputs and cases[0] in outputs:
             result.error = difference(outputs[case], outputs[cases[0]])
         if seconds[case]:
             result.seconds = statistics.median(seconds[case])
+            result.per_second = count_of(case) / result.seconds
             result.fastest, result.slowest = min(seconds[case]), max(seconds[case])
     compare(results)
     if warm_up:
@@ -238,23 +247,28 @@ def add_ceiling(
     for case, result in results.items():
         if result.seconds and case.order != "plain":
             if case.precision not in rates:
-                set_matrix_precision(case)
+                set_tf32(case.precision == "tf32")
                 dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
                 seconds = ceiling(products, dtype, device, result.repeats)
                 rates[case.precision] = operations(products) / seconds
-            counted = operations(products) if case.task == "encoder" else 1e9 * result.gflop
+            counted = operations(products) if case.task == "encoder" else 1e9 * (result.gflop or 0)
             result.of_ceiling = counted / rates[case.precision] / result.seconds
 
 
-def set_matrix_precision(case: Case) -> None:
-    torch.set_float32_matmul_precision("high" if case.precision == "tf32" else "highest")
+def count_of(case: Case) -> int:
+    """The images of a case; of a tile its windows."""
+    if case.task != "tile":
+        return case.batch
+    if case.order == "plain":
+        return (-(-TILE // STRIDE)) ** 2  # the published loop's
+    return len(sliding_windows(TILE, TILE, case.crop, STRIDE))
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
     """The largest difference relative to the largest value; of class maps (H, W), the fraction of
     pixels that differ."""
     if expected.ndim == 2:
-        return (found != expected).double().mean().item()
+        return (found != expected).float().mean().item()
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
@@ -302,7 +316,7 @@ def _tell_peak(cases: tuple[Case, ...], s: Settings | None, device_name: str, se
 
 
 def keep(results: dict[Case, Result], path: Path) -> None:
-    """Writes rows into a CSV, in place of those of the same cases, and as Markdown beside it."""
+    """Writes rows into a CSV, in place of those of the same cases."""
     case_names = [f.name for f in fields(Case)]
     rows: dict[tuple, dict[str, str]] = {}
     if path.exists():
@@ -319,7 +333,12 @@ def keep(results: dict[Case, Result], path: Path) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_atomically(path, write)
-    text = markdown(list(rows.values()))
+
+
+def write_markdown(path: Path) -> None:
+    """The rows of a CSV as Markdown, beside it."""
+    with path.open(newline="", encoding="utf-8") as file:
+        text = markdown(list(csv.DictReader(file)))
     replace_atomically(path.with_suffix(".md"), lambda p: p.write_text(text, encoding="utf-8"))
 
 
@@ -334,6 +353,7 @@ COLUMNS = {  # of the Markdown tables: their heads, and how their numbers are wr
     "order": ("network", ""),
     "precision": ("precision", ""),
     "seconds": ("seconds", "{:.3f}"),
+    "per_second": ("images/s", "{:.3g}"),
     "fastest": ("fastest", "{:.3f}"),
     "slowest": ("slowest", "{:.3f}"),
     "times_plain_fp32": ("times plain fp32", "{:.2f}"),
@@ -395,15 +415,29 @@ def compare_networks(args: argparse.Namespace) -> None:
         raise Mistake("--precision tf32: a GPU's; leave it out")
     case = Case("", args.encoder, args.tuner, args.crop, args.batch, "", "")
     for task in args.tasks:
-        cases = [
-            replace(case, task=task, precision=precision, order=order)
-            for precision in dict.fromkeys(["fp32", *(args.precision or ["bf16"])])
-            for order in ("plain", "fast", *args.variants)
-        ]
-        memory = {case: peak_of(case, device)[0] for case in cases} if args.memory else {}
-        results = measure(cases, args.repeats, device)
-        for case, peak in memory.items():
-            results[case].peak_mb = peak
-        keep(results, args.out)
-        print(markdown([as_text(item) for item in results.items()]))
+        precisions = args.precision or ["bf16"]
+        cases = variants_of(replace(case, task=task), precisions, args.variants)
+        print(measure_and_keep(cases, args.repeats, device, args.out, args.memory))
+        write_markdown(args.out)
     say_next("python benchmark.py plan vaihingen")
+
+
+def variants_of(case: Case, precisions: Iterable[str], more: Iterable[str]) -> list[Case]:
+    """The plain and the fast network, and `more` orders, in fp32 and in `precisions`."""
+    return [
+        replace(case, precision=precision, order=order)
+        for precision in dict.fromkeys(["fp32", *precisions])
+        for order in ("plain", "fast", *more)
+    ]
+
+
+def measure_and_keep(
+    cases: list[Case], repeats: int, device: torch.device, out: Path, memory: bool
+) -> str:
+    """Measures the cases of one task, writes their rows into the CSV `out` -> them in Markdown."""
+    peaks = {case: peak_of(case, device)[0] for case in cases} if memory else {}
+    results = measure(cases, repeats, device)
+    for case, peak in peaks.items():
+        results[case].peak_mb = peak
+    keep(results, out)
+    return markdown([as_text(item) for item in results.items()])

@@ -64,8 +64,9 @@ def segmentation_loss(
     """Cross-entropy of (B, K, H, W) and (B, H, W), summed over the scored pixels and divided by
     `total`, by default the batch's own `scored_weight`, which makes it the mean.
     differs: without a scored pixel it is 0, where the published code's mean is no number."""
-    how = dict(ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing)
-    loss = F.cross_entropy(logits.float(), labels, weights, **how)
+    # Summed by itself: on a GPU the kernel that sums as well adds in any order.
+    how = dict(ignore_index=IGNORE, reduction="none", label_smoothing=label_smoothing)
+    loss = F.cross_entropy(logits.float(), labels, weights, **how).sum()
     total = scored_weight(labels, weights).item() if total is None else total
     return loss / total if total > 0 else 0 * loss
 
@@ -73,7 +74,8 @@ def segmentation_loss(
 def scored_weight(labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """The number of scored pixels, each counted with its class's weight."""
     scored = labels != IGNORE
-    return (scored.sum() if weights is None else weights[labels[scored]].sum()).double()
+    weight = scored.sum() if weights is None else weights[labels[scored]].sum()
+    return weight.cpu().double()  # MPS has no float64
 
 
 def class_weights(s: Settings, pixels: Sequence[int]) -> Tensor | None:
@@ -202,7 +204,7 @@ class Trainer:
         loss = segmentation_loss(logits, labels, total, weights, s.label_smoothing)
         # The processes' gradients are averaged, and the loss wants their sum.
         (loss * self.team.world).backward()
-        value = self.team.sum(loss.detach().double().cpu()).item()
+        value = self.team.sum(loss.detach().cpu().double()).item()
         self.stop_unless(math.isfinite(value), f"loss is {value} at step {step + 1}")
         norm = nn.utils.clip_grad_norm_(self.trained(), s.clip or math.inf).item()
         self.stop_unless(math.isfinite(norm), f"gradient is {norm} at step {step + 1}")

@@ -339,6 +339,19 @@ def test_chunked_or_fused_attention_is_the_softmax_of_keys_with_their_codes(n, m
         assert_close(fast.softmax_attention(q, k, codes, v), expected)
 
 
+@given(n=st.integers(1, 6), d=st.integers(1, 9), more=st.integers(0, 9))
+def test_the_fused_kernel_gets_one_width_and_a_multiple_of_8(n, d, more):
+    q, k, codes = torch.ones(1, 1, n, d + more), torch.ones(1, 1, n, d), torch.ones(n, more)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast, "MAX_EXPLICIT_LOGITS", 0)
+        patch.setattr(F, "scaled_dot_product_attention", lambda *qkv, scale: torch.stack(qkv))
+        widths = fast.softmax_attention(q, k, codes, k).shape  # of a stack of three: equal ones
+        patch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, scale: seen.append(q) or v)
+        seen = []
+        fast.softmax_attention(q, k, codes, k)
+    assert widths[0] == 3 and seen[0].shape[-1] % 8 == 0 and seen[0].shape[-1] < d + more + 8
+
+
 @given(h=side, w=side, window=st.integers(2, 5))
 def test_attention_in_bf16_stays_in_bf16_and_near_the_rest(h, w, window):
     attn, x = random_attention(2, window, window), torch.randn(2, h, w, 8, dtype=torch.float64)

@@ -139,6 +139,7 @@ def test_rows_are_kept_in_place_of_those_of_the_same_case_and_failures_stay_in(t
         ("checkpointed", "1", ""),
         ("fast", "2", "5"),
     ]
+    speed.write_markdown(path)
     text = path.with_suffix(".md").read_text()
     assert "no compiler" in text and "batch 2" in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
