@@ -246,8 +246,8 @@ def all_seeds(s: Settings, seeds: list[int], team: Team, device: torch.device) -
 
 def start_or_continue(s: Settings, team: Team, device: torch.device) -> None:
     """A run that goes on if --out holds it, and is refused if that holds one of other settings."""
-    # A run fills in which kind of heights there is; see `Run.open_data`.
-    given = {k: v for k, v in asdict(s).items() if (k, v) != ("heights_kind", "")}
+    filled_in = {"heights_kind": "", "precision": "auto"}  # by the run; see `Run.open_data`
+    given = {k: v for k, v in asdict(s).items() if filled_in.get(k) != v}
     begun = (Path(s.out) / "last.pt").exists()
     one_run(s, given if begun else None, team, device, lengthen=False)
 

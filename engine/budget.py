@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from engine.console import Mistake, typed
+from engine.console import Mistake, is_out_of_memory, typed
 from engine.device import peak_memory, resolve_precision, total_memory
 from engine.networks import build_network
 from engine.settings import Settings
@@ -48,8 +48,7 @@ def check_budget(s: Settings, num_classes: int, device: torch.device, world: int
 def explain_failure(error: Exception, s: Settings, device: torch.device) -> TrainingStopped | None:
     """What stopped a run and how to go on, None for an error that nobody foresaw."""
     text, resume = first_line(error), typed("train.py", "--resume", "--out", s.out)
-    short = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    if short or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         ways = [] if s.checkpointing else [f"{resume} --gradient-checkpointing"]
         if s.batch_size > s.accumulate:
             larger = range(s.accumulate + 1, s.batch_size + 1)

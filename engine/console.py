@@ -77,10 +77,22 @@ def run_script(main: Callable[[], None], *mistakes: type[Exception]) -> NoReturn
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        say_mistake("stopped: out of memory; close other programs, or give --device cpu")
+        sys.exit(1)
     except BrokenPipeError:  # python data.py ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     sys.exit(0)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, of the machine or of a GPU: torch has an error for the latter, and
+    for the former one with this text."""
+    short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return short or "can't allocate memory" in str(error)
 
 
 def say_mistake(line: str) -> None:

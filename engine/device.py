@@ -40,10 +40,11 @@ def set_tf32(allowed: bool) -> None:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """`auto` is bf16 on CUDA devices that have it, else fp32."""
-    if precision == "auto":
-        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return precision
+    """`auto` is bf16 on CUDA devices that compute in it, else fp32."""
+    if precision != "auto":
+        return precision
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bf16 else "fp32"
 
 
 def autocast(precision: str, device: torch.device):

@@ -101,6 +101,8 @@ def changes(s: Settings) -> dict:
     if s.heights_kind in kinds[:1]:  # what a run fills in
         theirs["heights_kind"] = s.heights_kind
     theirs = Settings(**theirs)
+    if theirs.precision == "auto" and s.precision == "fp32":  # as a run fills in without a GPU
+        theirs.precision = "fp32"
     theirs.tuner = s.tuner  # whose options are compared with its own defaults
     theirs.complete()
     theirs.tuner, options, found = Settings.tuner, theirs.tuner_option, {}

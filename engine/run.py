@@ -11,7 +11,7 @@ import torch
 from engine.budget import check_budget
 from engine.checkpoints import save_model, save_tensors
 from engine.console import Mistake
-from engine.device import store_frozen_weights, version
+from engine.device import resolve_precision, store_frozen_weights, version
 from engine.distributed import Team
 from engine.folder import RunFolder, new_folder, read_last
 from engine.networks import base_file, build_model
@@ -50,6 +50,8 @@ class Run:
 
     def open_data(self, dataset: Any, last: dict | None) -> None:
         s, modalities, world = self.s, self.s.rasters, self.team.world
+        # From here on the run's own: it goes on, and is scored, in this precision on any device.
+        s.precision = resolve_precision(s.precision, self.device)
         if s.batch_size % (world * s.accumulate):
             parts = f"{world} processes x {s.accumulate} parts"
             raise Mistake(f"--batch-size {s.batch_size} is no multiple of {parts}")

@@ -7,12 +7,12 @@ tensors of two devices raises here, as it would on a GPU, and what is done on a 
 import sys
 
 import torch
+from conftest import TINY
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import fast
 import zoo  # noqa: F401
-from conftest import TINY
 from engine.training import segmentation_loss
 from mfnet import build_mfnet
 from tuners import TUNERS

@@ -20,6 +20,9 @@ class Foreign(ValueError):
     pass
 
 
+SHORT = "stopped: out of memory; close other programs, or give --device cpu"
+
+
 @pytest.mark.parametrize(
     "error, status, line",
     [
@@ -28,6 +31,9 @@ class Foreign(ValueError):
         (TrainingStopped("full"), 1, "stopped: full"),
         (TrainingStopped("SIGTERM", 143), 143, "stopped: SIGTERM"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (MemoryError(), 1, SHORT),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 1, SHORT),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 1, SHORT),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -39,6 +45,14 @@ def test_a_mistake_is_one_line_and_an_exit_status(error, status, line, capsys):
         run_script(main, Foreign)
     out, err = capsys.readouterr()
     assert (end.value.code, out, err.strip()) == (status, "", line)
+
+
+def test_a_fault_of_ours_is_no_mistake_of_the_user_s():
+    def main():
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        run_script(main, Foreign)
 
 
 @pytest.mark.parametrize(

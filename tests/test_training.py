@@ -20,6 +20,7 @@ from conftest import TINY
 import evaluate
 import train
 from data import open_dataset
+from engine import run as a_run
 from engine.commandline import parse_settings
 from engine.console import Mistake, run_script
 from engine.device import autocast, store_frozen_weights
@@ -615,6 +616,18 @@ def test_what_needs_less_memory_may_be_given_when_a_run_goes_on(city, tmp_path):
     call(city, tmp_path / "run", "--resume --gradient-checkpointing --accumulate 2")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["checkpointing"], config["accumulate"]) == (True, 2)
+
+
+def test_a_run_keeps_the_precision_that_it_began_with(city, tmp_path, monkeypatch):
+    """`auto` on a GPU is bf16, and so it stays where the run goes on without one."""
+    out, flags = tmp_path / "run", "--precision auto --steps 2 --seed 0 --epochs"
+    with monkeypatch.context() as patch:
+        patch.setattr(a_run, "resolve_precision", lambda given, device: "bf16")
+        call(city, out, f"{flags} 1 --start-or-continue")
+    call(city, out, f"{flags} 1 --start-or-continue")  # finds it finished
+    call_script("train.py", train.main, "--resume", "--out", out, "--epochs", 2)
+    assert json.loads((out / "config.json").read_text())["precision"] == "bf16"
+    assert torch.load(out / "last.pt", weights_only=True)["settings"]["precision"] == "bf16"
 
 
 def test_a_second_run_on_the_same_folder_is_refused(city, tmp_path):
