@@ -6,7 +6,8 @@ recall there, and is called so here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 ISPRS = ("building", "tree", "low vegetation", "car", "impervious", "OA", "mF1", "mIoU")
 LAND = ("cropland", "forest", "grassland", "wetland", "water", "unused land", "built-up")
@@ -22,15 +23,15 @@ class PaperTable:
     columns: tuple[str, ...]
     text: str  # a line a row: name; backbone; values
     note: str = ""
-    rows: dict[str, tuple[str, dict[str, float]]] = field(init=False)  # name -> backbone, values
 
-    def __post_init__(self):
+    @cached_property
+    def rows(self) -> dict[str, tuple[str, dict[str, float]]]:
+        """Name -> backbone, values by column."""
         lines = (line.split("; ") for line in self.text.strip().splitlines())
-        rows = {
+        return {
             name: (backbone, dict(zip(self.columns, map(float, values.split()), strict=True)))
             for name, backbone, values in lines
         }
-        object.__setattr__(self, "rows", rows)
 
 
 PAPER: dict[str, PaperTable] = {

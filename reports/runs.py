@@ -43,13 +43,13 @@ def read_run(folder: Path) -> Result:
     """
     config, scores, log = read_files(folder)
     try:
-        reason = no_result(folder, config, scores, log)
-        result = None if reason else result_of(folder, config, scores, log)
+        if reason := no_result(folder, config, scores, log):
+            raise DataError(reason)
+        return result_of(folder, config, scores, log)
+    except DataError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"its files are damaged ({in_a_line(error)})") from error
-    if result is None:
-        raise DataError(reason)
-    return result
 
 
 def no_result(folder: Path, config: dict, scores: dict, log: list[dict]) -> str:

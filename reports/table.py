@@ -21,17 +21,9 @@ from reports.runs import CHOICE, OPTIONS, Result, read_runs
 
 __all__ = ["markdown", "read_runs"]
 
-METHOD = {
-    "data",
-    "encoder",
-    "tuner",
-    "modalities",
-    "kinds",
-    "drop_modality",
-    "drop_only",
-    "fusion",
-    *OPTIONS,
-}  # what a row is called by
+# What a row is called by.
+METHOD = OPTIONS | {"data", "encoder", "tuner", "modalities", "kinds", "drop_modality"}
+METHOD |= {"drop_only", "fusion"}
 
 HEAD = ("run", "seeds", *MEANS.values(), "the paper: OA / mF1 / mIoU", "trained, M")
 HEAD += ("the paper: trained, M", "images/s", "memory, GiB", "notes")
