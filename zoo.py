@@ -153,9 +153,8 @@ class Convpass(Tuner):
         return z + self.mlp(n) + mix_streams(self.scale * adapt(self.mlp_bypasses, n), self.mixing)
 
     def added_products(self, tokens: int) -> list[tuple[int, int, int, int]]:
-        M, bypasses = len(self.mlp_bypasses), [*self.attn_bypasses, *self.mlp_bypasses]
-        weights = [p.flatten(1).T for b in bypasses for p in b.parameters() if p.ndim > 1]
-        return [(1, tokens // M, *weight.shape) for weight in weights]
+        attn, mlp = (adapter_products(b, tokens) for b in (self.attn_bypasses, self.mlp_bypasses))
+        return attn + mlp
 
 
 # ----------------------------------------------------------------------------------- on the layers

@@ -64,8 +64,7 @@ def tuner_options(settings: dict) -> dict:
 
 def variant(settings: dict) -> str:
     """What sets a run apart from its tuner's row in the paper: its rasters, the share of dropped
-    ones, no mixing, fusion sum, an option of the tuner; "" for the method itself.
-    """
+    ones, no mixing, fusion sum, an option of the tuner; "" for the method itself."""
     options = tuner_options(settings)
     alone = "+" not in settings["modalities"]
     parts = [f"{settings['modalities']} only"] if alone else []
@@ -79,8 +78,7 @@ def variant(settings: dict) -> str:
 
 def paper_scores(settings: dict) -> Scores | None:
     """The paper's row for a run. None has its number beside "no mixing": the paper's standard
-    tuners are other models, and tuners of their own here.
-    """
+    tuners are other models, and tuners of their own here."""
     data, tuner, encoder = (settings[name] for name in ("data", "tuner", "encoder"))
     if not (kind := variant(settings)):
         return PAPER_SCORES.get((data, tuner, encoder))

@@ -39,8 +39,7 @@ class Result:
 
 def read_run(folder: Path) -> Result:
     """Raises DataError, which says why, for a run that has no result yet or whose files are
-    damaged.
-    """
+    damaged."""
     config, scores, log = read_files(folder)
     try:
         if reason := no_result(folder, config, scores, log):
@@ -105,8 +104,7 @@ def result_of(folder: Path, config: dict, scores: dict, log: list[dict]) -> Resu
 def read_runs(folders: list[Path]) -> tuple[list[Result], list[str]]:
     """The results in and below folders, and for each other run a line that says why it is left out.
 
-    Raises DataError for a folder without any run, and where there is no result.
-    """
+    Raises DataError for a folder without any run, and where there is no result."""
     found: dict[Path, Path] = {}
     for folder in folders:
         files = [path for name in ("config.json", "scores.json") for path in folder.rglob(name)]

@@ -66,8 +66,7 @@ class Line:
 
 def lines_of(name: str, rows: dict[str, str], results: list[dict], reference: str) -> list[Line]:
     """The rows of a table (name -> modalities) in their order, each compared with the reference;
-    then the paper's.
-    """
+    then the paper's."""
     own = {row: [r for r in results if r["row"] == row] for row in rows}
     lines = [Line(row, own[row], paper_row(name, row), m) for row, m in rows.items()]
     for line in lines:

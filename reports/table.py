@@ -47,8 +47,7 @@ def label(traits: dict) -> str:
 
 def group(runs: list[Result]) -> list[list[Result]]:
     """Rows: the runs of one are alike in all `traits`. In the order of what they are called, then
-    of their folders.
-    """
+    of their folders."""
     rows: dict[str, list[Result]] = {}
     for run in runs:
         rows.setdefault(json.dumps(run.traits, sort_keys=True), []).append(run)
