@@ -5,7 +5,7 @@ have `mixing` and `rank` in place of `tuner_option`."""
 
 from __future__ import annotations
 
-from reports.competitors import paper_row
+from reports.competitors import MEANS, paper_row
 
 Scores = tuple[float, float, float]  # OA, mF1, mIoU in percent
 DOUBTFUL = ("hunan", "lora", "vit_l")  # repeats another method's numbers, and is left out
@@ -13,7 +13,7 @@ METHOD = {"lora": "MMLoRA", "adapter": "MMAdapter"}  # tuner -> its rows, which 
 
 
 def means_of(table: str, row: str) -> Scores:
-    return tuple(paper_row(table, row)[column] for column in ("OA", "mF1", "mIoU"))
+    return tuple(paper_row(table, row)[column] for column in MEANS)
 
 
 # By (data set, tuner, encoder). The paper's standard tuners run in two streams without mixing.

@@ -108,10 +108,8 @@ def told(difference: Difference | None) -> str:
 def cells_of(lines: list[Line], cost: bool) -> list[list[str]]:
     """Head and rows; `cost` adds what differs from run to run, times and memory."""
     costs = [key for key in COST if key == "trained" or cost and any(ln.cost(key) for ln in lines)]
-    printed = [
-        c for ln in lines for c in ln.paper if c in MEANS.values() or cost and c in PAPER_COST
-    ]
-    printed = list(dict.fromkeys(printed))
+    wanted = [*MEANS.values(), *(PAPER_COST if cost else ())]
+    printed = list(dict.fromkeys(c for ln in lines for c in ln.paper if c in wanted))
     more = other_rasters(lines)
     head = ["row", "image", "height", *more, "seeds", *MEANS.values(), "difference of mIoU"]
     head += [COST[key][0] for key in costs] + [f"paper: {column}" for column in printed]
@@ -230,11 +228,12 @@ def write_sweep_page(path: Path, name: str, title: str, lines: list[Line], refer
     notes = "".join(note(text) for text in captions(name, lines, reference))
     sections = {"": drawn_table(cells_of(lines, cost=True)) + notes}
     intervals = {
-        ln.name: ln.difference for ln in lines if ln.difference and ln.difference.low is not None
+        ln.name: tuple(100 * value for value in (d.mean, d.low, d.high))
+        for ln in lines
+        if (d := ln.difference) and d.low is not None
     }
     if intervals:
-        drawn = {row: (100 * d.mean, 100 * d.low, 100 * d.high) for row, d in intervals.items()}
-        sections["Differences"] = interval_chart(f"mIoU less {reference}'s, percent", drawn)
+        sections["Differences"] = interval_chart(f"mIoU less {reference}'s, percent", intervals)
     charts = []
     for key in COST:
         points = {
