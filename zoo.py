@@ -316,7 +316,7 @@ class DoRA(Tuner):
         mixing: bool = True,
     ):
         super().__init__(block, modalities)
-        rank, scale, C = at_least_one("rank", rank), alpha / max(rank, 1), self.width
+        rank, scale, C = at_least_one("rank", rank), alpha / rank, self.width
         halves, qkv = named_halves(layers), [slice(i * C, (i + 1) * C) for i in range(3)]
         if "attn" in halves:
             self.attn.qkv = DoRALinear(self.attn.qkv, modalities, rank, scale, qkv, False)

@@ -86,8 +86,7 @@ def result_of(folder: Path, config: dict, scores: dict, log: list[dict]) -> Resu
     traits["version"], traits["classes"] = config["version"], config["classes"]
     traits["lengthened"] = config.get("lengthened", [])
     traits["pixels"] = [int(row["pixels"]) for row in scores["per_class"]]
-    traits["scored"] = {name: scores[name] for name in ("labels", "window", "stride")}
-    traits["scored"]["repeat_border"] = scores["repeat_border"]
+    traits["scored"] = {k: scores[k] for k in ("labels", "window", "stride", "repeat_border")}
     memory = [entry["peak_memory_mb"] for entry in log if entry.get("peak_memory_mb") is not None]
     return Result(
         folder,
