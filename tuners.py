@@ -146,9 +146,10 @@ def adapt(adapters: nn.ModuleList, x: Tensor) -> Tensor:
 
 
 def adapter_products(adapters: nn.ModuleList, tokens: int) -> list[tuple[int, int, int, int]]:
-    """Two matrix products for each modality's share of the tokens."""
-    layers = [layer for adapter in adapters for layer in (adapter.fc1, adapter.fc2)]
-    return [(1, tokens // len(adapters), fc.in_features, fc.out_features) for fc in layers]
+    """A matrix product for each weight, (out, in) or (out, in, 3, 3), of an adapter with its
+    modality's share of the tokens."""
+    weights = [p.flatten(1).T for p in adapters.parameters() if p.ndim > 1]
+    return [(1, tokens // len(adapters), *weight.shape) for weight in weights]
 
 
 class StandardAdapter(Tuner):
@@ -198,8 +199,8 @@ class MMAdapter(Tuner):
         return z + self.mlp(n) + mix_streams(adapt(self.mlp_adapters, n), self.mixing)
 
     def added_products(self, tokens: int) -> list[tuple[int, int, int, int]]:
-        adapters = nn.ModuleList([*self.attn_adapters, *self.mlp_adapters])
-        return adapter_products(adapters, 2 * tokens)
+        attn, mlp = (adapter_products(a, tokens) for a in (self.attn_adapters, self.mlp_adapters))
+        return attn + mlp
 
     def extra_repr(self) -> str:
         M, bottleneck = len(self.attn_adapters), self.attn_adapters[0].fc1.out_features

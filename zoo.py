@@ -153,9 +153,8 @@ class Convpass(Tuner):
         return z + self.mlp(n) + mix_streams(self.scale * adapt(self.mlp_bypasses, n), self.mixing)
 
     def added_products(self, tokens: int) -> list[tuple[int, int, int, int]]:
-        M, bypasses = len(self.mlp_bypasses), [*self.attn_bypasses, *self.mlp_bypasses]
-        weights = [p.flatten(1).T for b in bypasses for p in b.parameters() if p.ndim > 1]
-        return [(1, tokens // M, *weight.shape) for weight in weights]
+        attn, mlp = (adapter_products(b, tokens) for b in (self.attn_bypasses, self.mlp_bypasses))
+        return attn + mlp
 
 
 # ----------------------------------------------------------------------------------- on the layers
@@ -317,7 +316,7 @@ class DoRA(Tuner):
         mixing: bool = True,
     ):
         super().__init__(block, modalities)
-        rank, scale, C = at_least_one("rank", rank), alpha / max(rank, 1), self.width
+        rank, scale, C = at_least_one("rank", rank), alpha / rank, self.width
         halves, qkv = named_halves(layers), [slice(i * C, (i + 1) * C) for i in range(3)]
         if "attn" in halves:
             self.attn.qkv = DoRALinear(self.attn.qkv, modalities, rank, scale, qkv, False)

@@ -12,8 +12,7 @@ MEANS = {"oa": "OA", "mf1": "mF1", "miou": "mIoU", "kappa": "kappa"}  # of score
 
 def read_files(folder: Path) -> tuple[dict, dict, list[dict]]:
     """(config.json, scores.json, log.jsonl) of a run; empty where there is no such file. Raises
-    DataError for one that cannot be read.
-    """
+    DataError for one that cannot be read."""
     config, scores = (read_objects(folder / f"{name}.json") for name in ("config", "scores"))
     log = read_objects(folder / "log.jsonl", separator="\n")
     return config[0] if config else {}, scores[0] if scores else {}, log

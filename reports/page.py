@@ -35,7 +35,7 @@ pre { white-space: pre-wrap; }
 .numbers b { display: block; font-size: 2.2rem; line-height: 1.1; }
 .wide { overflow-x: auto; padding-right: 1.5rem;  /* what goes on to the right fades out */
   mask-image: linear-gradient(90deg, #000 calc(100% - 1.5rem), transparent); }
-.wide img { min-width: 800px; width: 100%; }
+.wide img { min-width: 800px; width: 100%; } .wide svg { min-width: 760px; }
 .safe, body:has(#safe:checked) .usual { display: none; }
 body:has(#safe:checked) .safe { display: revert; }
 .command { user-select: all; }
@@ -102,12 +102,17 @@ def note(text: str) -> str:
     return f'<p class="note">{html.escape(text)}</p>'
 
 
+def spread(values: list[float], form: str = "{:.2f}", sign: str = "±") -> str:
+    """The mean, from two values on with the standard deviation of a sample; "" of none."""
+    if not values:
+        return ""
+    deviation = f" {sign} {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
+    return form.format(statistics.fmean(values)) + deviation
+
+
 def percent(*values: float | None) -> str:
-    """The mean of values of 0 to 1 in percent, from two on with the standard deviation of a sample;
-    - where there is none."""
-    known = [100 * value for value in values if value is not None]
-    deviation = f" +- {statistics.stdev(known):.2f}" if len(known) > 1 else ""
-    return f"{statistics.fmean(known):.2f}{deviation}" if known else "-"
+    """The `spread` of values of 0 to 1 in percent; - where there is none."""
+    return spread([100 * value for value in values if value is not None], sign="+-") or "-"
 
 
 def table(
@@ -196,6 +201,9 @@ def svg(title: str, width: float, height: float, drawn: list[str]) -> str:
     return f'<svg viewBox="0 0 {width} {height}" width="{width}" {label}>{"".join(drawn)}</svg>'
 
 
+END = ' text-anchor="end"'  # a look: the text ends at x
+
+
 def text_at(x: float, y: float, text: str, look: str = "") -> str:
     """Text inside an SVG, as HTML; `look`: further attributes."""
     return f'<text x="{x:g}" y="{y:g}"{look}>{text}</text>'
@@ -215,11 +223,11 @@ def line_chart(
         u, v = (x - first) / ((last - first) or 1), (y - low) / ((high - low) or 1)
         return left + u * (right - left), bottom - v * (bottom - top)
 
-    drawn, end = [text_at(left, 16, html.escape(title), ' font-weight="600"')], ' text-anchor="end"'
+    drawn = [text_at(left, 16, html.escape(title), ' font-weight="600"')]
     for y in (low, (low + high) / 2, high):
         height = place(first, y)[1]
         drawn.append(f'<path d="M{left} {height:g}H{right}"/>')
-        drawn.append(text_at(left - 6, height + 4, f"{y:.3g}", end))
+        drawn.append(text_at(left - 6, height + 4, f"{y:.3g}", END))
     colors = dict(zip(lines, itertools.cycle(COLORS)))
     for name, points in lines.items():
         places = ["{:.1f},{:.1f}".format(*place(*point)) for point in points]
@@ -227,7 +235,7 @@ def line_chart(
         dot = f'<circle cx="{{}}" cy="{{}}" r="2.5" fill="{colors[name]}"/>'
         drawn += [dot.format(*xy.split(",")) for xy in places]
     drawn.append(text_at(left, bottom + 17, f"{html.escape(x_name)} {first:g}"))
-    drawn.append(text_at(right, bottom + 17, f"{last:g}", end))
+    drawn.append(text_at(right, bottom + 17, f"{last:g}", END))
     return f"<div>{svg(title, 360, 215, drawn)}{legend(colors) if len(lines) > 1 else ''}</div>"
 
 

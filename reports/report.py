@@ -165,9 +165,8 @@ def training_section(log: list[dict]) -> str:
         low, high, title = 10 * (low // 10), 10 * math.ceil(high / 10), "mIoU during training, %"
         charts.append(line_chart(title, {"": scored}, low, max(high, low + 10), "epoch"))
     if rates := [(e["epoch"], e["lr"]) for e in log if "lr" in e]:
-        charts.append(
-            line_chart("learning rate", {"": rates}, 0, max(r for _, r in rates), "epoch")
-        )
+        top = max(rate for _, rate in rates)
+        charts.append(line_chart("learning rate", {"": rates}, 0, top, "epoch"))
     seconds, memory = sum(entry["seconds"] for entry in log), log[-1].get("peak_memory_mb")
     words = (
         f"{len(log)} epochs in {seconds:,.0f} s, {log[-1]['images_per_second']:.3g} images/s at "

@@ -39,17 +39,16 @@ class Result:
 
 def read_run(folder: Path) -> Result:
     """Raises DataError, which says why, for a run that has no result yet or whose files are
-    damaged.
-    """
+    damaged."""
     config, scores, log = read_files(folder)
     try:
-        reason = no_result(folder, config, scores, log)
-        result = None if reason else result_of(folder, config, scores, log)
+        if reason := no_result(folder, config, scores, log):
+            raise DataError(reason)
+        return result_of(folder, config, scores, log)
+    except DataError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"its files are damaged ({in_a_line(error)})") from error
-    if result is None:
-        raise DataError(reason)
-    return result
 
 
 def no_result(folder: Path, config: dict, scores: dict, log: list[dict]) -> str:
@@ -87,8 +86,7 @@ def result_of(folder: Path, config: dict, scores: dict, log: list[dict]) -> Resu
     traits["version"], traits["classes"] = config["version"], config["classes"]
     traits["lengthened"] = config.get("lengthened", [])
     traits["pixels"] = [int(row["pixels"]) for row in scores["per_class"]]
-    traits["scored"] = {name: scores[name] for name in ("labels", "window", "stride")}
-    traits["scored"]["repeat_border"] = scores["repeat_border"]
+    traits["scored"] = {k: scores[k] for k in ("labels", "window", "stride", "repeat_border")}
     memory = [entry["peak_memory_mb"] for entry in log if entry.get("peak_memory_mb") is not None]
     return Result(
         folder,
@@ -105,8 +103,7 @@ def result_of(folder: Path, config: dict, scores: dict, log: list[dict]) -> Resu
 def read_runs(folders: list[Path]) -> tuple[list[Result], list[str]]:
     """The results in and below folders, and for each other run a line that says why it is left out.
 
-    Raises DataError for a folder without any run, and where there is no result.
-    """
+    Raises DataError for a folder without any run, and where there is no result."""
     found: dict[Path, Path] = {}
     for folder in folders:
         files = [path for name in ("config.json", "scores.json") for path in folder.rglob(name)]

@@ -17,7 +17,7 @@ import numpy as np
 
 from reports.charts import interval_chart, scatter_chart
 from reports.competitors import PAPER, paper_row
-from reports.page import note, table, write_page
+from reports.page import note, spread, table, write_page
 from reports.statistics import Difference, paired_difference
 
 MEANS = {"oa": "OA", "mf1": "mF1", "miou": "mIoU"}
@@ -29,7 +29,6 @@ COST = {  # of a line -> as shown, how, and whether every sweep measures it
     "image_mb": ("memory of one image, MB", 1, "{:.0f}"),
 }
 PAPER_COST = ("trained, M", "memory, MB")  # of table 6
-NAN = float("nan")
 
 
 @dataclass
@@ -57,19 +56,25 @@ class Line:
     def cost(self, key: str) -> list[float]:
         return [r[key] / COST[key][1] for r in self.results if r.get(key) is not None]
 
+    def mean_cost(self, key: str) -> str:
+        found = self.cost(key)
+        return COST[key][2].format(statistics.fmean(found)) if found else ""
+
+    def printed(self, column: str) -> str:
+        return f"{self.paper[column]:.2f}" if column in self.paper else ""
+
 
 def lines_of(name: str, rows: dict[str, str], results: list[dict], reference: str) -> list[Line]:
     """The rows of a table (name -> modalities) in their order, each compared with the reference;
-    then the paper's.
-    """
+    then the paper's."""
     own = {row: [r for r in results if r["row"] == row] for row in rows}
     lines = [Line(row, own[row], paper_row(name, row), m) for row, m in rows.items()]
     for line in lines:
         if line.name != reference:
             line.difference = compare(line.results, own.get(reference, []))
     listed = PAPER[name].rows if name in PAPER else {}
-    others = [(row, *found) for row, found in listed.items() if row not in own]
-    return lines + [Line(row, [], values, backbone=found) for row, found, values in others]
+    others = {row: found for row, found in listed.items() if row not in own}
+    return lines + [Line(row, [], values, backbone=b) for row, (b, values) in others.items()]
 
 
 def compare(ours: list[dict], other: list[dict]) -> Difference | None:
@@ -88,14 +93,6 @@ def compare(ours: list[dict], other: list[dict]) -> Difference | None:
 # ---------------------------------------------------------------------------------- cells of tables
 
 
-def spread(values: list[float], form: str = "{:.2f}") -> str:
-    """The mean, from two values on with the standard deviation of a sample."""
-    if not values:
-        return ""
-    mean = form.format(statistics.fmean(values))
-    return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
-
-
 def told(difference: Difference | None) -> str:
     if difference is None:
         return ""
@@ -111,10 +108,8 @@ def told(difference: Difference | None) -> str:
 def cells_of(lines: list[Line], cost: bool) -> list[list[str]]:
     """Head and rows; `cost` adds what differs from run to run, times and memory."""
     costs = [key for key in COST if key == "trained" or cost and any(ln.cost(key) for ln in lines)]
-    printed = [
-        c for ln in lines for c in ln.paper if c in MEANS.values() or cost and c in PAPER_COST
-    ]
-    printed = list(dict.fromkeys(printed))
+    wanted = [*MEANS.values(), *(PAPER_COST if cost else ())]
+    printed = list(dict.fromkeys(c for ln in lines for c in ln.paper if c in wanted))
     more = other_rasters(lines)
     head = ["row", "image", "height", *more, "seeds", *MEANS.values(), "difference of mIoU"]
     head += [COST[key][0] for key in costs] + [f"paper: {column}" for column in printed]
@@ -126,12 +121,12 @@ def cells_of(lines: list[Line], cost: bool) -> list[list[str]]:
             str(len(line.results)) if line.results else "",
             *(spread(line.scores(key)) for key in MEANS),
             told(line.difference),
-            *(COST[key][2].format(statistics.fmean(line.cost(key) or [NAN])) for key in costs),
-            *(f"{line.paper.get(column, NAN):.2f}" for column in printed),
+            *map(line.mean_cost, costs),
+            *map(line.printed, printed),
         ]
         for line in lines
     ]
-    return [head, *([cell.replace("nan", "") for cell in row] for row in rows)]
+    return [head, *rows]
 
 
 def class_cells(lines: list[Line]) -> list[list[str]]:
@@ -139,11 +134,7 @@ def class_cells(lines: list[Line]) -> list[list[str]]:
     names = class_names(lines)
     printed = [name for name in names if any(name in line.paper for line in lines)]
     rows = [
-        [
-            line.name,
-            *(spread(line.recalls(name)) for name in names),
-            *(f"{line.paper[name]:.2f}" if name in line.paper else "" for name in printed),
-        ]
+        [line.name, *(spread(line.recalls(n)) for n in names), *map(line.printed, printed)]
         for line in lines
     ]
     return [["recall", *names, *(f"paper: {name}" for name in printed)], *rows]
@@ -151,9 +142,8 @@ def class_cells(lines: list[Line]) -> list[list[str]]:
 
 def other_rasters(lines: list[Line]) -> list[str]:
     """Those besides image and heights that some row has."""
-    return sorted(
-        {kind for ln in lines for kind in ln.modalities.split("+")} - {"", "image", "dsm"}
-    )
+    kinds = {kind for line in lines for kind in line.modalities.split("+")}
+    return sorted(kinds - {"", "image", "dsm"})
 
 
 def class_names(lines: list[Line]) -> list[str]:
@@ -200,11 +190,10 @@ def as_csv(lines: list[Line], reference: str) -> str:
         for key, found in values.items():
             record[key] = statistics.fmean(found) if found else ""
             record[f"{key} sd"] = statistics.stdev(found) if len(found) > 1 else ""
-        ends = () if d is None or d.low is None else (100 * d.low, 100 * d.high)
         record |= {"reference": reference, "difference": "" if d is None else 100 * d.mean}
-        record |= dict(
-            zip(("low", "high"), ends or ("", "")), told="" if not ends else int(d.is_told)
-        )
+        record |= {"low": "", "high": "", "told": ""}
+        if d and d.low is not None:
+            record |= {"low": 100 * d.low, "high": 100 * d.high, "told": int(d.is_told)}
         records.append(record | {f"paper {column}": v for column, v in line.paper.items()})
     text = io.StringIO()
     fields = dict.fromkeys(key for record in records for key in record)
@@ -239,11 +228,12 @@ def write_sweep_page(path: Path, name: str, title: str, lines: list[Line], refer
     notes = "".join(note(text) for text in captions(name, lines, reference))
     sections = {"": drawn_table(cells_of(lines, cost=True)) + notes}
     intervals = {
-        ln.name: ln.difference for ln in lines if ln.difference and ln.difference.low is not None
+        ln.name: tuple(100 * value for value in (d.mean, d.low, d.high))
+        for ln in lines
+        if (d := ln.difference) and d.low is not None
     }
     if intervals:
-        drawn = {row: (100 * d.mean, 100 * d.low, 100 * d.high) for row, d in intervals.items()}
-        sections["Differences"] = interval_chart(f"mIoU less {reference}'s, percent", drawn)
+        sections["Differences"] = interval_chart(f"mIoU less {reference}'s, percent", intervals)
     charts = []
     for key in COST:
         points = {

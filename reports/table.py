@@ -21,17 +21,9 @@ from reports.runs import CHOICE, OPTIONS, Result, read_runs
 
 __all__ = ["markdown", "read_runs"]
 
-METHOD = {
-    "data",
-    "encoder",
-    "tuner",
-    "modalities",
-    "kinds",
-    "drop_modality",
-    "drop_only",
-    "fusion",
-    *OPTIONS,
-}  # what a row is called by
+# What a row is called by.
+METHOD = OPTIONS | {"data", "encoder", "tuner", "modalities", "kinds", "drop_modality"}
+METHOD |= {"drop_only", "fusion"}
 
 HEAD = ("run", "seeds", *MEANS.values(), "the paper: OA / mF1 / mIoU", "trained, M")
 HEAD += ("the paper: trained, M", "images/s", "memory, GiB", "notes")
@@ -55,8 +47,7 @@ def label(traits: dict) -> str:
 
 def group(runs: list[Result]) -> list[list[Result]]:
     """Rows: the runs of one are alike in all `traits`. In the order of what they are called, then
-    of their folders.
-    """
+    of their folders."""
     rows: dict[str, list[Result]] = {}
     for run in runs:
         rows.setdefault(json.dumps(run.traits, sort_keys=True), []).append(run)
