@@ -115,11 +115,7 @@ def measure(
 def measure_bands(choice: str, pixels: Raster, top: float) -> TileScale:
     """The numbers of a raster (H, W, C) that is neither image nor heights, NaN where it has no
     data; `unit` makes `top` 1. Raises DataError where it has none at all."""
-    C = pixels.shape[2]
-    ends = [(np.fmin.reduce(p), np.fmax.reduce(p)) for p in data_pixels(pixels)]
-    low, high = np.fmin.reduce([e[0] for e in ends]), np.fmax.reduce([e[1] for e in ends])
-    if not np.isfinite(low).any():
-        raise DataError("holds no pixel with data; leave the tile out or replace the file")
+    C, (low, high) = pixels.shape[2], (ends.astype(pixels.dtype) for ends in band_ends(pixels))
     if choice == "percentiles":
         low, high = np.nanpercentile(sparse_rows(pixels).reshape(-1, C), (1, 99), axis=0)
     elif choice != "minmax":
@@ -167,12 +163,9 @@ def _measure_image(choice: str, image: np.ndarray, valid: Callable | None) -> di
             raise DataError("--image-scaling sam is for three bands")
         return dict(image=(np.array(SAM_MEAN) / 255 * top, np.array(SAM_STD) / 255 * top))
     if choice in ("minmax", "minmax8"):
-        ends = [(p.min(axis=0), p.max(axis=0)) for p in data_pixels(image, valid)]
-        if not ends:
-            raise DataError("the image holds no pixel with data; leave the tile out")
-        low, high = (np.stack(values).astype(np.float64) for values in zip(*ends))
-        low, span = low.min(axis=0), high.max(axis=0) - low.min(axis=0)
-        return dict(image=(low, np.where(span > 0, span, 1)), clip_image=valid is not None)
+        low, high = band_ends(image, valid)
+        span = np.where(high > low, high - low, 1)
+        return dict(image=(low, span), clip_image=valid is not None)
     # differs: the published code scales each image and band of MMHunan by itself, which is `minmax`
     # (docs/method.md 3.10)
     ends = fixed_range(choice)
@@ -184,13 +177,25 @@ def _measure_image(choice: str, image: np.ndarray, valid: Callable | None) -> di
     return dict(image=(np.full(C, ends[0]), np.full(C, ends[1] - ends[0])), clip_image=True)
 
 
+def band_ends(pixels: np.ndarray, valid: Callable | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest and the highest value (C,) float64 of each band, NaN where it has none but NaN.
+    Raises DataError where all bands are so, or no pixel is data."""
+    low = high = np.full(pixels.shape[2], np.nan)
+    for strip in data_pixels(pixels, valid):
+        low, high = np.fmin(low, np.fmin.reduce(strip)), np.fmax(high, np.fmax.reduce(strip))
+    if np.isnan(low).all():
+        raise DataError("holds no pixel with data; leave the tile out or replace the file")
+    return low, high
+
+
 def data_pixels(image: np.ndarray, valid: Callable | None = None) -> Iterator[np.ndarray]:
-    """Strip by strip the pixels (n, C) of an image that are data, without strips that have none."""
+    """Strip by strip the pixels (n, C) of a raster (H, W, C) or (H, W) that are data, without
+    strips that have none."""
     for box in strip_boxes(image.shape):
         where = valid(box) if valid else None
         pixels = image[box] if where is None else image[box][where]
         if pixels.size:
-            yield pixels.reshape(-1, image.shape[2])
+            yield pixels.reshape(-1, (*image.shape, 1)[2])
 
 
 def type_range(dtype: np.dtype) -> int:

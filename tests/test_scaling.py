@@ -266,3 +266,14 @@ def test_as_published_both_rasters_are_truncated_to_8_bits(seed, unit):
         assert np.allclose(255 * a, np.round(255 * a), atol=1e-3) and a.max() == 1 and a.min() == 0
     plain = measure(Scaling("minmax", "minmax"), image, dsm)
     assert 0 <= (plain.image_input(image) - found[0]).max() <= 1.01 / 255
+
+
+@pytest.mark.parametrize("modalities", [("image",), ("image", "dsm")])
+def test_an_image_alone_is_truncated_to_8_bits_too(tmp_path, modalities):
+    image = np.random.default_rng(0).integers(0, 9999, (8, 8, 3), np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", image, photometric="rgb")
+    tifffile.imwrite(tmp_path / "h.tif", image[..., 0].astype(np.float32))
+    paths = {"image": tmp_path / "a.tif", "dsm": tmp_path / "h.tif"}
+    tile = Tile("a", paths, TWO_CLASSES, scaling=Scaling("minmax8", "minmax8"))
+    found = 255 * tile.load(modalities).input("image", np.s_[0:8, 0:8])
+    assert np.allclose(found, np.round(found), atol=1e-3)
