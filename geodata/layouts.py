@@ -171,17 +171,11 @@ HUNAN = Layout(
     validation=(),  # the tiles of the folder val
     image={
         "rgb": (
-            ("{folder}/s2/s2_{id}.tif", (3, 2, 1)),
-            ("{folder}/s2/{id}.tif", (3, 2, 1)),
+            *((pattern, (3, 2, 1)) for pattern in _of_folder("s2")),
             ("images_png/{id}.png", RGB),
         )
     },
-    dsm={
-        "absolute": (
-            1.0,
-            ("{folder}/topo/topo_{id}.tif", "{folder}/topo/{id}.tif", "dsm_pngs/{id}.png"),
-        )
-    },
+    dsm={"absolute": (1.0, (*_of_folder("topo"), "dsm_pngs/{id}.png"))},
     labels=(*_LAND_COVER, _PREPARED),
     test_labels=(*_LAND_COVER, _PREPARED),
     labels_note="all labels",

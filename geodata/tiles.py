@@ -346,10 +346,8 @@ class Tile:
         try:
             if name == "dsm":
                 return self._open_heights(keep)
-            view, raster = (
-                self._image() if name == "image" else self._bands(name),
-                self.raster(name),
-            )
+            raster = self.raster(name)
+            view = self._image() if name == "image" else self._bands(name)
             pixels = view if keep == "file" else view[:, :]
             if name == "image":
                 valid = raster.valid if raster.has_holes else None
