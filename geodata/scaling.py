@@ -1,7 +1,7 @@
 """From a tile's pixels and metres to what a network sees.
 
-`Scaling` is the choice, two plain strings that are kept with a run; `measure` turns it into the
-numbers of one tile.
+`Scaling` is the choice, two plain strings that are kept with a run; `measure_heights` and
+`measure_image` turn it into the numbers of one tile.
 
     heights   minmax       the tile's lowest is 0, its highest 1 (the paper's)
               percentiles  the same between the 1st and 99th percentile, clipped
@@ -72,7 +72,8 @@ class TileScale:
     cell: int = 1
     image: tuple[np.ndarray, np.ndarray] | None = None  # (C,) what becomes 0; span from 0 to 1
     clip_image: bool = False
-    eight_bits: tuple[str, ...] = ()  # "heights", "image": truncated to 255ths
+    eight_bit_heights: bool = False  # truncated to 255ths
+    eight_bit_image: bool = False
 
     def image_input(self, image: np.ndarray) -> np.ndarray:
         """(h, w, C) -> (C, h, w) float32."""
@@ -80,7 +81,7 @@ class TileScale:
             return image_input(image)
         low, span = (np.asarray(values, np.float32)[:, None, None] for values in self.image)
         out = (np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32) - low) / span
-        out = truncate(out) if "image" in self.eight_bits else out
+        out = truncate(out) if self.eight_bit_image else out
         return np.clip(out, 0, 1, out=out) if self.clip_image else out
 
     def height_input(self, dsm: np.ndarray, box: Box) -> np.ndarray:
@@ -89,27 +90,53 @@ class TileScale:
             starts = (part.start + np.arange(n) + 0.5 for part, n in zip(box, dsm.shape))
             dsm = dsm - bilinear(self.ground, *(places / self.cell - 0.5 for places in starts))
         out = scale_heights(dsm, self.heights)
-        out = truncate(out) if "heights" in self.eight_bits else out
+        out = truncate(out) if self.eight_bit_heights else out
         return np.clip(out, 0, 1, out=out) if self.clip_heights else out
 
 
-def measure(
-    scaling: Scaling,
-    image: np.ndarray | None = None,
-    dsm: np.ndarray | None = None,
+def measure_heights(
+    choice: str,
+    dsm: np.ndarray,
     pixel: float | None = None,
-    valid: Callable | None = None,
     limits: tuple[float, float] | None = None,
 ) -> TileScale:
-    """The numbers of a tile: image (H, W, C), dsm (H, W) metres without holes, pixels of `pixel`
-    metres. Both may slice like arrays, and are read from top to bottom; `valid(box)` is where an
-    image has data, (h, w) bool, or None for all of it; `limits` are the lowest and highest height,
-    where they are known. Raises DataError where the numbers cannot be had."""
-    numbers = {} if dsm is None else _measure_heights(scaling.heights, dsm, pixel, limits)
-    if image is not None:
-        numbers |= _measure_image(scaling.images, image, valid)
-    chosen = ("heights", scaling.heights), ("image", scaling.images)
-    return TileScale(**numbers, eight_bits=tuple(kind for kind, c in chosen if c == "minmax8"))
+    """The numbers of heights (H, W), metres without holes, or what slices like them, with pixels of
+    `pixel` metres; `limits` are the lowest and highest, where they are known. Raises DataError
+    where the numbers cannot be had."""
+    if choice in ("minmax", "minmax8"):
+        return TileScale(limits or height_range(dsm), eight_bit_heights=choice == "minmax8")
+    if choice == "ground":
+        if pixel is None:
+            raise DataError(
+                "--heights ground needs the size of a pixel; give GeoTIFFs, or another choice"
+            )
+        return TileScale((0.0, GROUND_SPAN), True, *local_ground(dsm, GROUND_WIDTH / pixel))
+    ends = fixed_range(choice) or np.percentile(sparse_rows(dsm), (1, 99)).tolist()
+    return TileScale(tuple(ends), clip_heights=True)
+
+
+def measure_image(choice: str, image: np.ndarray, valid: Callable | None = None) -> TileScale:
+    """The numbers of an image (H, W, C), or what slices like it; `valid(box)` is where it has data,
+    (h, w) bool, or None for all of it. Raises DataError where the numbers cannot be had."""
+    C, top = image.shape[2], type_range(image.dtype)
+    if choice == "sam":
+        if C != 3:
+            raise DataError("--image-scaling sam is for three bands")
+        return TileScale(image=(np.array(SAM_MEAN) / 255 * top, np.array(SAM_STD) / 255 * top))
+    if choice in ("minmax", "minmax8"):
+        low, high = band_ends(image, valid)
+        numbers = low, np.where(high > low, high - low, 1)
+        return TileScale(image=numbers, clip_image=True, eight_bit_image=choice == "minmax8")
+    # differs: the published code scales each image and band of MMHunan by itself, which is `minmax`
+    # (docs/method.md 3.10)
+    ends = fixed_range(choice)
+    if choice == "reflectance" and image.dtype != np.uint8:
+        counts = any(p.max() > 10 for p in data_pixels(image, valid))
+        ends = 0.0, REFLECTANCE * (10_000 if counts else 1)
+    if ends is None:
+        return TileScale()
+    numbers = np.full(C, ends[0]), np.full(C, ends[1] - ends[0])
+    return TileScale(image=numbers, clip_image=True)
 
 
 def measure_bands(choice: str, pixels: Raster, top: float) -> TileScale:
@@ -136,45 +163,6 @@ def sparse_rows(raster: Raster) -> np.ndarray:
 def truncate(values: np.ndarray) -> np.ndarray:
     """0 to 1 -> the 255th below, as a conversion to 8 bits does."""
     return np.floor(np.float32(255) * values) / np.float32(255)
-
-
-def _measure_heights(
-    choice: str, dsm: np.ndarray, pixel: float | None, limits: tuple[float, float] | None
-) -> dict:
-    if choice in ("minmax", "minmax8"):
-        return dict(heights=limits or height_range(dsm))
-    if choice == "ground":
-        if pixel is None:
-            raise DataError(
-                "--heights ground needs the size of a pixel; give GeoTIFFs, or another choice"
-            )
-        ground, cell = local_ground(dsm, GROUND_WIDTH / pixel)
-        return dict(heights=(0.0, GROUND_SPAN), clip_heights=True, ground=ground, cell=cell)
-    ends = fixed_range(choice)
-    if ends is None:
-        ends = tuple(float(v) for v in np.percentile(sparse_rows(dsm), (1, 99)))
-    return dict(heights=ends, clip_heights=True)
-
-
-def _measure_image(choice: str, image: np.ndarray, valid: Callable | None) -> dict:
-    C, top = image.shape[2], type_range(image.dtype)
-    if choice == "sam":
-        if C != 3:
-            raise DataError("--image-scaling sam is for three bands")
-        return dict(image=(np.array(SAM_MEAN) / 255 * top, np.array(SAM_STD) / 255 * top))
-    if choice in ("minmax", "minmax8"):
-        low, high = band_ends(image, valid)
-        span = np.where(high > low, high - low, 1)
-        return dict(image=(low, span), clip_image=valid is not None)
-    # differs: the published code scales each image and band of MMHunan by itself, which is `minmax`
-    # (docs/method.md 3.10)
-    ends = fixed_range(choice)
-    if choice == "reflectance" and image.dtype != np.uint8:
-        counts = any(p.max() > 10 for p in data_pixels(image, valid))
-        ends = 0.0, REFLECTANCE * (10_000 if counts else 1)
-    if ends is None:
-        return {}
-    return dict(image=(np.full(C, ends[0]), np.full(C, ends[1] - ends[0])), clip_image=True)
 
 
 def band_ends(pixels: np.ndarray, valid: Callable | None = None) -> tuple[np.ndarray, np.ndarray]:

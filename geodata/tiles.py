@@ -28,8 +28,9 @@ from geodata.scaling import (
     fill,
     fixed_range,
     height_limits,
-    measure,
     measure_bands,
+    measure_heights,
+    measure_image,
     metres,
     type_range,
     valid_heights,
@@ -248,7 +249,7 @@ class Tile:
         if keep == "file":
             dsm.nbytes = raster.nbytes
         self.missing_heights, self.height_limits = missing, (low, high)
-        return dsm, measure(self.scaling, dsm=dsm, pixel=self.pixel_size(), limits=(low, high))
+        return dsm, measure_heights(self.scaling.heights, dsm, self.pixel_size(), (low, high))
 
     def pixel_size(self) -> float | None:
         """Metres; None where neither the layout nor a georeference tells."""
@@ -321,13 +322,14 @@ class Tile:
         self.rasters = {}
         dsm, scale = opened.pop("dsm", (None, TileScale()))
         image, own = opened.pop("image", (None, scale))
-        of_image = dict(image=own.image, clip_image=own.clip_image, eight_bits=own.eight_bits)
+        of_image = dict(image=own.image, clip_image=own.clip_image)
+        scale = replace(scale, **of_image, eight_bit_image=own.eight_bit_image)
         return LoadedTile(
             self.name,
             image,
             dsm,
             labels,
-            replace(scale, **of_image),
+            scale,
             more={name: bands for name, (bands, _) in opened.items()},
             scales={name: own for name, (_, own) in opened.items()},
             units={name: self.kinds[name].unit for name in opened},
@@ -350,8 +352,7 @@ class Tile:
             view = self._image() if name == "image" else self._bands(name)
             pixels = view if keep == "file" else view[:, :]
             if name == "image":
-                valid = raster.valid if raster.has_holes else None
-                return pixels, measure(self.scaling, pixels, valid=valid)
+                return pixels, measure_image(self.scaling.images, pixels, raster.valid)
             top = type_range(raster.dtype)
             scale = measure_bands(self.kinds[name].scaling, pixels, top)
         except DataError as error:
