@@ -26,7 +26,7 @@ from typing import Callable, Iterator
 import numpy as np
 
 from geodata.grids import bilinear
-from geodata.slices import Box, DataError, Raster, row_strips, strip_boxes
+from geodata.slices import Box, DataError, Raster, row_strips, strip_boxes, with_bands
 
 SAM_MEAN, SAM_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of 255
 REFLECTANCE = 0.4  # what becomes 1: brighter than land without snow and cloud
@@ -216,10 +216,10 @@ def band_pixels(
     number."""
     raw = raster[box]
     where = raster.valid(box, raw)
-    raw = (raw if raw.ndim == 3 else raw[..., None])[..., list(bands)]
+    raw = with_bands(raw)[..., list(bands)]
     out = raw.astype(np.float32)
     out[~np.isfinite(out)] = np.nan
-    for value in (nodata, None if raster.nodata is None else raster.dtype.type(raster.nodata)):
+    for value in (nodata, raster.nodata):
         if value is not None:  # of each band by itself, as GDAL's masks are
             out[raw == value] = np.nan
     if where is not None:
@@ -240,7 +240,7 @@ def metres(raster: Raster, unit: float, box: Box) -> np.ndarray:
     has no data."""
     raw = raster[box]
     where = raster.valid(box, raw)
-    raw = raw[..., 0] if raw.ndim == 3 else raw
+    raw = with_bands(raw)[..., 0]
     if (raster.scale, raster.offset) != (1, 0):
         raw = raw * raster.scale + raster.offset
     dsm = raw.astype(np.float32)

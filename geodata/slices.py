@@ -46,6 +46,11 @@ def strip_boxes(shape: tuple[int, ...]) -> Iterator[Box]:
         yield np.s_[top : min(top + STRIP, shape[0]), 0 : shape[1]]
 
 
+def with_bands(pixels: np.ndarray) -> np.ndarray:
+    """(h, w) or (h, w, C) -> (h, w, C)."""
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
 def ranges(box: Box, shape: tuple[int, ...]) -> tuple[range, range]:
     return tuple(range(*part.indices(n)) for part, n in zip(box, shape))
 
@@ -176,15 +181,14 @@ class Raster:
         band has the no-data value."""
         if not self.has_holes:
             return None
-        pixels = self[box] if pixels is None else pixels
-        pixels = pixels if pixels.ndim == 3 else pixels[..., None]
+        pixels = with_bands(self[box] if pixels is None else pixels)
         out = np.ones(pixels.shape[:2], bool) if self.mask is None else self.mask[box] != 0
         if self.alpha is not None:
             out &= pixels[..., self.alpha] != 0
         if self.nodata is not None:
             colors = pixels[..., [band for band in range(self.bands) if band != self.alpha]]
             nan = self.nodata != self.nodata
-            out &= (colors == colors if nan else colors != self.dtype.type(self.nodata)).any(-1)
+            out &= (colors == colors if nan else colors != self.nodata).any(-1)
         return out
 
     @property

@@ -35,7 +35,17 @@ from geodata.scaling import (
     type_range,
     valid_heights,
 )
-from geodata.slices import Box, DataError, Raster, View, ranges, row_strips, strip_boxes, view_of
+from geodata.slices import (
+    Box,
+    DataError,
+    Raster,
+    View,
+    ranges,
+    row_strips,
+    strip_boxes,
+    view_of,
+    with_bands,
+)
 
 MUCH = 0.05  # the share of pixels without height that is told in percent
 FAR = 1.5  # times the pixel size of training, or the span of its heights, that is told
@@ -126,10 +136,7 @@ class Tile:
         if kind not in self.grids:
             return replace(view, shape=(*self.size, *view.shape[2:]))
         self._note(f"{'heights' if kind == 'dsm' else kind} resampled to the image's grid")
-        try:
-            return on_grid(view, *self.grids[kind], self.size, lay)
-        except DataError as error:
-            raise DataError(f"{self.paths[kind]}: {error}") from None
+        return on_grid(self.paths[kind], view, *self.grids[kind], self.size, lay)
 
     # -------------------------------------------------------------------------------------- images
 
@@ -423,7 +430,7 @@ class Tile:
 
 def _image_pixels(raster: Raster, bands: tuple[int, ...], box: Box) -> np.ndarray:
     """The chosen bands (h, w, C); whole numbers as they are, floats 0 where there is no data."""
-    raw = raster[box]
+    raw = with_bands(raster[box])
     if raw.dtype.kind == "f":
         where = raster.valid(box, raw)
         raw = raw.astype(np.float32)

@@ -247,6 +247,14 @@ def test_own_tiles_take_bands_counted_from_one_and_a_scaling(tmp_path):
             open_dataset("tiles", tmp_path, bands=wrong)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_an_image_may_be_one_band(tmp_path, dtype):
+    image = np.arange(64, dtype=dtype).reshape(8, 8) / dtype(64 if dtype == np.float32 else 1)
+    tifffile.imwrite(tmp_path / "a.tif", image.astype(dtype))
+    tile = Tile("a", {"image": tmp_path / "a.tif"}, TWO_CLASSES, bands=(0,))
+    assert np.array_equal(tile.load(("image",)).image, image[..., None].astype(dtype))
+
+
 @given(st.integers(0, 99), st.floats(0.1, 500))
 def test_as_published_both_rasters_are_truncated_to_8_bits(seed, unit):
     rng = np.random.default_rng(seed)
