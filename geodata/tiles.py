@@ -401,13 +401,10 @@ class Tile:
 
     def memory(self, kind: str) -> int:
         """Bytes that a raster takes when it is held in memory, from the header."""
-        H, W = self.size
-        if kind == "labels":
-            return H * W
-        size = self.raster(kind).dtype.itemsize
-        if kind in self.kinds:
-            return H * W * self.count_bands(kind) * 4
-        return H * W * (len(self.bands) * size if kind == "image" else 1 if size == 1 else 4)
+        (H, W), own = self.size, self.raster(kind).dtype.itemsize
+        sizes = {"labels": 1, "image": own, "dsm": 1 if own == 1 else 4}
+        bands = 1 if kind == "labels" else self.count_bands(kind)
+        return H * W * bands * sizes.get(kind, 4)
 
     def far_from(self, facts: dict) -> list[str]:
         """In a line each, what is far from the `facts_of` a run's training tiles."""
