@@ -24,7 +24,6 @@ from geodata.doctor import check_dataset
 from geodata.kinds import Kind, ordered, read_kind
 from geodata.labels import colors_to_labels, labels_to_colors
 from geodata.layouts import (
-    DATASETS,
     IGNORE,
     ISPRS_CLASSES,
     LABELS,

@@ -17,7 +17,8 @@ from geodata.geojson import MOST, read_polygons
 from geodata.grids import read_grid
 from geodata.layouts import IGNORE, Classes
 from geodata.polygons import burn
-from geodata.slices import DataError, Raster, strip_boxes
+from geodata.scaling import data_pixels
+from geodata.slices import DataError, Raster
 from geodata.tiles import Tile
 
 # Told apart also by those who do not tell red from green (M. Okabe, K. Ito, 2008)
@@ -50,14 +51,15 @@ def from_raster(tile: Tile) -> tuple[Classes, np.ndarray]:
     """The same of the tile's label raster: a class for each of its colours, or for each number but
     255 and no data. Raises DataError."""
     raster = tile.raster("labels")
+    strips = data_pixels(raster, raster.valid)
     if raster.bands >= 3:
-        codes = (pixels[:, :3].astype(np.int64) @ (65536, 256, 1) for pixels in _pixels(raster))
+        codes = (pixels[:, :3].astype(np.int64) @ (65536, 256, 1) for pixels in strips)
         values = _values(raster, codes, raster.dtype == np.uint8, 0xFFFFFF)
         found = [(v >> 16, v >> 8 & 255, v & 255) for v in values]
         tile.classes = tuple(("#{:02x}{:02x}{:02x}".format(*rgb), rgb) for rgb in found)
         tile.unscored_color = None if raster.nodata is None else (int(raster.nodata),) * 3
     else:
-        numbers = (pixels[:, 0] for pixels in _pixels(raster))
+        numbers = (pixels[:, 0] for pixels in strips)
         values = _values(raster, numbers, raster.dtype.kind in "ui", 0xFFFF, IGNORE)
         beside, names = raster.path.with_name(raster.path.name + ".aux.xml"), {}
         if beside.is_file():
@@ -74,22 +76,12 @@ def from_raster(tile: Tile) -> tuple[Classes, np.ndarray]:
     return tile.classes, tile.read_labels()
 
 
-def _pixels(raster: Raster) -> Iterator[np.ndarray]:
-    """Strip by strip the pixels (n, C) that are data."""
-    for box in strip_boxes(raster.shape):
-        raw = raster[box]
-        where = raster.valid(box, raw)
-        raw = raw if where is None else raw[where]
-        yield raw.reshape(-1, raster.bands)
-
-
 def _values(
     raster: Raster, strips: Iterator[np.ndarray], fits: bool, top: int, left_out: int | None = None
 ) -> list[int]:
     """The different values that are classes. Raises DataError for too many and for those above
     `top`, and where the type of the raster does not fit."""
-    values = np.unique(np.concatenate([np.unique(strip) for strip in strips])).tolist()
-    values = [v for v in values if v != left_out]
+    values = sorted(set().union(*(np.unique(strip).tolist() for strip in strips)) - {left_out})
     if not (fits and 2 <= len(values) <= MOST and 0 <= values[0] and values[-1] <= top):
         held = f"holds {len(values)} different values of {raster.dtype}"
         needed = f"labels are 2 to {MOST} class numbers from 0, or as many flat colours"

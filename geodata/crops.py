@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Iterator
+from typing import Iterator
 
 import numpy as np
 import torch
@@ -17,9 +17,7 @@ from torch import Tensor
 
 from geodata.layouts import IGNORE
 from geodata.slices import DataError, row_strips
-
-if TYPE_CHECKING:
-    from geodata.tiles import LoadedTile
+from geodata.tiles import LoadedTile
 
 # ------------------------------------------------------------------------------- crops for training
 

@@ -68,33 +68,28 @@ def check_tile(tile: Tile, modalities: tuple[str, ...]) -> tuple[str, list[str],
     """(what there is, what looks wrong, labels) of a tile. Raises DataError for one that cannot be
     used."""
     line, remarks = [f"{tile.size[0]} x {tile.size[1]}"], []
-    tile.check_modalities(modalities)
-    if "image" in modalities:
-        more, looks_wrong = _look_at_image(tile)
+    loaded = tile.load(modalities, held={*modalities, "labels"})
+    labels = loaded.labels
+    if loaded.image is not None:
+        more, looks_wrong = _look_at_image(tile, loaded.image)
         line.append(more)
         remarks += looks_wrong
-    if "dsm" in modalities:
-        dsm = tile.read_dsm()
+    if loaded.dsm is not None:
         low, high = tile.height_limits
         line.append(f"heights {low:.2f} to {high:.2f} m")
         if low == high:
             remarks.append(f"SUSPICIOUS: all heights are {low:.2f} m")
-        if (share := tile.missing_heights / dsm.size) > MUCH:
+        if (share := tile.missing_heights / labels.size) > MUCH:
             remarks.append(f"SUSPICIOUS: {100 * share:.1f} % of the pixels have no height")
-        remarks += _markers("m high", dsm, low, high)
-    for name in modalities:
-        if name in tile.kinds:
-            bands = tile.read(name)
-            if np.isnan(bands).all():
-                raise DataError(f"{tile.paths[name]}: holds no pixel with data; replace the file")
-            low, high = float(np.nanmin(bands)), float(np.nanmax(bands))
-            remarks += _markers(f"of {name}", bands, low, high)
-            line.append(f"{name} {low:.4g} to {high:.4g} {tile.kinds[name].unit}".rstrip())
-            if low == high:
-                remarks.append(f"SUSPICIOUS: all of {name} is {low:g}")
-            if (share := float(np.isnan(bands).all(axis=-1).mean())) > MUCH:
-                remarks.append(f"SUSPICIOUS: {100 * share:.1f} % of {name} are no data")
-    labels = tile.read_labels()
+        remarks += _markers("m high", loaded.dsm[:, :], low, high)
+    for name, bands in loaded.more.items():
+        low, high = float(np.nanmin(bands)), float(np.nanmax(bands))
+        remarks += _markers(f"of {name}", bands, low, high)
+        line.append(f"{name} {low:.4g} to {high:.4g} {tile.kinds[name].unit}".rstrip())
+        if low == high:
+            remarks.append(f"SUSPICIOUS: all of {name} is {low:g}")
+        if (share := float(np.isnan(bands).all(axis=-1).mean())) > MUCH:
+            remarks.append(f"SUSPICIOUS: {100 * share:.1f} % of {name} are no data")
     present, ignored = np.unique(labels[labels != IGNORE]), float((labels == IGNORE).mean())
     line.append(f"{len(present)} classes, {100 * ignored:.2f} % not scored")
     return ", ".join(line), remarks + _look_at_labels(tile, labels, present), labels
@@ -108,9 +103,8 @@ def _markers(what: str, values: np.ndarray, low: float, high: float) -> list[str
     ]
 
 
-def _look_at_image(tile: Tile) -> tuple[str, list[str]]:
-    raster, image, remarks = tile.raster("image"), tile.read_image(), []
-    pixels = data_pixels(image, raster.valid)
+def _look_at_image(tile: Tile, image: np.ndarray) -> tuple[str, list[str]]:
+    pixels, remarks = data_pixels(image, tile.raster("image").valid), []
     ends = [(p.min(), p.max(), (p == 0).all(axis=1).sum()) for p in pixels]
     low, high = min((e[0] for e in ends), default=0), max((e[1] for e in ends), default=0)
     dark = sum(e[2] for e in ends) / image[..., 0].size

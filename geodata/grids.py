@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 
@@ -207,28 +208,30 @@ def places_in(
     return found
 
 
-def on_grid(source: View, source_grid: Grid, target: Grid, size: tuple[int, int], lay) -> View:
-    """A raster (h, w) on the target's grid of `size`, slice by slice, by `lay`: `resample` or
-    `nearest`. Raises DataError where it cannot be laid there."""
+def on_grid(
+    path: Path, source: View, source_grid: Grid, target: Grid, size: tuple[int, int], lay: Callable
+) -> View:
+    """The raster (h, w) of a file on the target's grid of `size`, slice by slice, by `lay`:
+    `resample` or `nearest`. Raises DataError by file where it cannot be laid there."""
     if not one_system(source_grid, target):
         one, other = (
             f"EPSG:{g.system}" if g.system else "degrees" if g.projected is False else "parameters"
             for g in (source_grid, target)
         )
         raise DataError(
-            f"lies in another coordinate system ({one}) than the image ({other}); warp it: "
+            f"{path}: lies in another coordinate system ({one}) than the image ({other}); warp it: "
             f"gdalwarp -t_srs SYSTEM IN OUT.tif"
         )
     if not (source_grid.north_up and target.north_up):
         raise DataError(
-            "lies on another grid than the image, and one of them is rotated or goes south; warp "
-            "it: gdalwarp IN OUT.tif"
+            f"{path}: lies on another grid than the image, and one of them is rotated or goes "
+            f"south; warp it: gdalwarp IN OUT.tif"
         )
     along = places_in(source_grid, target, source.shape, size)
     if not all(inside.any() for _, inside in along):
         raise DataError(
-            "does not overlap the image: by their georeferences they show different places; check "
-            "them with gdalinfo"
+            f"{path}: does not overlap the image: by their georeferences they show different "
+            f"places; check them with gdalinfo"
         )
 
     def read(box: Box) -> np.ndarray:

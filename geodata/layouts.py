@@ -100,8 +100,6 @@ _POTSDAM_TRAIN = tuple(
 )
 _POTSDAM_TEST = tuple("4_10 5_11 2_11 3_10 6_11 7_12".split())
 _POTSDAM_OTHERS = "2_13 2_14 3_13 3_14 4_13 4_14 4_15 5_13 5_14 5_15 6_13 6_14 6_15 7_13"
-_POTSDAM_LABEL = "top_potsdam_{id}_label.tif"
-_POTSDAM_ERODED = "top_potsdam_{id}_label_noBoundary.tif"
 _RGBIR = "4_Ortho_RGBIR/top_potsdam_{id}_RGBIR.tif"
 _LASTOOLS = "1_DSM_normalisation/dsm_potsdam_%s_normalized_lastools."
 POTSDAM = Layout(
@@ -129,15 +127,13 @@ POTSDAM = Layout(
         ),
         "absolute": (1.0, ("1_DSM/dsm_potsdam_{padded}.tif", "1_DSM/dsm_potsdam_{id}.tif")),
     },
-    labels=(
-        "5_Labels_for_participants/" + _POTSDAM_LABEL,
-        "5_Labels_all/" + _POTSDAM_LABEL,
-        _POTSDAM_LABEL,
+    labels=tuple(
+        folder + "top_potsdam_{id}_label.tif"
+        for folder in ("5_Labels_for_participants/", "5_Labels_all/", "")
     ),
-    test_labels=(
-        "5_Labels_for_participants_no_Boundary/" + _POTSDAM_ERODED,
-        "5_Labels_all_noBoundary/" + _POTSDAM_ERODED,
-        _POTSDAM_ERODED,
+    test_labels=tuple(
+        folder + "top_potsdam_{id}_label_noBoundary.tif"
+        for folder in ("5_Labels_for_participants_no_Boundary/", "5_Labels_all_noBoundary/", "")
     ),
     labels_note="eroded labels",
     pixel=0.05,
@@ -175,17 +171,11 @@ HUNAN = Layout(
     validation=(),  # the tiles of the folder val
     image={
         "rgb": (
-            ("{folder}/s2/s2_{id}.tif", (3, 2, 1)),
-            ("{folder}/s2/{id}.tif", (3, 2, 1)),
+            *((pattern, (3, 2, 1)) for pattern in _of_folder("s2")),
             ("images_png/{id}.png", RGB),
         )
     },
-    dsm={
-        "absolute": (
-            1.0,
-            ("{folder}/topo/topo_{id}.tif", "{folder}/topo/{id}.tif", "dsm_pngs/{id}.png"),
-        )
-    },
+    dsm={"absolute": (1.0, (*_of_folder("topo"), "dsm_pngs/{id}.png"))},
     labels=(*_LAND_COVER, _PREPARED),
     test_labels=(*_LAND_COVER, _PREPARED),
     labels_note="all labels",
@@ -215,7 +205,6 @@ LAYOUTS: dict[str, Layout] = {
     "hunan": HUNAN,
     "mmhunan": HUNAN,
 }
-DATASETS = (*LAYOUTS, "tiles")
 
 # Scored pixels of the paper's Vaihingen test tiles with eroded labels, by class: who counts the
 # same reads the same.
@@ -233,9 +222,5 @@ def image_bands(layout: Layout | None, bands: str, count: int) -> tuple[int, ...
     elif layout is not None and (bands in layout.image or not bands):
         variants = [numbers for _, numbers in layout.image[bands or next(iter(layout.image))]]
         return max((v for v in variants if max(v) < count), key=max, default=variants[0])
-    raise DataError(f"--bands {bands}: give {_band_choices(layout)}")
-
-
-def _band_choices(layout: Layout | None) -> str:
-    image = layout.image if layout else {}
-    return ", ".join([*image, "or " * bool(image) + "bands counted from 1, as in 4,3,2"])
+    names = "".join(f"{name}, " for name in layout.image) + "or " if layout else ""
+    raise DataError(f"--bands {bands}: give {names}bands counted from 1, as in 4,3,2")

@@ -1,7 +1,7 @@
 """From a tile's pixels and metres to what a network sees.
 
-`Scaling` is the choice, two plain strings that are kept with a run; `measure` turns it into the
-numbers of one tile.
+`Scaling` is the choice, two plain strings that are kept with a run; `measure_heights` and
+`measure_image` turn it into the numbers of one tile.
 
     heights   minmax       the tile's lowest is 0, its highest 1 (the paper's)
               percentiles  the same between the 1st and 99th percentile, clipped
@@ -26,7 +26,7 @@ from typing import Callable, Iterator
 import numpy as np
 
 from geodata.grids import bilinear
-from geodata.slices import Box, DataError, Raster, row_strips, strip_boxes
+from geodata.slices import Box, DataError, Raster, row_strips, strip_boxes, with_bands
 
 SAM_MEAN, SAM_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of 255
 REFLECTANCE = 0.4  # what becomes 1: brighter than land without snow and cloud
@@ -72,7 +72,8 @@ class TileScale:
     cell: int = 1
     image: tuple[np.ndarray, np.ndarray] | None = None  # (C,) what becomes 0; span from 0 to 1
     clip_image: bool = False
-    eight_bits: tuple[str, ...] = ()  # "heights", "image": truncated to 255ths
+    eight_bit_heights: bool = False  # truncated to 255ths
+    eight_bit_image: bool = False
 
     def image_input(self, image: np.ndarray) -> np.ndarray:
         """(h, w, C) -> (C, h, w) float32."""
@@ -80,7 +81,7 @@ class TileScale:
             return image_input(image)
         low, span = (np.asarray(values, np.float32)[:, None, None] for values in self.image)
         out = (np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32) - low) / span
-        out = truncate(out) if "image" in self.eight_bits else out
+        out = truncate(out) if self.eight_bit_image else out
         return np.clip(out, 0, 1, out=out) if self.clip_image else out
 
     def height_input(self, dsm: np.ndarray, box: Box) -> np.ndarray:
@@ -89,37 +90,59 @@ class TileScale:
             starts = (part.start + np.arange(n) + 0.5 for part, n in zip(box, dsm.shape))
             dsm = dsm - bilinear(self.ground, *(places / self.cell - 0.5 for places in starts))
         out = scale_heights(dsm, self.heights)
-        out = truncate(out) if "heights" in self.eight_bits else out
+        out = truncate(out) if self.eight_bit_heights else out
         return np.clip(out, 0, 1, out=out) if self.clip_heights else out
 
 
-def measure(
-    scaling: Scaling,
-    image: np.ndarray | None = None,
-    dsm: np.ndarray | None = None,
+def measure_heights(
+    choice: str,
+    dsm: np.ndarray,
     pixel: float | None = None,
-    valid: Callable | None = None,
     limits: tuple[float, float] | None = None,
 ) -> TileScale:
-    """The numbers of a tile: image (H, W, C), dsm (H, W) metres without holes, pixels of `pixel`
-    metres. Both may slice like arrays, and are read from top to bottom; `valid(box)` is where an
-    image has data, (h, w) bool, or None for all of it; `limits` are the lowest and highest height,
-    where they are known. Raises DataError where the numbers cannot be had."""
-    numbers = {} if dsm is None else _measure_heights(scaling.heights, dsm, pixel, limits)
-    if image is not None:
-        numbers |= _measure_image(scaling.images, image, valid)
-    chosen = ("heights", scaling.heights), ("image", scaling.images)
-    return TileScale(**numbers, eight_bits=tuple(kind for kind, c in chosen if c == "minmax8"))
+    """The numbers of heights (H, W), metres without holes, or what slices like them, with pixels of
+    `pixel` metres; `limits` are the lowest and highest, where they are known. Raises DataError
+    where the numbers cannot be had."""
+    if choice in ("minmax", "minmax8"):
+        return TileScale(limits or height_range(dsm), eight_bit_heights=choice == "minmax8")
+    if choice == "ground":
+        if pixel is None:
+            raise DataError(
+                "--heights ground needs the size of a pixel; give GeoTIFFs, or another choice"
+            )
+        return TileScale((0.0, GROUND_SPAN), True, *local_ground(dsm, GROUND_WIDTH / pixel))
+    ends = fixed_range(choice) or np.percentile(sparse_rows(dsm), (1, 99)).tolist()
+    return TileScale(tuple(ends), clip_heights=True)
+
+
+def measure_image(choice: str, image: np.ndarray, valid: Callable | None = None) -> TileScale:
+    """The numbers of an image (H, W, C), or what slices like it; `valid(box)` is where it has data,
+    (h, w) bool, or None for all of it. Raises DataError where the numbers cannot be had."""
+    C, top = image.shape[2], type_range(image.dtype)
+    if choice == "sam":
+        if C != 3:
+            raise DataError("--image-scaling sam is for three bands")
+        return TileScale(image=(np.array(SAM_MEAN) / 255 * top, np.array(SAM_STD) / 255 * top))
+    if choice in ("minmax", "minmax8"):
+        low, high = band_ends(image, valid)
+        numbers = low, np.where(high > low, high - low, 1)
+        return TileScale(image=numbers, clip_image=True, eight_bit_image=choice == "minmax8")
+    # differs: the published code scales each image and band of MMHunan by itself, which is `minmax`
+    # (docs/method.md 3.10)
+    ends = fixed_range(choice)
+    if choice == "reflectance" and image.dtype != np.uint8:
+        counts = any(p.max() > 10 for p in data_pixels(image, valid))
+        ends = 0.0, REFLECTANCE * (10_000 if counts else 1)
+    if ends is None:
+        return TileScale()
+    numbers = np.full(C, ends[0]), np.full(C, ends[1] - ends[0])
+    return TileScale(image=numbers, clip_image=True)
 
 
 def measure_bands(choice: str, pixels: Raster, top: float) -> TileScale:
     """The numbers of a raster (H, W, C) that is neither image nor heights, NaN where it has no
     data; `unit` makes `top` 1. Raises DataError where it has none at all."""
-    C = pixels.shape[2]
-    ends = [(np.fmin.reduce(p), np.fmax.reduce(p)) for p in data_pixels(pixels)]
-    low, high = np.fmin.reduce([e[0] for e in ends]), np.fmax.reduce([e[1] for e in ends])
-    if not np.isfinite(low).any():
-        raise DataError("holds no pixel with data; leave the tile out or replace the file")
+    C, (low, high) = pixels.shape[2], (ends.astype(pixels.dtype) for ends in band_ends(pixels))
     if choice == "percentiles":
         low, high = np.nanpercentile(sparse_rows(pixels).reshape(-1, C), (1, 99), axis=0)
     elif choice != "minmax":
@@ -142,55 +165,25 @@ def truncate(values: np.ndarray) -> np.ndarray:
     return np.floor(np.float32(255) * values) / np.float32(255)
 
 
-def _measure_heights(
-    choice: str, dsm: np.ndarray, pixel: float | None, limits: tuple[float, float] | None
-) -> dict:
-    if choice in ("minmax", "minmax8"):
-        return dict(heights=limits or height_range(dsm))
-    if choice == "ground":
-        if pixel is None:
-            raise DataError(
-                "--heights ground needs the size of a pixel; give GeoTIFFs, or another choice"
-            )
-        ground, cell = local_ground(dsm, GROUND_WIDTH / pixel)
-        return dict(heights=(0.0, GROUND_SPAN), clip_heights=True, ground=ground, cell=cell)
-    ends = fixed_range(choice)
-    if ends is None:
-        ends = tuple(float(v) for v in np.percentile(sparse_rows(dsm), (1, 99)))
-    return dict(heights=ends, clip_heights=True)
-
-
-def _measure_image(choice: str, image: np.ndarray, valid: Callable | None) -> dict:
-    C, top = image.shape[2], type_range(image.dtype)
-    if choice == "sam":
-        if C != 3:
-            raise DataError("--image-scaling sam is for three bands")
-        return dict(image=(np.array(SAM_MEAN) / 255 * top, np.array(SAM_STD) / 255 * top))
-    if choice in ("minmax", "minmax8"):
-        ends = [(p.min(axis=0), p.max(axis=0)) for p in data_pixels(image, valid)]
-        if not ends:
-            raise DataError("the image holds no pixel with data; leave the tile out")
-        low, high = (np.stack(values).astype(np.float64) for values in zip(*ends))
-        low, span = low.min(axis=0), high.max(axis=0) - low.min(axis=0)
-        return dict(image=(low, np.where(span > 0, span, 1)), clip_image=valid is not None)
-    # differs: the published code scales each image and band of MMHunan by itself, which is `minmax`
-    # (docs/method.md 3.10)
-    ends = fixed_range(choice)
-    if choice == "reflectance" and image.dtype != np.uint8:
-        counts = any(p.max() > 10 for p in data_pixels(image, valid))
-        ends = 0.0, REFLECTANCE * (10_000 if counts else 1)
-    if ends is None:
-        return {}
-    return dict(image=(np.full(C, ends[0]), np.full(C, ends[1] - ends[0])), clip_image=True)
+def band_ends(pixels: np.ndarray, valid: Callable | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest and the highest value (C,) float64 of each band, NaN where it has none but NaN.
+    Raises DataError where all bands are so, or no pixel is data."""
+    low = high = np.full(pixels.shape[2], np.nan)
+    for strip in data_pixels(pixels, valid):
+        low, high = np.fmin(low, np.fmin.reduce(strip)), np.fmax(high, np.fmax.reduce(strip))
+    if np.isnan(low).all():
+        raise DataError("holds no pixel with data; leave the tile out or replace the file")
+    return low, high
 
 
 def data_pixels(image: np.ndarray, valid: Callable | None = None) -> Iterator[np.ndarray]:
-    """Strip by strip the pixels (n, C) of an image that are data, without strips that have none."""
+    """Strip by strip the pixels (n, C) of a raster (H, W, C) or (H, W) that are data, without
+    strips that have none."""
     for box in strip_boxes(image.shape):
         where = valid(box) if valid else None
         pixels = image[box] if where is None else image[box][where]
         if pixels.size:
-            yield pixels.reshape(-1, image.shape[2])
+            yield pixels.reshape(-1, (*image.shape, 1)[2])
 
 
 def type_range(dtype: np.dtype) -> int:
@@ -223,10 +216,10 @@ def band_pixels(
     number."""
     raw = raster[box]
     where = raster.valid(box, raw)
-    raw = (raw if raw.ndim == 3 else raw[..., None])[..., list(bands)]
+    raw = with_bands(raw)[..., list(bands)]
     out = raw.astype(np.float32)
     out[~np.isfinite(out)] = np.nan
-    for value in (nodata, None if raster.nodata is None else raster.dtype.type(raster.nodata)):
+    for value in (nodata, raster.nodata):
         if value is not None:  # of each band by itself, as GDAL's masks are
             out[raw == value] = np.nan
     if where is not None:
@@ -247,7 +240,7 @@ def metres(raster: Raster, unit: float, box: Box) -> np.ndarray:
     has no data."""
     raw = raster[box]
     where = raster.valid(box, raw)
-    raw = raw[..., 0] if raw.ndim == 3 else raw
+    raw = with_bands(raw)[..., 0]
     if (raster.scale, raster.offset) != (1, 0):
         raw = raw * raster.scale + raster.offset
     dsm = raw.astype(np.float32)

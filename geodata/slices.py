@@ -46,6 +46,11 @@ def strip_boxes(shape: tuple[int, ...]) -> Iterator[Box]:
         yield np.s_[top : min(top + STRIP, shape[0]), 0 : shape[1]]
 
 
+def with_bands(pixels: np.ndarray) -> np.ndarray:
+    """(h, w) or (h, w, C) -> (h, w, C)."""
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
 def ranges(box: Box, shape: tuple[int, ...]) -> tuple[range, range]:
     return tuple(range(*part.indices(n)) for part, n in zip(box, shape))
 
@@ -115,8 +120,9 @@ class Raster:
         if self.codec is None or self.planes > 1 or self.segment[1] != self.shape[1]:
             return False
         plain = self.codec.compression == NONE and self.codec.bits == 8 * self.dtype.itemsize
-        joined = self.places.sum(axis=1)[:-1] == self.places[1:, 0]
-        return plain and bool(self.places.all() and joined.all())
+        row, offsets = self.shape[1] * self.bands * self.dtype.itemsize, self.places[:, 0]
+        joined = offsets == offsets[0] + np.arange(len(offsets)) * self.segment[0] * row
+        return plain and bool(joined.all() and self.places[:, 1].sum() == self.shape[0] * row)
 
     def _rows(self, rows: range, columns: range) -> np.ndarray:
         pixels = np.empty((len(rows), len(columns), self.bands), self.codec.dtype)
@@ -175,15 +181,14 @@ class Raster:
         band has the no-data value."""
         if not self.has_holes:
             return None
-        pixels = self[box] if pixels is None else pixels
-        pixels = pixels if pixels.ndim == 3 else pixels[..., None]
+        pixels = with_bands(self[box] if pixels is None else pixels)
         out = np.ones(pixels.shape[:2], bool) if self.mask is None else self.mask[box] != 0
         if self.alpha is not None:
             out &= pixels[..., self.alpha] != 0
         if self.nodata is not None:
             colors = pixels[..., [band for band in range(self.bands) if band != self.alpha]]
             nan = self.nodata != self.nodata
-            out &= (colors == colors if nan else colors != self.dtype.type(self.nodata)).any(-1)
+            out &= (colors == colors if nan else colors != self.nodata).any(-1)
         return out
 
     @property

@@ -28,13 +28,24 @@ from geodata.scaling import (
     fill,
     fixed_range,
     height_limits,
-    measure,
     measure_bands,
+    measure_heights,
+    measure_image,
     metres,
     type_range,
     valid_heights,
 )
-from geodata.slices import Box, DataError, Raster, View, ranges, row_strips, strip_boxes, view_of
+from geodata.slices import (
+    Box,
+    DataError,
+    Raster,
+    View,
+    ranges,
+    row_strips,
+    strip_boxes,
+    view_of,
+    with_bands,
+)
 
 MUCH = 0.05  # the share of pixels without height that is told in percent
 FAR = 1.5  # times the pixel size of training, or the span of its heights, that is told
@@ -125,10 +136,7 @@ class Tile:
         if kind not in self.grids:
             return replace(view, shape=(*self.size, *view.shape[2:]))
         self._note(f"{'heights' if kind == 'dsm' else kind} resampled to the image's grid")
-        try:
-            return on_grid(view, *self.grids[kind], self.size, lay)
-        except DataError as error:
-            raise DataError(f"{self.paths[kind]}: {error}") from None
+        return on_grid(self.paths[kind], view, *self.grids[kind], self.size, lay)
 
     # -------------------------------------------------------------------------------------- images
 
@@ -170,18 +178,6 @@ class Tile:
         shape = (*raster.shape[:2], len(kind.bands))
         return self._on_tile(name, View(shape, np.dtype(np.float32), read), resample)
 
-    def _open_bands(self, name: str, keep: bool) -> tuple[np.ndarray | View, TileScale]:
-        """A raster besides image and heights, and its scale, in memory or behind slices."""
-        view, raster = self._bands(name), self.raster(name)
-        bands = view[:, :] if keep else view
-        try:
-            scale = measure_bands(self.kinds[name].scaling, bands, type_range(raster.dtype))
-        except DataError as error:
-            raise DataError(f"{raster.path}: {error}") from None
-        if empty := sum(int(np.isnan(strip).any(axis=-1).sum()) for strip in row_strips(bands)):
-            self._note(f"{empty} pixels of {name} without data, read as the lowest")
-        return bands, scale
-
     def _pixel_problem(self, view: View) -> str | None:
         """Why no network can be given the pixels of an image, with what helps."""
         by_type, remedy = self.scaling.images in ("unit", "sam"), "--image-scaling LOW:HIGH"
@@ -217,11 +213,7 @@ class Tile:
     def read_dsm(self) -> np.ndarray | None:
         """(H, W) float32 metres, missing heights set to the tile's lowest; None for a tile without
         heights."""
-        return self._open_heights("array")[0] if "dsm" in self.paths else None
-
-    def heights(self) -> View:
-        """Metres (H, W) behind slices, NaN where the file has no data."""
-        return self._heights(self.raster("dsm"))
+        return self._open("dsm", "array")[0] if "dsm" in self.paths else None
 
     def use_heights_of(self, layout: Layout, kind: str) -> None:
         """Reads heights as a run on a layout's `kind` of them does: 8-bit ones without a scale of
@@ -230,8 +222,10 @@ class Tile:
         if raster.dtype == np.uint8 and raster.scale == 1:
             self.height_unit = layout.dsm.get(kind, next(iter(layout.dsm.values())))[0]
 
-    def _heights(self, raster: Raster) -> View:
-        """Metres behind slices, NaN where the file has no data."""
+    def heights(self, raster: Raster | None = None) -> View:
+        """Metres (H, W) behind slices, NaN where the file has no data; of `raster` where that holds
+        the file already. Raises DataError by file."""
+        raster = raster or self.raster("dsm")
         if raster.bands > 2 or raster.colours != "grey":
             raise DataError(
                 f"{raster.path}: heights are one band, and this has {raster.bands} "
@@ -246,29 +240,23 @@ class Tile:
         return self._on_tile("dsm", view, resample)
 
     def _open_heights(self, keep: str) -> tuple[np.ndarray | View, TileScale]:
-        """Metres (H, W) without holes, and their scale. `keep` them as an "array"; in "memory",
-        uint8 as they are in the file; or in the "file", behind slices."""
-        raster, path = self.raster("dsm"), self.paths["dsm"]
+        """`_open` of the heights: metres (H, W) without holes."""
+        raster = self.raster("dsm")
         if keep == "memory" and raster.dtype == np.uint8 and "dsm" not in self.grids:
             raster, keep = raster.in_memory(), "file"
-        try:
-            dsm = self._heights(raster)
-            dsm = dsm if keep == "file" else dsm[:, :]
-            low, high, missing = height_limits(dsm)
-            if missing:  # a fixed range is one for all tiles, and so is what stands for no height
-                lowest = (fixed_range(self.scaling.heights) or (low,))[0]
-                dsm = view_of(dsm, fill, lowest) if keep == "file" else fill(dsm, lowest)
-            scale = measure(self.scaling, dsm=dsm, pixel=self.pixel_size(), limits=(low, high))
-        except DataError as error:
-            raise DataError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-        if keep == "file":
-            dsm.nbytes = raster.nbytes
-        self.missing_heights, self.height_limits = missing, (low, high)
-        if missing:
+        dsm = self.heights(raster)
+        dsm = dsm if keep == "file" else dsm[:, :]
+        low, high, missing = height_limits(dsm)
+        if missing:  # a fixed range is one for all tiles, and so is what stands for no height
+            lowest = (fixed_range(self.scaling.heights) or (low,))[0]
+            dsm = view_of(dsm, fill, lowest) if keep == "file" else fill(dsm, lowest)
             share = missing / (self.size[0] * self.size[1])
             percent = f", {100 * share:.1f} % of the tile" if share > MUCH else ""
             self._note(f"{missing} pixels without height{percent}, read as the lowest")
-        return dsm, scale
+        if keep == "file":
+            dsm.nbytes = raster.nbytes
+        self.missing_heights, self.height_limits = missing, (low, high)
+        return dsm, measure_heights(self.scaling.heights, dsm, self.pixel_size(), (low, high))
 
     def pixel_size(self) -> float | None:
         """Metres; None where neither the layout nor a georeference tells."""
@@ -302,8 +290,7 @@ class Tile:
         masked = (raster.mask, raster.alpha) != (None, None)
         shown = replace(raster, nodata=None) if masked else None
         read = partial(_label_pixels, raster, legend, legend.table_of(raster), shown)
-        view = View(raster.shape, np.dtype(np.int16), read)
-        return self._on_tile("labels", replace(view, shape=raster.shape[:2]), nearest)
+        return self._on_tile("labels", View(raster.shape[:2], np.dtype(np.int16), read), nearest)
 
     def unknown_values(self, strips: int | None = None) -> dict:
         """Value or colour -> pixels that fit no class, in the first strips or all."""
@@ -328,58 +315,68 @@ class Tile:
         With `held`, the rasters that are named there stay in memory in the types of their
         files, the others in their files, out of which every crop is cut. All of them are read once
         or twice, from top to bottom, to be checked and measured."""
-        lacking = self.check_modalities(modalities)
-        image = dsm = labels = None
-        scale, kept = TileScale(), self.paths.keys() if held is None else held
-        if "dsm" in modalities and "dsm" not in lacking:
-            keep = "array" if held is None else "memory" if "dsm" in held else "file"
-            dsm, scale = self._open_heights(keep)
-        wanted = "image" in modalities or held is None
-        if wanted and "image" in self.paths and "image" not in self.withheld:
-            image, scale = self._open_image("image" in kept, scale)
+        lacking, kept = self.check_modalities(modalities), self.paths if held is None else held
+        given = [name for name in modalities if name not in lacking]
+        if held is None and "image" in self.paths and "image" not in (*given, *self.withheld):
+            given.append("image")
+        in_memory = "array" if held is None else "memory"
+        opened = {name: self._open(name, in_memory if name in kept else "file") for name in given}
+        labels = None
         if "labels" in self.paths and labelled:
             labels = self.read_labels()
             if "labels" not in kept:
                 labels = view_of(self._labels(), self.legend.finish, dtype=np.uint8)
-        others = [name for name in modalities if name in self.kinds and name not in lacking]
-        opened = {name: self._open_bands(name, name in kept) for name in others}
         self.rasters = {}
-        loaded = LoadedTile(self.name, image, dsm, labels, scale)
-        loaded.more = {name: bands for name, (bands, _) in opened.items()}
-        loaded.scales = {name: own for name, (_, own) in opened.items()}
-        loaded.lacking = {name: self.count_bands(name) for name in lacking}
-        loaded.units = {name: self.kinds[name].unit for name in others}
-        return loaded
+        dsm, scale = opened.pop("dsm", (None, TileScale()))
+        image, own = opened.pop("image", (None, scale))
+        of_image = dict(image=own.image, clip_image=own.clip_image)
+        scale = replace(scale, **of_image, eight_bit_image=own.eight_bit_image)
+        return LoadedTile(
+            self.name,
+            image,
+            dsm,
+            labels,
+            scale,
+            more={name: bands for name, (bands, _) in opened.items()},
+            scales={name: own for name, (_, own) in opened.items()},
+            units={name: self.kinds[name].unit for name in opened},
+            lacking={name: self.count_bands(name) for name in lacking},
+        )
 
     def open(self, modalities: tuple[str, ...]) -> LoadedTile:
         """What `load` gives a network, without labels, and left in the files."""
         return self.load(modalities, held=set(), labelled=False)
 
-    def _open_image(self, keep: bool, scale: TileScale) -> tuple[np.ndarray | View, TileScale]:
-        raster, view = self.raster("image"), self._image()
-        image = view[:, :] if keep else view
+    def _open(self, name: str, keep: str) -> tuple[np.ndarray | View, TileScale]:
+        """A raster for a network, checked, and its scale. `keep` it as an "array"; in "memory",
+        uint8 heights as they are in the file; or in the "file", behind slices. Raises DataError by
+        file."""
+        path = self.paths[name]
         try:
-            own = measure(self.scaling, image, valid=raster.valid if raster.has_holes else None)
+            if name == "dsm":
+                return self._open_heights(keep)
+            raster = self.raster(name)
+            view = self._image() if name == "image" else self._bands(name)
+            pixels = view if keep == "file" else view[:, :]
+            if name == "image":
+                return pixels, measure_image(self.scaling.images, pixels, raster.valid)
+            top = type_range(raster.dtype)
+            scale = measure_bands(self.kinds[name].scaling, pixels, top)
         except DataError as error:
-            raise DataError(f"{raster.path}: {error}") from None
-        return image, replace(scale, image=own.image, clip_image=own.clip_image)
+            raise DataError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+        if empty := sum(int(np.isnan(strip).any(axis=-1).sum()) for strip in row_strips(pixels)):
+            self._note(f"{empty} pixels of {name} without data, read as the lowest")
+        return pixels, scale
 
     def check(self, modalities: tuple[str, ...]) -> None:
-        """Opens every file, reads a few rows of the image, and heights and labels as a whole.
-        Raises DataError for whatever `load` would stumble over there."""
+        """Raises DataError for whatever `load` would stumble over; of an image a few rows are
+        decoded."""
         again = replace(self, notes=[], rasters={})
-        lacking = again.check_modalities(modalities)
+        again.load(modalities, held=set())
         if "image" in self.paths:
             view = again._image()
             for row in (0, view.shape[0] // 2, view.shape[0] - 1):
                 view[row : row + 1, :]
-        if "dsm" in modalities and "dsm" not in lacking:
-            again._open_heights("file")
-        for name in modalities:
-            if name in self.kinds and name not in lacking:
-                again._open_bands(name, keep=False)
-        if "labels" in self.paths:
-            again.read_labels()
 
     def check_modalities(self, modalities: tuple[str, ...]) -> list[str]:
         """The rasters that the tile lacks of those of a network. Raises DataError where the network
@@ -404,13 +401,10 @@ class Tile:
 
     def memory(self, kind: str) -> int:
         """Bytes that a raster takes when it is held in memory, from the header."""
-        H, W = self.size
-        if kind == "labels":
-            return H * W
-        size = self.raster(kind).dtype.itemsize
-        if kind in self.kinds:
-            return H * W * self.count_bands(kind) * 4
-        return H * W * (len(self.bands) * size if kind == "image" else 1 if size == 1 else 4)
+        (H, W), own = self.size, self.raster(kind).dtype.itemsize
+        sizes = {"labels": 1, "image": own, "dsm": 1 if own == 1 else 4}
+        bands = 1 if kind == "labels" else self.count_bands(kind)
+        return H * W * bands * sizes.get(kind, 4)
 
     def far_from(self, facts: dict) -> list[str]:
         """In a line each, what is far from the `facts_of` a run's training tiles."""
@@ -433,7 +427,7 @@ class Tile:
 
 def _image_pixels(raster: Raster, bands: tuple[int, ...], box: Box) -> np.ndarray:
     """The chosen bands (h, w, C); whole numbers as they are, floats 0 where there is no data."""
-    raw = raster[box]
+    raw = with_bands(raster[box])
     if raw.dtype.kind == "f":
         where = raster.valid(box, raw)
         raw = raw.astype(np.float32)

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from geodata.layouts import LAYOUTS
-from geodata.scaling import Scaling, measure
+from geodata.scaling import measure_image
 from reports.paper import PAPER_SCORES
 
 
 def inputs(images, dtype, value):
     """What a network sees of an image of one value."""
     image = np.full((2, 2, 3), value, dtype)
-    return measure(Scaling(images=images), image, None, None).image_input(image)[:, 0, 0]
+    return measure_image(images, image).image_input(image)[:, 0, 0]
 
 
 def test_sam_s_mean_and_deviation_are_those_of_its_preprocessing():

@@ -22,7 +22,8 @@ from geodata.scaling import (
     SAM_STD,
     Scaling,
     local_ground,
-    measure,
+    measure_heights,
+    measure_image,
     sliding_min,
 )
 from geodata.tiles import Tile
@@ -47,7 +48,7 @@ def tile_of(folder, scaling=Scaling(), **arrays):
 
 def heights_by(choice, dsm, unit=1.0, pixel=0.5):
     dsm = dsm * np.float32(unit)
-    return measure(Scaling(choice), dsm=dsm, pixel=pixel).height_input(dsm, WHOLE)
+    return measure_heights(choice, dsm, pixel).height_input(dsm, WHOLE)
 
 
 def test_each_choice_of_heights_is_what_its_name_says():
@@ -139,7 +140,7 @@ def test_height_above_ground_without_the_size_of_a_pixel_is_one_line_that_names_
 
 
 def image_by(choice, image):
-    return np.moveaxis(measure(Scaling(images=choice), image).image_input(image), 0, -1)
+    return np.moveaxis(measure_image(choice, image).image_input(image), 0, -1)
 
 
 def test_each_choice_of_images_is_what_its_name_says():
@@ -246,12 +247,20 @@ def test_own_tiles_take_bands_counted_from_one_and_a_scaling(tmp_path):
             open_dataset("tiles", tmp_path, bands=wrong)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_an_image_may_be_one_band(tmp_path, dtype):
+    image = np.arange(64, dtype=dtype).reshape(8, 8) / dtype(64 if dtype == np.float32 else 1)
+    tifffile.imwrite(tmp_path / "a.tif", image.astype(dtype))
+    tile = Tile("a", {"image": tmp_path / "a.tif"}, TWO_CLASSES, bands=(0,))
+    assert np.array_equal(tile.load(("image",)).image, image[..., None].astype(dtype))
+
+
 @given(st.integers(0, 99), st.floats(0.1, 500))
 def test_as_published_both_rasters_are_truncated_to_8_bits(seed, unit):
     rng = np.random.default_rng(seed)
     image = rng.normal(size=(7, 9, 3)).astype(np.float32) * np.float32(unit)
     dsm = rng.normal(size=(7, 9)).astype(np.float32) * np.float32(unit)
-    scale = measure(Scaling("minmax8", "minmax8"), image, dsm)
+    of_image, of_heights = measure_image("minmax8", image), measure_heights("minmax8", dsm)
 
     def published(raster):
         low, high = raster.min(), raster.max()
@@ -259,10 +268,21 @@ def test_as_published_both_rasters_are_truncated_to_8_bits(seed, unit):
         return eight / 255
 
     box = np.s_[0:7, 0:9]
-    found = scale.image_input(image), scale.height_input(dsm, box)
+    found = of_image.image_input(image), of_heights.height_input(dsm, box)
     wanted = np.stack([published(image[..., k]) for k in range(3)]), published(dsm)
     for a, b in zip(found, wanted):
         assert np.abs(a - b).max() < 1.01 / 255 and np.mean(np.abs(a - b) < 1e-6) > 0.95
         assert np.allclose(255 * a, np.round(255 * a), atol=1e-3) and a.max() == 1 and a.min() == 0
-    plain = measure(Scaling("minmax", "minmax"), image, dsm)
+    plain = measure_image("minmax", image)
     assert 0 <= (plain.image_input(image) - found[0]).max() <= 1.01 / 255
+
+
+@pytest.mark.parametrize("modalities", [("image",), ("image", "dsm")])
+def test_an_image_alone_is_truncated_to_8_bits_too(tmp_path, modalities):
+    image = np.random.default_rng(0).integers(0, 9999, (8, 8, 3), np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", image, photometric="rgb")
+    tifffile.imwrite(tmp_path / "h.tif", image[..., 0].astype(np.float32))
+    paths = {"image": tmp_path / "a.tif", "dsm": tmp_path / "h.tif"}
+    tile = Tile("a", paths, TWO_CLASSES, scaling=Scaling("minmax8", "minmax8"))
+    found = 255 * tile.load(modalities).input("image", np.s_[0:8, 0:8])
+    assert np.allclose(found, np.round(found), atol=1e-3)
