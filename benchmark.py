@@ -29,7 +29,7 @@ from engine import plan, speed
 from engine.commandline import add_settings
 from engine.console import Mistake, Parser, run_script, say_next, typed
 from engine.device import pick_device
-from engine.files import replace_atomically
+from engine.files import write_text
 from engine.identity import Identities
 from engine.plugins import load_given_plugins
 from engine.recipes import recipe
@@ -141,19 +141,14 @@ def show(args: argparse.Namespace, store: Store, reference: str, cells: list[Cel
     with store.lock():
         page = store.path / "results.html"
         write_sweep_page(page, args.name, table.title, lines, reference)
-    texts = {args.csv: as_csv(lines, reference)}
-    texts |= {args.latex: as_latex(lines, table.cost)}
-    for path, text in texts.items():
-        if path is not None:
-            write_text(path, text)
+    texts = (args.csv, as_csv(lines, reference)), (args.latex, as_latex(lines, table.cost))
+    for path, text in texts:
+        try:
+            if path is not None:
+                write_text(path, text)
+        except OSError as error:
+            raise Mistake(f"{path} cannot be written ({error.strerror})") from error
     say_next(typed("-m", "webbrowser", page))
-
-
-def write_text(path: Path, text: str) -> None:
-    try:
-        replace_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
-    except OSError as error:
-        raise Mistake(f"{path} cannot be written ({error.strerror})") from error
 
 
 def print_cells(cells: list[Cell], store: Store, device: torch.device, ids: Identities) -> None:
