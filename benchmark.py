@@ -62,11 +62,7 @@ def add_flags(parser: Parser, data: str) -> None:
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        prog="benchmark.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="benchmark.py", description=__doc__)
     names = parser.add_subparsers(dest="name", metavar="NAME", required=True)
     for name, table in TABLES.items():
         add_flags(names.add_parser(name, help=f"{table.title}, on {table.data}"), table.data)

@@ -68,8 +68,7 @@ def parse_settings(
 
 
 def build_parser(defaults: Settings, description: str) -> Parser:
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="train.py", description=description, formatter_class=as_written)
+    parser = Parser(prog="train.py", description=description)
     add_settings(parser, defaults)
     text = "go on with the run in --out, by default the newest that is not finished"
     parser.add_argument("--resume", action="store_true", help=text)

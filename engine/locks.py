@@ -33,10 +33,8 @@ def try_lock(path: Path) -> int | None:
         os.close(descriptor)
         if error.errno in HELD:
             return None
-        raise Mistake(
-            f"{path.parent} is on a file system without locks ({error.strerror}); give an --out "
-            "on another"
-        ) from error
+        lockless = f"{path.parent} is on a file system without locks ({error.strerror})"
+        raise Mistake(f"{lockless}; give an --out on another") from error
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 
 from engine.settings import Settings, command_line
 from geodata.layouts import LAYOUTS
+from tuners import tuner_options
 
 # The rate and the decay of an optimiser where neither recipe nor command line names them. AdamW's
 # was measured with the benchmarks' schedule on a synthetic Vaihingen of 160 px tiles (vit_t, 200
@@ -100,10 +101,7 @@ def changes(s: Settings) -> dict:
     kinds = list(LAYOUTS[s.data].dsm) if s.data in LAYOUTS else []
     if s.heights_kind in kinds[:1]:  # what a run fills in
         theirs["heights_kind"] = s.heights_kind
-    theirs = Settings(**theirs)
-    theirs.tuner = s.tuner  # whose options are compared with its own defaults
-    theirs.complete()
-    theirs.tuner, options, found = Settings.tuner, theirs.tuner_option, {}
+    theirs, options, found = Settings(**theirs), tuner_options(s.tuner), {}
     for f in fields(s):
         ours = getattr(s, f.name)
         if f.name == "tuner_option":

@@ -155,8 +155,8 @@ class Settings:
             raise Mistake(f"{where}: its settings are no list of names and values")
         stored = upgrade({k: v for k, v in stored.items() if k not in BESIDE_SETTINGS})
         hints = get_type_hints(cls)
-        if unknown := ", ".join(sorted(str(name) for name in stored if name not in hints)):
-            raise Mistake(f"{where}: settings of a newer version ({unknown}); use that version")
+        if newer := ", ".join(sorted(str(name) for name in stored if name not in hints)):
+            raise Mistake(f"{where}: settings of a newer version ({newer}); use that version")
         for name, value in stored.items():
             if hints[name] is float and type(value) is int:
                 stored[name] = float(value)

@@ -136,10 +136,8 @@ def result_of_run(folder: Path) -> dict | None:
     try:
         if not (folder / "last.pt").exists() or not RunFolder(folder).is_finished():
             return None
-        config, scores = (
-            json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-            for name in ("config", "scores")
-        )
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         names = ("oa", "mf1", "miou", "kappa", "per_class", "pixels", "convention")
         return {
@@ -154,6 +152,5 @@ def result_of_run(folder: Path) -> dict | None:
             "processes": config["processes"],
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{folder}: its files are damaged ({type(error).__name__}: {error})"
-        ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{folder}: its files are damaged ({reason})") from error
