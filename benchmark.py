@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -26,7 +25,7 @@ import torch
 
 from data import open_from_settings
 from engine import plan, speed
-from engine.commandline import add_settings
+from engine.commandline import add_settings, given_settings
 from engine.console import Mistake, Parser, run_script, say_next, typed
 from engine.device import pick_device
 from engine.files import write_text
@@ -78,9 +77,9 @@ def sweep(args: argparse.Namespace) -> int:
         raise Mistake("a sweep starts torchrun by itself: give it --processes N")
     if min(args.seeds) < 0 or args.processes < 1:
         raise Mistake("--seeds begin at 0, --processes at 1")
-    known = (f.name for f in fields(Settings) if f.name != "out")
-    given = {name: getattr(args, name) for name in known if hasattr(args, name)}
+    given = given_settings(args)
     given.setdefault("data", table.data)
+    del given["out"]  # the sweep's
     if table.data != "synthetic" and given["data"] not in (table.data, "synthetic"):
         raise Mistake(f"--data {given['data']} contradicts {args.name}, which is of {table.data}")
     rows = rows_of(args.name, given["data"], given.get("encoder") if table.sizes else None)

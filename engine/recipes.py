@@ -60,16 +60,13 @@ AS_PUBLISHED_WITH: dict[str, dict[str, object]] = {
 }
 
 
-VIT_H_BATCH = 4  # the paper's batch for its largest encoder
-
-
 def recipe(data: str, encoder: str | None = None, as_published: bool = False) -> dict:
     """The settings of a data set that differ from the defaults; with what the published code does.
 
     A data set without a recipe, as a plugin's, has the paper's."""
     found = dict(RECIPES.get(data, {}))
     if data in PUBLISHED_STRIDES and encoder == "vit_h":
-        found["batch_size"] = VIT_H_BATCH
+        found["batch_size"] = 4  # the paper's, for its largest encoder
     if as_published:
         found |= AS_PUBLISHED | AS_PUBLISHED_WITH.get(data, {})
     return found
