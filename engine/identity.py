@@ -196,5 +196,4 @@ class Identities:
 
 def data_settings(s: Settings) -> tuple:
     names = "data root bands labels splits full_labels heights heights_kind image_scaling"
-    names = [*names.split(), "may_lack"]
-    return tuple(getattr(s, name) for name in names)
+    return tuple(getattr(s, name) for name in [*names.split(), "may_lack"])

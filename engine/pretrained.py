@@ -21,11 +21,9 @@ OFFICIAL = {
     "vit_h": ("sam_vit_h_4b8939.pth", "4b8939a88964f0f4ff5f5b2642c598a6"),
 }
 
-
 # The encoder that lies in the repository, made by `pretraining.py`: file and sha256.
 OURS = {"vit_t": ("vit_t.pth", "5bfd0cf19f56dc8eaae5c83c33eab555ae583bb5aff0339fe2c20e45cfdf4435")}
 FOLDER = Path(__file__).resolve().parent.parent / "weights"
-
 
 ADDRESS = "https://dl.fbaipublicfiles.com/segment_anything/"
 

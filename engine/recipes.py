@@ -21,7 +21,6 @@ OPTIMIZERS: dict[str, dict] = {
     "adamw": dict(lr=1e-3, weight_decay=0.01),
 }
 
-
 RECIPES: dict[str, dict] = {
     "vaihingen": dict(precision="fp32"),  # the paper's: Settings as it stands
     "potsdam": dict(precision="fp32"),
@@ -37,10 +36,8 @@ RECIPES: dict[str, dict] = {
     ),
 }  # fmt: skip
 
-
 # Pixels between the published code's windows, while it trains and for its final scores.
 PUBLISHED_STRIDES = {"vaihingen": (32, 32), "potsdam": (128, 32), "hunan": (256, 128)}
-
 
 # What the published code does otherwise than its paper; `--as-published` sets all of it.
 AS_PUBLISHED: dict[str, object] = {
@@ -52,7 +49,6 @@ AS_PUBLISHED: dict[str, object] = {
     "crop_range": "published",
     "early_drops": True,
 }
-
 
 AS_PUBLISHED_WITH: dict[str, dict[str, object]] = {
     "potsdam": dict(select_stride=128),

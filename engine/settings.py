@@ -37,7 +37,6 @@ ALIASES = {"mmhunan": "hunan"}  # names that earlier versions had beside today's
 BESIDE_SETTINGS = ("base", "classes", "version", "processes", "parameters", "facts", "lengthened")
 BESIDE_SETTINGS += ("command", "date")
 
-
 # Flags that are not called as what a run's folder has. The old name is still taken.
 FLAGS = {"eval_stride": "--stride", "checkpointing": "--gradient-checkpointing"}
 
