@@ -178,21 +178,20 @@ def count_other(pred: np.ndarray, tile: Tile, num_classes: int) -> np.ndarray | 
 def sum_up(counts: dict[str, np.ndarray], dataset, protocol: dict) -> dict:
     """The scores of all tiles, in `per_tile` those of each, in `convention` what they mean."""
     K, names = len(dataset.classes), dataset.class_names
-
-    def scores_of(confused: np.ndarray) -> dict:
-        matrix = ConfusionMatrix(K, dataset.scored)
-        matrix.counts += confused
-        return matrix.scores()
-
-    kept, per_tile = ("oa", "mf1", "miou", "kappa", "pixels", "confusion"), {}
+    total, per_tile = ConfusionMatrix(K, dataset.scored), {}
     for name, confused in counts.items():
-        own = scores_of(confused)
-        per_tile[name] = {k: own[k] for k in kept}
-    result = scores_of(sum(counts.values()))
+        own = ConfusionMatrix(K, dataset.scored)
+        own.counts = confused
+        total.counts += confused
+        own_scores = own.scores()
+        per_tile[name] = {
+            k: own_scores[k] for k in ("oa", "mf1", "miou", "kappa", "pixels", "confusion")
+        }
+    result = total.scores()
     for name, row in zip(names, result["per_class"]):
         row["name"] = name
-    averaged = ", ".join(names[k] for k in dataset.scored)
-    averaged = "all classes" if len(dataset.scored) == K else averaged
+    everything = len(dataset.scored) == K
+    averaged = "all classes" if everything else ", ".join(names[k] for k in dataset.scored)
     labels = dataset.labels_note if protocol["split"] != "train" else "full labels"
     as_published = protocol["repeat_border"]
     border = "border windows counted as published" if as_published else "each window once"
