@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -27,10 +26,10 @@ import torch
 
 from data import open_from_settings
 from engine import plan, speed, survey
-from engine.commandline import add_settings
+from engine.commandline import add_settings, given_settings
 from engine.console import Mistake, Parser, run_script, say_next, typed
 from engine.device import pick_device
-from engine.files import replace_atomically
+from engine.files import write_text
 from engine.identity import Identities
 from engine.plugins import load_given_plugins
 from engine.recipes import recipe
@@ -63,11 +62,7 @@ def add_flags(parser: Parser, data: str) -> None:
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        prog="benchmark.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="benchmark.py", description=__doc__)
     names = parser.add_subparsers(dest="name", metavar="NAME", required=True)
     for name, table in TABLES.items():
         add_flags(names.add_parser(name, help=f"{table.title}, on {table.data}"), table.data)
@@ -85,9 +80,9 @@ def sweep(args: argparse.Namespace) -> int:
         raise Mistake("a sweep starts torchrun by itself: give it --processes N")
     if min(args.seeds) < 0 or args.processes < 1:
         raise Mistake("--seeds begin at 0, --processes at 1")
-    known = (f.name for f in fields(Settings) if f.name != "out")
-    given = {name: getattr(args, name) for name in known if hasattr(args, name)}
+    given = given_settings(args)
     given.setdefault("data", table.data)
+    del given["out"]  # the sweep's
     if table.data != "synthetic" and given["data"] not in (table.data, "synthetic"):
         raise Mistake(f"--data {given['data']} contradicts {args.name}, which is of {table.data}")
     rows = rows_of(args.name, given["data"], given.get("encoder") if table.sizes else None)
@@ -144,19 +139,14 @@ def show(args: argparse.Namespace, store: Store, reference: str, cells: list[Cel
     with store.lock():
         page = store.path / "results.html"
         write_sweep_page(page, args.name, table.title, lines, reference)
-    texts = {args.csv: as_csv(lines, reference)}
-    texts |= {args.latex: as_latex(lines, table.cost)}
-    for path, text in texts.items():
-        if path is not None:
-            write_text(path, text)
+    texts = (args.csv, as_csv(lines, reference)), (args.latex, as_latex(lines, table.cost))
+    for path, text in texts:
+        try:
+            if path is not None:
+                write_text(path, text)
+        except OSError as error:
+            raise Mistake(f"{path} cannot be written ({error.strerror})") from error
     say_next(typed("-m", "webbrowser", page))
-
-
-def write_text(path: Path, text: str) -> None:
-    try:
-        replace_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
-    except OSError as error:
-        raise Mistake(f"{path} cannot be written ({error.strerror})") from error
 
 
 def print_cells(cells: list[Cell], store: Store, device: torch.device, ids: Identities) -> None:

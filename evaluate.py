@@ -26,7 +26,7 @@ from data import open_from_settings
 from engine.checkpoints import is_finished, load_model, newest_run
 from engine.console import Mistake, Parser, run_script, say_next, typed
 from engine.device import pick_device, store_frozen_weights
-from engine.files import replace_atomically
+from engine.files import write_text
 from engine.given import to_lack
 from engine.recipes import published_protocol
 from engine.scoring import ConfusionMatrix, format_scores, score_split, scores_name
@@ -84,8 +84,7 @@ def evaluate(run: Path, args: argparse.Namespace) -> None:
     try:
         if failed:
             raise failed[0]
-        text = json.dumps(scores, indent=1)
-        replace_atomically(run / name, lambda p: p.write_text(text, encoding="utf-8"))
+        write_text(run / name, json.dumps(scores, indent=1))
         if name == "scores.json" and (run / "config.json").exists():
             write_report(run)
         print(f"{run / name}; next: {typed('explain.py', '--run', run)}")

@@ -236,9 +236,8 @@ def all_seeds(s: Settings, seeds: list[int], team: Team, device: torch.device) -
     if not s.out:
         raise Mistake("--seeds needs --out: the folder that the runs are written below")
     for seed in dict.fromkeys(seeds):
-        start_or_continue(
-            replace(s, seed=seed, out=f"{Path(s.out) / f'seed-{seed}'}"), team, device
-        )
+        folder = str(Path(s.out) / f"seed-{seed}")
+        start_or_continue(replace(s, seed=seed, out=folder), team, device)
     if team.is_main:
         print(markdown(read_runs([Path(s.out)])[0]))
         print(f"next: {typed('explain.py', '--run', Path(s.out) / f'seed-{seeds[0]}')}")

@@ -84,12 +84,7 @@ def load_model(path: str | Path, weights: str | None = None) -> tuple[MFNet, Set
     `weights` says where the base is now (as `--weights`), by default where the run found it; a file
     that holds its base needs none. Raises WeightsError when the file is damaged, when there is no
     base, or another one than the run's; Mistake for settings that cannot be a run's."""
-    model, s, content = load_content(Path(path), weights)
-    return model, s, content["classes"]
-
-
-def load_content(path: Path, weights: str | None) -> tuple[MFNet, Settings, dict]:
-    """As `load_model`, with all that the file holds."""
+    path = Path(path)
     content = read_content(path, MODEL_KEYS)
     s = read_settings(content, path)
     base, classes, state = content["base"], content["classes"], content["state"]
@@ -117,7 +112,7 @@ def load_content(path: Path, weights: str | None) -> tuple[MFNet, Settings, dict
     except WeightsError as error:
         remedy = "if another version wrote the file, use that one (config.json names it)"
         raise WeightsError(f"{error}; {remedy}") from error
-    return model.eval(), s, content
+    return model.eval(), s, classes
 
 
 def read_content(path: Path, keys: tuple[str, ...]) -> dict:
@@ -143,10 +138,11 @@ def read_settings(content: dict, path: Path) -> Settings:
 
 def check_form(base: object, classes: object, path: Path) -> None:
     """Raises WeightsError unless base and classes are what `save_model` writes."""
-    sound = type(base) is dict and all(type(base.get(k)) is str for k in ("weights", "sha256"))
-    sound = sound and type(classes) is list and len(classes) > 0
-    for row in classes if sound else ():
-        sound = sound and len(row) == 2 and type(row[0]) is str and len(row[1]) == 3
+    try:
+        sound = {(type(name), len(color)) for name, color in classes} == {(str, 3)}
+        sound = sound and all(type(base[key]) is str for key in ("weights", "sha256"))
+    except (KeyError, TypeError, ValueError):
+        sound = False
     if not sound:
         raise WeightsError(f"{path}: its base or its classes are damaged")
 
@@ -156,11 +152,15 @@ def is_finished(path: Path) -> bool:
     return bool(read_content(path, MODEL_KEYS).get("finished", True))
 
 
+def saved_files(runs: Path, name: str) -> list[Path]:
+    """The files `name` of the runs below a folder, those of --seeds included, oldest first."""
+    found = [*runs.glob(f"*/{name}"), *runs.glob(f"*/seed-*/{name}")]
+    return sorted(found, key=lambda p: p.stat().st_mtime)
+
+
 def newest_run(runs: Path = Path("runs")) -> Path:
-    """The folder below `runs`, those of --seeds included, whose model.pt was written last. Raises
-    WeightsError."""
-    found = [*runs.glob("*/model.pt"), *runs.glob("*/seed-*/model.pt")]
-    models = sorted(found, key=lambda p: p.stat().st_mtime)
+    """The folder below `runs` whose model.pt was written last. Raises WeightsError."""
+    models = saved_files(runs, "model.pt")
     if not models:
         there = f"there is no finished run below {runs.resolve()}"
         raise WeightsError(f"{there}; train one, or give --run DIR")
@@ -174,8 +174,8 @@ def export_whole(path: Path, out: Path, weights: str | None = None) -> None:
     """Writes the run of a `model.pt` with its base: `load_model` needs no checkpoint of SAM for it.
     Raises WeightsError as `load_model` does, and if `out` exists or cannot be written."""
     check_new(out)
-    model, _, content = load_content(path, weights)
-    save_new(out, {**content, "state": dict(model.state_dict())})
+    model, _, _ = load_model(path, weights)
+    save_new(out, {**read_content(path, MODEL_KEYS), "state": dict(model.state_dict())})
 
 
 def sam_state(model: MFNet) -> dict[str, Tensor]:

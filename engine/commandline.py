@@ -29,7 +29,7 @@ def parse_settings(
     argv: list[str] | None = None, description: str = ""
 ) -> tuple[Settings, dict, argparse.Namespace]:
     """The command line -> (settings, those given by hand, the switches --resume, --seeds,
-    --as-published, --start-or-continue). Raises Mistake."""
+    --as-published, --start-or-continue). Raises Mistake or DataError."""
     first = Parser(prog="train.py", add_help=False)
     first.add_argument("--plugin", action="append", default=[])
     first.add_argument("--data", default="synthetic")
@@ -46,7 +46,7 @@ def parse_settings(
         parser.error(f"--resume has the run's own settings; leave {others} out")
     if args.seeds and min(args.seeds) < 0:
         parser.error("--seeds takes numbers of 0 and more")
-    given = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
+    given = given_settings(args)
     if plugins:
         given["plugin"] = plugins
     s = Settings(**{**with_optimizer(given, chosen), **given, "tuner_option": {}})
@@ -68,8 +68,7 @@ def parse_settings(
 
 
 def build_parser(defaults: Settings, description: str) -> Parser:
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="train.py", description=description, formatter_class=as_written)
+    parser = Parser(prog="train.py", description=description)
     add_settings(parser, defaults)
     text = "go on with the run in --out, by default the newest that is not finished"
     parser.add_argument("--resume", action="store_true", help=text)
@@ -89,9 +88,7 @@ def add_settings(parser: Parser, defaults: Settings, without: tuple[str, ...] = 
             continue
         text, shown = f.metadata["help"], getattr(defaults, f.name)
         how = dict(type=hints[f.name], choices=choices_of(f) or None)
-        if f.name == "modalities":
-            how["type"] = modalities
-        elif f.name == "plugin":
+        if f.name == "plugin":
             how = dict(action="append", metavar="FILE")
         elif f.name == "tuner_option":
             how = dict(action="append", metavar="NAME=VALUE")
@@ -109,12 +106,14 @@ def add_settings(parser: Parser, defaults: Settings, without: tuple[str, ...] = 
     parser.add_argument("--as-published", action="store_true", help=text)
 
 
-def modalities(text: str) -> str:
-    """--modalities, in the order of a network."""
-    try:
-        return ordered(text)
-    except ValueError as error:
-        raise Mistake(str(error)) from None
+def given_settings(args: argparse.Namespace) -> dict:
+    """The settings on a command line by name, their rasters in the order of a network. Raises
+    DataError."""
+    given = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
+    for name in ("modalities", "drop_only"):
+        if given.get(name):
+            given[name] = ordered(given[name], flag(name))
+    return given
 
 
 def read_options(tuner: str, words: list[str]) -> dict:

@@ -24,7 +24,8 @@ class Parser(argparse.ArgumentParser):
     """Long flags are written out; a mistake is one line, with the flag that was probably meant."""
 
     def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
+        as_written = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=as_written, **options)
 
     def parse_args(self, args=None, namespace=None):
         args, unknown = self.parse_known_args(args, namespace)

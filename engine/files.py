@@ -14,6 +14,10 @@ def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
     replace_together([path], write)
 
 
+def write_text(path: Path, text: str) -> None:
+    replace_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def replace_together(paths: list[Path], write: Callable[..., None]) -> None:
     """The same for files that belong together, with a temporary path for each: all are whole before
     one is renamed. What there is of the others is removed before the first takes its place: an

@@ -18,10 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
 
-from engine.checkpoints import MODEL_KEYS, is_finished, read_content, save_tensors
+from engine.checkpoints import MODEL_KEYS, is_finished, read_content, save_tensors, saved_files
 from engine.console import Mistake, typed
 from engine.distributed import Team
-from engine.files import replace_atomically
+from engine.files import write_text
+from engine.locks import try_lock
 from engine.settings import Settings
 from engine.training import TrainingStopped
 from sam_vit import WeightsError, first_line
@@ -45,19 +46,15 @@ class RunFolder:
 
     def hold(self) -> None:
         """Raises Mistake where another process holds the folder; a killed one holds nothing."""
-        try:
-            import fcntl  # not on Windows
-        except ImportError:
+        if os.name != "posix":  # Windows locks no folder
             return
-        self.lock = os.open(self.path, os.O_RDONLY)
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.release()
+            self.lock = try_lock(self.path)
+        except Mistake:  # a file system without locks
+            return
+        if self.lock is None:
             busy = f"{self.path} is being trained by another process"
-            raise Mistake(f"{busy}; wait for it, or give another --out") from None
-        except OSError:  # a file system without locks
-            return
+            raise Mistake(f"{busy}; wait for it, or give another --out")
 
     def release(self) -> None:
         if self.lock is not None:
@@ -82,7 +79,7 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         with self.writing():
-            replace_atomically(self / name, lambda p: p.write_text(text, encoding="utf-8"))
+            write_text(self / name, text)
 
     def write_json(self, name: str, content: dict) -> None:
         self.write_text(name, json.dumps(content, indent=1))
@@ -155,10 +152,10 @@ def new_folder(s: Settings, team: Team) -> RunFolder:
 
 
 def unused_name(s: Settings) -> str:
-    name, serial = f"{time.strftime('%Y%m%d-%H%M%S')}_{s.data}_{s.tuner}", 2
-    path = Path("runs") / name
+    stem, serial = f"runs/{time.strftime('%Y%m%d-%H%M%S')}_{s.data}_{s.tuner}", 2
+    path = Path(stem)
     while path.exists():
-        path, serial = Path("runs") / f"{name}-{serial}", serial + 1
+        path, serial = Path(f"{stem}-{serial}"), serial + 1
     return str(path)
 
 
@@ -173,8 +170,7 @@ def read_last(folder: Path) -> dict:
 def unfinished_run(runs: Path = Path("runs")) -> Path:
     """The folder below `runs`, those of --seeds included, that was saved last and is not finished.
     Raises Mistake."""
-    found = [*runs.glob("*/last.pt"), *runs.glob("*/seed-*/last.pt")]
-    saved = sorted(found, key=lambda p: p.stat().st_mtime)
+    saved = saved_files(runs, "last.pt")
     open_runs = [path.parent for path in saved if not (path.parent / "scores.json").exists()]
     if not open_runs:
         listed = f"; {saved[-1].parent} is the newest finished one" if saved else ""

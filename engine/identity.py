@@ -31,6 +31,7 @@ HOME = Path(__file__).resolve().parent.parent
 # Of all that train.py imports, what moves no score: it speaks, keeps files, or chooses settings,
 # pixels and weights, which are in the key by themselves.
 NEUTRAL = {"reports", "engine.console", "engine.files", "engine.signals", "engine.commandline"}
+NEUTRAL |= {"engine.locks"}
 NEUTRAL |= {"engine.settings", "engine.recipes", "engine.plugins", "engine.pretrained"}
 NEUTRAL |= {"engine.budget", "geodata.doctor", "geodata.city", "geodata.canvas"}
 NEUTRAL |= {"geodata.synthetic", "geodata.sensor", "geodata.things"}
@@ -96,19 +97,13 @@ def canonical(text: str, bases: frozenset[str], others: frozenset[str]) -> str:
 
 
 def is_text(node: ast.AST) -> bool:
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
+    return isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str)
 
 
 def registers(node: ast.AST) -> bool:
     """Whether a statement puts tuners into `TUNERS`."""
     simple = isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr))
-    parts = getattr(node, "targets", None) or [
-        getattr(node, "target", getattr(node, "value", None))
-    ]
+    parts = getattr(node, "targets", [getattr(node, "target", getattr(node, "value", None))])
     names = (n.id for part in parts for n in ast.walk(part) if isinstance(n, ast.Name))
     return simple and "TUNERS" in names
 
@@ -201,5 +196,4 @@ class Identities:
 
 def data_settings(s: Settings) -> tuple:
     names = "data root bands labels splits full_labels heights heights_kind image_scaling"
-    names = [*names.split(), "may_lack"]
-    return tuple(getattr(s, name) for name in names)
+    return tuple(getattr(s, name) for name in [*names.split(), "may_lack"])

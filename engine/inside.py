@@ -141,11 +141,9 @@ def query_attention(index: int, block: Block, x: Tensor, place: tuple[int, int])
     found = {"block": index, "window": (rows, cols), "inside": np.zeros((h, w), bool)}
     found["inside"][box] = True
     for name, logits in (("with", products + bias), ("without", products)):
-        weights = (
-            logits.softmax(dim=-1).mean(dim=0).view(rows, cols)[: h - y * rows, : w - x * cols]
-        )
+        weights = logits.softmax(dim=-1).mean(dim=0).view(rows, cols)
         found[name] = np.zeros((h, w), np.float32)
-        found[name][box] = weights.float().cpu()
+        found[name][box] = weights[: h - y * rows, : w - x * cols].float().cpu()
     return found | {"padding": max(0.0, 1 - float(found["with"].sum()))}
 
 
@@ -224,9 +222,7 @@ def parts_in_order(module: nn.Module, run: Callable[[], object]) -> list[list[tu
         run()
     rows = []
     for _, alike in groupby(filter(names.get, called), lambda part: names[part].split(".")[0]):
-        boxes = [
-            (names[part], type(part).__name__, part_lines(part), is_trained(part)) for part in alike
-        ]
+        boxes = [(names[p], type(p).__name__, part_lines(p), is_trained(p)) for p in alike]
         rows += [boxes[i : i + 2] for i in range(0, len(boxes), 2)]
     for name, p in module.named_parameters(recurse=False):
         few = ", ".join(f"{v:.3f}" for v in p.flatten()[:4].tolist())

@@ -15,9 +15,10 @@ HELD = {errno.EAGAIN, errno.EACCES, errno.EDEADLK}  # another process has it
 
 
 def try_lock(path: Path) -> int | None:
-    """Locks a file, which is made if need be -> its descriptor, to be closed; None where another
-    process holds it. Raises Mistake on a file system that has no locks."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    """Locks a folder, or a file, which is made if need be -> its descriptor, to be closed; None
+    where another process holds it. Raises Mistake on a file system that has no locks."""
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
+    descriptor = os.open(path, flags, 0o644)
     try:
         try:
             import fcntl
@@ -32,10 +33,8 @@ def try_lock(path: Path) -> int | None:
         os.close(descriptor)
         if error.errno in HELD:
             return None
-        raise Mistake(
-            f"{path.parent} is on a file system without locks ({error.strerror}); give an --out "
-            "on another"
-        ) from error
+        lockless = f"{path.parent} is on a file system without locks ({error.strerror})"
+        raise Mistake(f"{lockless}; give an --out on another") from error
 
 
 @contextmanager

@@ -21,11 +21,9 @@ OFFICIAL = {
     "vit_h": ("sam_vit_h_4b8939.pth", "4b8939a88964f0f4ff5f5b2642c598a6"),
 }
 
-
 # The encoder that lies in the repository, made by `pretraining.py`: file and sha256.
 OURS = {"vit_t": ("vit_t.pth", "5bfd0cf19f56dc8eaae5c83c33eab555ae583bb5aff0339fe2c20e45cfdf4435")}
 FOLDER = Path(__file__).resolve().parent.parent / "weights"
-
 
 ADDRESS = "https://dl.fbaipublicfiles.com/segment_anything/"
 
@@ -46,17 +44,14 @@ def find_weights(weights: str, size: str, progress: Progress | None = None) -> P
         return None
     if weights != "auto":
         if not Path(weights).is_file():
-            raise WeightsError(
-                f"{weights}: no such file; give a SAM checkpoint, --weights auto or --weights none"
-            )
+            remedy = "give a SAM checkpoint, --weights auto or --weights none"
+            raise WeightsError(f"{weights}: no such file; {remedy}")
         return Path(weights)
     if size in OURS:
         return check_ours(FOLDER / OURS[size][0], OURS[size][1])
     if size not in OFFICIAL:
-        raise WeightsError(
-            f"there are no weights of size {size}; use --weights none, or "
-            f"{', '.join((*OURS, *OFFICIAL))}"
-        )
+        sizes = ", ".join((*OURS, *OFFICIAL))
+        raise WeightsError(f"there are no weights of size {size}; use --weights none, or {sizes}")
     name, md5 = OFFICIAL[size]
     target = Path(torch.hub.get_dir()) / "checkpoints" / name
     fetch(ADDRESS + name, target, md5, progress)
@@ -65,10 +60,8 @@ def find_weights(weights: str, size: str, progress: Progress | None = None) -> P
 
 def check_ours(path: Path, sha256: str) -> Path:
     """The path, if it is the file with that sha256. Raises WeightsError."""
-    remedy = (
-        f"git checkout -- weights/{path.name}, or make it again as weights/README.md says, or "
-        "--weights none"
-    )
+    again = "make it again as weights/README.md says"
+    remedy = f"git checkout -- weights/{path.name}, or {again}, or --weights none"
     try:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
@@ -94,51 +87,42 @@ def fetch(url: str, target: Path, md5: str, progress: Progress | None = None) ->
         _download(url, part, progress)
         if (found := file_md5(part)) != md5:
             part.unlink()
-            raise WeightsError(
-                f"the download has md5 {found} and was thrown away; try again, or {by_hand}"
-            )
+            thrown = f"the download has md5 {found} and was thrown away"
+            raise WeightsError(f"{thrown}; try again, or {by_hand}")
         os.replace(part, target)
     except FileNotFoundError as error:  # another process has renamed the part, or removed it
         if not target.exists():
-            raise WeightsError(
-                f"the download was removed ({error}); try again, or {by_hand}"
-            ) from error
+            removed = f"the download was removed ({error})"
+            raise WeightsError(f"{removed}; try again, or {by_hand}") from error
         check_md5(target, md5, by_hand)
     except (OSError, http.client.HTTPException) as error:
         reason = first_line(error).removeprefix("<urlopen error ").removesuffix(">")
-        raise WeightsError(
-            f"the download failed ({reason}); try again (what arrived is kept), or {by_hand}"
-        ) from error
+        failed = f"the download failed ({reason}); try again (what arrived is kept)"
+        raise WeightsError(f"{failed}, or {by_hand}") from error
 
 
 def check_md5(target: Path, md5: str, by_hand: str) -> None:
     if (found := file_md5(target)) != md5:
-        raise WeightsError(
-            f"{target} has md5 {found}, it is damaged or another file; remove it, or {by_hand}"
-        )
+        damaged = f"{target} has md5 {found}, it is damaged or another file"
+        raise WeightsError(f"{damaged}; remove it, or {by_hand}")
 
 
 def _download(url: str, part: Path, progress: Progress | None) -> None:
-    """Makes `part` whole, as far as the server tells how long it is. Raises OSError or
-    HTTPException.
-    """
+    """Makes `part` as long as the server says that it is. Raises OSError or HTTPException."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(request, timeout=30)
     except urllib.error.HTTPError as error:
-        if (
-            have and error.code == 416
-        ):  # "range not satisfiable": the part is whole already, its md5 will tell
+        if have and error.code == 416:  # "range not satisfiable": it is whole, its md5 will tell
             return
         raise
     part.touch()
     # In place instead of appending: a second process at the same download then writes the same
     # bytes over.
     with response, open(part, "r+b") as file:
-        have = (
-            have if response.status == 206 else 0
-        )  # a server that does not know ranges begins again
+        if response.status != 206:  # a server that does not know ranges begins again
+            have = 0
         total = have + response.length if response.length else 0
         file.seek(have)
         while chunk := response.read(1 << 20):

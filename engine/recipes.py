@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 
 from engine.settings import Settings, command_line
 from geodata.layouts import LAYOUTS
+from tuners import tuner_options
 
 # The rate and the decay of an optimiser where neither recipe nor command line names them. AdamW's
 # was measured with the benchmarks' schedule on a synthetic Vaihingen of 160 px tiles (vit_t, 200
@@ -19,7 +20,6 @@ OPTIMIZERS: dict[str, dict] = {
     "sgd": dict(lr=0.01, weight_decay=5e-4),  # the paper's
     "adamw": dict(lr=1e-3, weight_decay=0.01),
 }
-
 
 RECIPES: dict[str, dict] = {
     "vaihingen": dict(precision="fp32"),  # the paper's: Settings as it stands
@@ -36,10 +36,8 @@ RECIPES: dict[str, dict] = {
     ),
 }  # fmt: skip
 
-
 # Pixels between the published code's windows, while it trains and for its final scores.
 PUBLISHED_STRIDES = {"vaihingen": (32, 32), "potsdam": (128, 32), "hunan": (256, 128)}
-
 
 # What the published code does otherwise than its paper; `--as-published` sets all of it.
 AS_PUBLISHED: dict[str, object] = {
@@ -52,14 +50,10 @@ AS_PUBLISHED: dict[str, object] = {
     "early_drops": True,
 }
 
-
 AS_PUBLISHED_WITH: dict[str, dict[str, object]] = {
     "potsdam": dict(select_stride=128),
     "hunan": dict(select_stride=256, image_scaling="minmax8", heights="minmax8"),
 }
-
-
-VIT_H_BATCH = 4  # the paper's batch for its largest encoder
 
 
 def recipe(data: str, encoder: str | None = None, as_published: bool = False) -> dict:
@@ -68,7 +62,7 @@ def recipe(data: str, encoder: str | None = None, as_published: bool = False) ->
     A data set without a recipe, as a plugin's, has the paper's."""
     found = dict(RECIPES.get(data, {}))
     if data in PUBLISHED_STRIDES and encoder == "vit_h":
-        found["batch_size"] = VIT_H_BATCH
+        found["batch_size"] = 4  # the paper's, for its largest encoder
     if as_published:
         found |= AS_PUBLISHED | AS_PUBLISHED_WITH.get(data, {})
     return found
@@ -100,12 +94,9 @@ def changes(s: Settings) -> dict:
     kinds = list(LAYOUTS[s.data].dsm) if s.data in LAYOUTS else []
     if s.heights_kind in kinds[:1]:  # what a run fills in
         theirs["heights_kind"] = s.heights_kind
-    theirs = Settings(**theirs)
+    theirs, options, found = Settings(**theirs), tuner_options(s.tuner), {}
     if theirs.precision == "auto" and s.precision == "fp32":  # as a run fills in without a GPU
         theirs.precision = "fp32"
-    theirs.tuner = s.tuner  # whose options are compared with its own defaults
-    theirs.complete()
-    theirs.tuner, options, found = Settings.tuner, theirs.tuner_option, {}
     for f in fields(s):
         ours = getattr(s, f.name)
         if f.name == "tuner_option":

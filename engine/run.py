@@ -141,10 +141,8 @@ class Run:
         s, progress = self.s, self.trainer.progress
         progress.lengthened.append([progress.step, epochs])
         until, goal = f"from {epochs} to {s.epochs} epochs after step {progress.step}", s.epochs
-        schedule = (
-            f"the schedule is that of {goal} from here on, so this is no run of {goal} epochs"
-        )
-        self.say(f"lengthened {until}: {schedule}")
+        schedule = f"the schedule is that of {goal} from here on"
+        self.say(f"lengthened {until}: {schedule}, so this is no run of {goal} epochs")
         if self.team.is_main:
             self.folder.reopen()
         self.save_last()

@@ -37,7 +37,6 @@ ALIASES = {"mmhunan": "hunan"}  # names that earlier versions had beside today's
 BESIDE_SETTINGS = ("base", "classes", "version", "processes", "parameters", "facts", "lengthened")
 BESIDE_SETTINGS += ("command", "date")
 
-
 # Flags that are not called as what a run's folder has. The old name is still taken.
 FLAGS = {"eval_stride": "--stride", "checkpointing": "--gradient-checkpointing"}
 
@@ -155,8 +154,8 @@ class Settings:
             raise Mistake(f"{where}: its settings are no list of names and values")
         stored = upgrade({k: v for k, v in stored.items() if k not in BESIDE_SETTINGS})
         hints = get_type_hints(cls)
-        if unknown := ", ".join(sorted(str(name) for name in stored if name not in hints)):
-            raise Mistake(f"{where}: settings of a newer version ({unknown}); use that version")
+        if newer := ", ".join(sorted(str(name) for name in stored if name not in hints)):
+            raise Mistake(f"{where}: settings of a newer version ({newer}); use that version")
         for name, value in stored.items():
             if hints[name] is float and type(value) is int:
                 stored[name] = float(value)

@@ -6,9 +6,8 @@ import signal
 from contextlib import contextmanager
 from typing import Iterator
 
-STOPPING = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-]
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+STOPPING = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
 @contextmanager

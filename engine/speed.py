@@ -36,7 +36,7 @@ from engine.device import (
     use_large_pages,
     version,
 )
-from engine.files import replace_atomically
+from engine.files import replace_atomically, write_text
 from engine.inference import predict_tile
 from engine.networks import build_network
 from engine.settings import Settings
@@ -339,7 +339,7 @@ def write_markdown(path: Path) -> None:
     """The rows of a CSV as Markdown, beside it."""
     with path.open(newline="", encoding="utf-8") as file:
         text = markdown(list(csv.DictReader(file)))
-    replace_atomically(path.with_suffix(".md"), lambda p: p.write_text(text, encoding="utf-8"))
+    write_text(path.with_suffix(".md"), text)
 
 
 def as_text(item: tuple[Case, Result]) -> dict[str, str]:

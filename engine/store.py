@@ -15,14 +15,14 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.checkpoints import read_content
 from engine.console import Mistake
-from engine.files import replace_atomically
-from engine.folder import RunFolder
+from engine.files import write_text
+from engine.folder import RunFolder, read_last
 from engine.identity import sha256
 from engine.locks import locked, try_lock
 from engine.settings import Settings
 from geodata.rasters import DataError
+from sam_vit import WeightsError
 
 NEEDED = ("key", "cell", "row", "seed", "scores", "tiles", "scored", "trained", "sha256")
 
@@ -51,8 +51,7 @@ class Store:
                 found = ", ".join(strange[:3]) or wanted
             if found != wanted:
                 raise Mistake(f"{path} holds {found}, not {wanted}; give another --out")
-            text = json.dumps(wanted)
-            replace_atomically(marker, lambda p: p.write_text(text, encoding="utf-8"))
+            write_text(marker, json.dumps(wanted))
         return store
 
     def discard(self) -> None:
@@ -90,9 +89,8 @@ class Store:
             if whole:
                 found.setdefault(entry["key"], entry)
             else:
-                damaged.append(
-                    f"{path}, line {number}: damaged; left alone, its cell is made again"
-                )
+                remedy = "left alone, its cell is made again"
+                damaged.append(f"{path}, line {number}: damaged; {remedy}")
         return found, damaged
 
     def state(self, folder: str, key: str, done: dict, s: Settings) -> str:
@@ -102,10 +100,11 @@ class Store:
         if (claim := self.claim(folder)) is None:
             return "being made"
         os.close(claim)
-        step = last_step(self.path / "cells" / folder)
-        return (
-            "not begun" if step is None else f"interrupted at step {step} of {s.epochs * s.steps}"
-        )
+        try:
+            step = read_last(self.path / "cells" / folder)["progress"]["step"]
+        except WeightsError:  # nothing that can be gone on with
+            return "not begun"
+        return f"interrupted at step {step} of {s.epochs * s.steps}"
 
     def take_over(self, other: Path, names: dict[str, dict]) -> None:
         """Appends the lines of another sweep's folder that have a key of `names`, with the "cell"
@@ -137,10 +136,8 @@ def result_of_run(folder: Path) -> dict | None:
     try:
         if not (folder / "last.pt").exists() or not RunFolder(folder).is_finished():
             return None
-        config, scores = (
-            json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-            for name in ("config", "scores")
-        )
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         names = ("oa", "mf1", "miou", "kappa", "per_class", "pixels", "convention")
         return {
@@ -155,14 +152,5 @@ def result_of_run(folder: Path) -> dict | None:
             "processes": config["processes"],
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{folder}: its files are damaged ({type(error).__name__}: {error})"
-        ) from error
-
-
-def last_step(folder: Path) -> int | None:
-    """The step that a run was saved at; None where nothing can be gone on with."""
-    try:
-        return int(read_content(folder / "last.pt", ("progress",))["progress"]["step"])
-    except (ValueError, KeyError, TypeError):
-        return None
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{folder}: its files are damaged ({reason})") from error

@@ -25,7 +25,7 @@ from engine.checkpoints import read_content
 from engine.console import Mistake, Parser, say_next
 from engine.cost import machine
 from engine.device import pick_device, version
-from engine.files import replace_atomically
+from engine.files import write_text
 from engine.plan import plan
 from engine.recipes import recipe
 from engine.settings import Settings
@@ -186,7 +186,7 @@ def take(survey: Survey) -> None:
         report.append(text)
         content = "\n\n".join(report)
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_atomically(path, lambda p: p.write_text(content, encoding="utf-8"))
+        write_text(path, content)
         if survey.device.type == "cuda":
             torch.cuda.empty_cache()
 

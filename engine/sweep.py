@@ -69,17 +69,14 @@ def check_given(rows: list[Row], given: dict) -> None:
     for row in rows:
         for name, value in given.items():
             ours = row.settings.get(name, value)
-            if name == "tuner_option":
+            clash = ours != value
+            if name == "tuner_option":  # words, of which a row sets some or none
                 pairs = (word.partition("=")[::2] for word in value)
-                clash = any(
-                    str(ours[k]) != v for k, v in pairs if isinstance(ours, dict) and k in ours
-                )
-            else:
-                clash = ours != value
+                ours = row.settings.get(name, {})
+                clash = any(str(ours[k]) != v for k, v in pairs if k in ours)
             if clash:
-                raise Mistake(
-                    f"{flag(name)} {value} contradicts the row {row.name}, which is of {ours}"
-                )
+                row_sets = f"the row {row.name}, which is of {ours}"
+                raise Mistake(f"{flag(name)} {value} contradicts {row_sets}")
 
 
 def cells_of(
@@ -92,14 +89,14 @@ def cells_of(
         for row in rows:
             parts = {k: v for k, v in row.settings.items() if k not in given or k == "tuner_option"}
             words = [*words_of(given), *words_of({**parts, "seed": seed})]
+            words += ["--as-published"] * published
             try:
-                s, *_ = parse_settings([*words, "--as-published"] if published else words)
+                s, *_ = parse_settings(words)
                 key, base, scored = ids.key(s), ids.base(s), tuple(ids.dataset(s).scored)
             except (DataError, WeightsError) as error:
                 line = f"{row.name}: {error}"
                 missing += [line] if line not in missing else []
                 continue
-            words += ["--as-published"] * published
             cells.append(Cell(row, s, words, key, ids.watch(s), base, scored))
     return cells, missing
 
@@ -196,9 +193,7 @@ class Sweep:
             return None
         if found is None or found["base"]["sha256"] != cell.base:
             return None
-        device = self.device
-        if len(self.slots) > 1:
-            device = torch.device("cuda", slot)
+        device = torch.device("cuda", slot) if len(self.slots) > 1 else self.device
         entry = {
             "key": cell.key, "cell": cell.name, "row": cell.row.name, "seed": cell.s.seed,
             **found, "scored": list(cell.scored), "settings": asdict(cell.s),
@@ -217,9 +212,8 @@ class Sweep:
             job.child.send_signal(signal.SIGTERM)
         for job in jobs:
             job.child.wait()
-        raise TrainingStopped(
-            "interrupted; the same command goes on with what was begun", status=128 + number
-        )
+        again = "the same command goes on with what was begun"
+        raise TrainingStopped(f"interrupted; {again}", status=128 + number)
 
 
 def in_shard(cells: list[Cell], shard: str) -> list[Cell]:

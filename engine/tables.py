@@ -30,13 +30,20 @@ class Table:
     cost: bool = False  # whether one image is timed, too
 
 
-def by_size(encoders: tuple[str, ...]) -> list[Row]:
-    methods = {"MMLoRA": "lora", "MMAdapter": "adapter"}
+METHODS = {"MMLoRA": "lora", "MMAdapter": "adapter"}  # the paper's, and their tuners
+
+
+def of_methods(variants: dict[str, dict]) -> list[Row]:
+    """A row for each method in each variant, which is what it sets by its name."""
     return [
-        Row(f"{name}-{encoder}", dict(tuner=tuner, encoder=encoder))
-        for name, tuner in methods.items()
-        for encoder in encoders
+        Row(f"{name}-{variant}", {"tuner": tuner, **settings})
+        for name, tuner in METHODS.items()
+        for variant, settings in variants.items()
     ]
+
+
+def by_size(encoders: tuple[str, ...]) -> list[Row]:
+    return of_methods({encoder: dict(encoder=encoder) for encoder in encoders})
 
 
 def modalities_and_tuning(_) -> list[Row]:
@@ -64,26 +71,11 @@ def components(_) -> list[Row]:
     ]
 
 
-def shares(_) -> list[Row]:
-    return [
-        Row(f"{name}-{percent}%", dict(tuner=tuner, share=percent / 100))
-        for name, tuner in (("MMLoRA", "lora"), ("MMAdapter", "adapter"))
-        for percent in (25, 50, 75, 100)
-    ]
-
-
-def every_tuner(_) -> list[Row]:
-    return [Row(name, dict(tuner=name)) for name in TUNERS]
-
-
-def placements(_) -> list[Row]:
-    return [
-        Row(f"{name}-{where}", dict(tuner=tuner, tuner_option=dict(blocks=blocks)))
-        for name, tuner in (("MMLoRA", "lora"), ("MMAdapter", "adapter"))
-        for where, blocks in (("all", "all"), ("late-half", "late"), ("last-two", "2"))
-    ]
-
-
+SHARES = {f"{percent}%": dict(share=percent / 100) for percent in (25, 50, 75, 100)}
+PLACES = {
+    name: dict(tuner_option=dict(blocks=blocks))
+    for name, blocks in (("all", "all"), ("late-half", "late"), ("last-two", "2"))
+}
 TABLES: dict[str, Table] = {
     "table1": Table("Vaihingen", by_size, data="vaihingen", sizes=True),
     "table2": Table("Potsdam", by_size, data="potsdam", sizes=True),
@@ -91,9 +83,10 @@ TABLES: dict[str, Table] = {
     "table4": Table("Modalities and fine-tuning", modalities_and_tuning),
     "table5": Table("Components", components, "Adapter-both"),
     "table6": Table("Cost", by_size, data="vaihingen", sizes=True, cost=True),
-    "fig12": Table("Share of the training data", shares),
-    "tuners": Table("Tuners", every_tuner, "frozen"),
-    "placement": Table("Where the tuner sits", placements, "MMAdapter-all"),
+    "fig12": Table("Share of the training data", lambda _: of_methods(SHARES)),
+    # Asked when it is made: a plugin may add some.
+    "tuners": Table("Tuners", lambda _: [Row(name, dict(tuner=name)) for name in TUNERS], "frozen"),
+    "placement": Table("Where the tuner sits", lambda _: of_methods(PLACES), "MMAdapter-all"),
 }
 
 

@@ -4,7 +4,9 @@
 import json
 import shutil
 from copy import deepcopy
+from dataclasses import replace
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from test_scripts import TINY as FLAGS
 from test_scripts import script, write_own_tiles  # noqa: F401
 
 from data import CropDataset, Tile, open_dataset
-from engine.commandline import parse_settings
+from engine.commandline import parse_settings, resumed_settings
 from engine.training import encode_in_parts
 from fast import accelerate
 from geodata.crops import CropOrder, crops_of_step, draw_missing
@@ -61,6 +63,14 @@ def test_the_order_in_which_rasters_are_given_does_not_matter(names):
     assert found == {"+".join(first + sorted(names - {"image", "dsm"}))}
     s, _, _ = parse_settings(["--modalities", "+".join(sorted(names))])
     assert s.rasters == tuple(found.pop().split("+"))
+
+
+def test_rasters_on_a_command_line_are_those_of_a_run_in_any_order():
+    words = ["--modalities", "sar+dsm+image", "--drop-modality", "0.5", "--drop-only", "sar+image"]
+    s, told, _ = parse_settings(words)
+    assert told["modalities"] == s.modalities == "image+dsm+sar"
+    assert told["drop_only"] == s.drop_only == "image+sar"
+    assert resumed_settings(s, told, Path("run")) == replace(s, out="run")
 
 
 @pytest.mark.parametrize("text", ["image+image", "image+", "", "a b", "image,dsm", "../x"])
@@ -442,6 +452,7 @@ def test_a_run_without_dropout_says_how_to_train_one(script, tmp_path):
         (["--drop-only", "dsm"], "needs --drop-modality"),
         ([*DROP, "--drop-only", "sar"], "there are image, dsm"),
         (["--modalities", "image+lidar"], "no raster lidar"),
+        (["--modalities", "image+image"], "give different names with +"),
     ):
         status, _, err = script("train.py", *RUN, "none", *flags)
         assert status == 2 and said in err and err.count("\n") == 1
