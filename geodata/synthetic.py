@@ -34,8 +34,7 @@ MISSING = -9999  # metres, where there is no height
 
 def erode_labels(labels: np.ndarray, radius: int = 3) -> np.ndarray:
     """Labels uint8 (H, W) with 255 wherever the disc of `radius` pixels about a pixel holds a
-    second class.
-    """
+    second class."""
     rows, columns = labels.shape
     border = np.zeros(labels.shape, bool)
     for dy in range(radius + 1):
@@ -73,8 +72,7 @@ def write_vaihingen(root: Path, area: int, scene: Scene) -> None:
 
 def write_potsdam(root: Path, tile: str, scene: Scene) -> None:
     """A tile r_c, uncompressed: red, green, a blue that follows green, near infrared; heights in
-    decimetres above the tile's lowest as JPEG, and in metres.
-    """
+    decimetres above the tile's lowest as JPEG, and in metres."""
     padded = "_".join(part.zfill(2) for part in tile.split("_"))
     infrared, red, green = np.moveaxis(scene.image, -1, 0)
     image = np.stack([red, green, (0.9 * green).astype(np.uint8), infrared], axis=-1)
@@ -175,8 +173,7 @@ def write_city(
     difficulty: float = 1.0,
 ) -> None:
     """Writes the tiles, by default all of the layout, over files of the same names. `size` is the
-    side in pixels, or (height, width). `city.json` says complete only after the last tile.
-    """
+    side in pixels, or (height, width). `city.json` says complete only after the last tile."""
     root, marker = Path(root), describe_city(seed, size, layout, difficulty)
     root.mkdir(parents=True, exist_ok=True)
     write, numbers, _ = LAYOUTS[layout]
@@ -194,8 +191,7 @@ def ensure_city(
     difficulty: float = 1.0,
 ) -> bool:
     """Makes sure that root holds this city; True if it had to be written. A city left half-written
-    is finished. Raises DataError, and writes nothing, where root holds anything else.
-    """
+    is finished. Raises DataError, and writes nothing, where root holds anything else."""
     root, wanted = Path(root), describe_city(seed, size, layout, difficulty)
     if root.exists() and not root.is_dir():
         raise DataError(f"{root} is a file; name a new folder for the synthetic city")
@@ -220,8 +216,7 @@ def ensure_city(
 
 def open_city(root: Path) -> None:
     """Makes sure that root holds a city in Vaihingen's layout: the one that it says it holds, or
-    else the usual one. Raises DataError as `ensure_city` does.
-    """
+    else the usual one. Raises DataError as `ensure_city` does."""
     try:
         city = json.loads((Path(root) / "city.json").read_text())
         ensure_city(root, city["seed"], city["size"], difficulty=city["difficulty"])
