@@ -73,23 +73,24 @@ def write_tile(
     rgb, nodata = image.colours == "rgb", [] if image.nodata is None else [image.nodata]
     kinds = {i: "unspecified" for i in range(3 if rgb else 1, image.bands)}
     kinds |= {} if image.alpha is None else {image.alpha: "unassalpha"}
-    about = dict(extrasamples=list(kinds.values()), planarconfig="contig")
     pixels = image[box]
     if image.mask is not None and pixels.dtype.kind == "f":  # no tile has a mask
         pixels, nodata = np.where(image.valid(box, pixels)[..., None], pixels, np.nan), [math.nan]
-    files = {"images": (pixels, nodata, {"photometric": "rgb" if rgb else "minisblack", **about})}
+    files = {"images": (pixels, nodata, "rgb" if rgb else "minisblack", list(kinds.values()))}
     for kind, view in others.items():
         pixels = view[box]
-        bands = 1 if pixels.ndim == 2 else pixels.shape[2]
-        about = dict(extrasamples=["unspecified"] * (bands - 1), planarconfig="contig")
-        files[kind] = pixels, [math.nan], {"photometric": "minisblack", **about}
-    for kind, (pixels, holes, about) in files.items():
+        if pixels.shape[2:] == (1,):  # tifffile would make a page of every row
+            pixels = pixels[..., 0]
+        more = ["unspecified"] * (pixels.shape[2] - 1) if pixels.ndim == 3 else []
+        files[kind] = pixels, [math.nan], "minisblack", more
+    for kind, (pixels, holes, photometric, more) in files.items():
         (folder / kind).mkdir(parents=True, exist_ok=True)
         extra = [*tags, *((NODATA, "s", 0, f"{value:.17g}", True) for value in holes)]
         # The tags, which are the image's, may name a unit of heights.
         extra += [(GDAL_METADATA, "s", 0, IN_METRES, True)] if kind == "dsm" else []
-        options = dict(compression="zlib", metadata=None, extratags=extra)
-        tifffile.imwrite(folder / kind / name, pixels, **about, **options)
+        options = dict(photometric=photometric, extrasamples=more, planarconfig="contig")
+        options |= dict(compression="zlib", metadata=None, extratags=extra)
+        tifffile.imwrite(folder / kind / name, pixels, **options)
     (folder / "labels").mkdir(exist_ok=True)
     output = Output(folder / "labels" / name, ("class",), classes)
     write_maps([output], [cut[None]], cut.shape, folder / "images" / name)
