@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import ArgumentTypeError, Namespace
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -252,11 +251,11 @@ def open_from_settings(s: Settings, root: str | Path | None = None) -> Dataset:
 def _layout_tiles(
     dataset: Dataset, split: str, modalities: tuple[str, ...], scored: bool
 ) -> tuple[list[Tile], list[Path]]:
-    layout, bands = dataset.layout, dataset.bands
+    layout, chosen = dataset.layout, dataset.bands
     root, names = _tile_names(dataset, split)
-    image = dict(layout.image.get(bands) or next(iter(layout.image.values())))  # pattern -> bands
-    if bands and bands not in layout.image:
-        image = dict.fromkeys(image, image_bands(layout, bands, 99))
+    image = dict(layout.image.get(chosen) or next(iter(layout.image.values())))  # pattern -> bands
+    if chosen and chosen not in layout.image:
+        image = dict.fromkeys(image, image_bands(layout, chosen, 99))
     labels = layout.test_labels if scored and not dataset.full_labels else layout.labels
     kinds, unit = {"image": image, "labels": labels}, 1.0
     if "dsm" in modalities:
@@ -266,17 +265,16 @@ def _layout_tiles(
     tiles, missing = [], []
     for folder, name in names:
         found = {kind: _find(root, patterns, folder, name) for kind, patterns in kinds.items()}
-        absent = {kind: path for kind, (_, path, there) in found.items() if not there}
-        absent = {k: path for k, path in absent.items() if k not in dataset.may_lack}
-        missing += absent.values()
-        coded = found["labels"][0] in layout.coded
+        bands, coded = image[found["image"][0]], found["labels"][0] in layout.coded
+        paths = {k: p for k, (_, p, there) in found.items() if there or k not in dataset.may_lack}
+        missing += [path for kind, path in paths.items() if not found[kind][2]]
         tile = Tile(
             name,
-            {kind: path for kind, (_, path, there) in found.items() if there or kind in absent},
+            paths,
             dataset.classes,
             layout.unscored_color,
             ignore_index=-1 if layout.codes and not coded else IGNORE,
-            bands=image[found["image"][0]],
+            bands=bands,
             height_unit=unit,
             codes=layout.codes[dataset.labels] if coded else None,
             exact=dataset.labels == "published" and not layout.codes,
@@ -352,24 +350,26 @@ def _read_classes(path: Path) -> tuple[Classes, int, dict[str, Kind], list[str]]
         raise DataError(f"{path}: not of the form {form} ({one_line(error)})") from error
     names, colors = zip(*named) if named else ((), ())
     valid = all(len(color) == 3 and all(0 <= v <= 255 for v in color) for color in colors)
-    if not 2 <= len(named) <= 64 or not valid:
-        needed = "2 to 64 classes are needed, each with a colour [r, g, b] of 0 to 255"
-        raise DataError(f"{path}: {needed}")
+
+    def need(fits: bool, what: str) -> None:
+        if not fits:
+            raise DataError(f"{path}: {what}")
+
+    needed = "2 to 64 classes are needed, each with a colour [r, g, b] of 0 to 255"
+    need(2 <= len(named) <= 64 and valid, needed)
     for what, values in (("colour", colors), ("name", names)):
-        if len(set(values)) < len(values):
-            raise DataError(f"{path}: two classes have the same {what}; give each its own")
-    if forms.pop("dsm", height := {"kind": "height"}) != height:
-        raise DataError(
-            f"{path}: the raster dsm: give {json.dumps(height)}; its scale is --heights"
+        need(
+            len(set(values)) == len(values), f"two classes have the same {what}; give each its own"
         )
-    if odd := next((name for name in names if not name.isprintable()), None):
-        raise DataError(
-            f"{path}: the class {odd!r} has a character that cannot be shown; rename it"
-        )
+    height = {"kind": "height"}
+    remedy = f"give {json.dumps(height)}; its scale is --heights"
+    need(forms.pop("dsm", height) == height, f"the raster dsm: {remedy}")
+    odd = next((name for name in names if not name.isprintable()), None)
+    need(odd is None, f"the class {odd!r} has a character that cannot be shown; rename it")
     rasters = {name: read_kind(name, form, str(path)) for name, form in forms.items()}
     told = content.get("train", [])
-    if not (isinstance(told, list) and all(isinstance(word, str) for word in told)):
-        raise DataError(f'{path}: "train" is a list of the words for train.py; leave it out')
+    words = isinstance(told, list) and all(isinstance(word, str) for word in told)
+    need(words, '"train" is a list of the words for train.py; leave it out')
     return tuple(named), ignored, rasters, told
 
 
@@ -384,15 +384,13 @@ def _own_tiles(dataset: Dataset, split: str, modalities: tuple[str, ...]) -> lis
     if lacking := sorted(images.keys() - labels.keys()):
         without = f"no labels for {len(lacking)} images, first {lacking[0]}"
         raise DataError(f"{folder / 'labels'}: {without}")
-    bands, tiles = image_bands(None, dataset.bands, 99), []
-    names = images.keys() | (labels.keys() if "image" in dataset.may_lack else ())
-    for name in sorted(names):
-        paths = {"image": images[name]} if name in images else {}
-        paths["labels"] = labels[name]
-        paths |= {kind: files[name] for kind, files in more.items() if name in files}
-        choices = dict(ignore_index=dataset.ignore_index, bands=bands, scaling=dataset.scaling)
-        tiles.append(Tile(name, paths, dataset.classes, **choices))
-    return tiles
+    choices = dict(ignore_index=dataset.ignore_index, scaling=dataset.scaling)
+    choices["bands"], found = image_bands(None, dataset.bands, 99), []
+    files_of = {"image": images, "labels": labels, **more}
+    for name in sorted(labels if "image" in dataset.may_lack else images):
+        paths = {kind: files[name] for kind, files in files_of.items() if name in files}
+        found.append(Tile(name, paths, dataset.classes, **choices))
+    return found
 
 
 def files_by_stem(folder: Path) -> dict[str, Path]:
