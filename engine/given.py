@@ -10,7 +10,7 @@ from engine.console import typed
 from engine.settings import Settings
 from geodata.kinds import read_kind
 from geodata.layouts import LAYOUTS, image_bands
-from geodata.rasters import DataError, open_raster
+from geodata.rasters import DataError
 from geodata.scaling import Scaling
 from geodata.tiles import Tile
 
@@ -48,14 +48,13 @@ def tile_of_files(
     if not paths:
         raise DataError(f"no raster is given; {run} was trained on {', '.join(s.rasters)}")
     named, layout = tuple((name, tuple(color)) for name, color in classes), LAYOUTS.get(s.data)
-    tile = Tile(name, paths, named, scaling=Scaling(s.heights, s.image_scaling))
-    tile.kinds, tile.may_lack = kinds, s.may_lack
+    scaling, pixel = Scaling(s.heights, s.image_scaling), layout and layout.pixel
+    lack = dict(kinds=kinds, may_lack=s.may_lack)
+    tile = Tile(name, paths, named, pixel=pixel, scaling=scaling, **lack)
     if "image" in paths:
-        tile.bands = image_bands(layout, s.bands, open_raster(paths["image"]).bands)
-    if layout is not None:
-        tile.pixel = layout.pixel
-        if "dsm" in paths:
-            tile.use_heights_of(layout, s.heights_kind)
+        tile.bands = image_bands(layout, s.bands, tile.raster("image").bands)
+    if layout is not None and "dsm" in paths:
+        tile.use_heights_of(layout, s.heights_kind)
     return tile
 
 
@@ -85,11 +84,11 @@ def files_given(args: Namespace) -> dict[str, Path]:
 
 def raster_words(files: dict[str, Path | str]) -> list:
     """Rasters by name as the flags that give them."""
-    pairs = {
-        n: (f"--{n}", p) if n in ("image", "dsm") else ("--raster", f"{n}={p}")
-        for n, p in files.items()
-    }
-    return [word for pair in pairs.values() for word in pair]
+    words = []
+    for name, path in files.items():
+        usual = name in ("image", "dsm")
+        words += [f"--{name}", path] if usual else ["--raster", f"{name}={path}"]
+    return words
 
 
 def facts_of_run(run: Path) -> dict:
