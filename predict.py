@@ -1,19 +1,14 @@
 """From rasters to a class map, and to how sure the network is of it.
 
     python predict.py --run runs/NAME --image ortho.tif --dsm heights.tif --out map.tif
-    python predict.py --image ortho.tif --dsm heights.tif --out map.png --stride 64
     python predict.py --image ortho.tif --dsm heights.tif --out map.tif --confidence sure.tif
-    python predict.py --image ortho.tif --dsm heights.tif --out map.tif --probabilities classes.tif
-    python predict.py --image ortho.tif --dsm heights.tif --out map.tif --polygons map.geojson
     python predict.py --image FOLDER --dsm heights.tif --out MAPS
 
 The map is a PNG or a GeoTIFF, by the ending of --out: class indices with a colour table, laid where
-the image lies; see `geodata/maps.py`. Rasters are read and the map is written strip by strip.
-`evaluate.py` predicts by the same functions (`engine/inference.py`) and averages windows as the
-paper does; a map trusts the middle of a window more than its border.
-
-The probabilities of a pixel are the softmax of the mean of its windows' logits. They are what the
-network says, and networks are often surer than they are right.
+the image lies; see `geodata/maps.py`, and docs/prediction.md for all that can be written. Rasters
+are read and the map is written strip by strip. `evaluate.py` predicts by the same functions
+(`engine/inference.py`) and averages windows as the paper does; a map trusts the middle of a window
+more than its border.
 
 Shapes: `H, W` pixels of the raster, `B` windows of a batch, `K` classes.
 """

@@ -1,9 +1,7 @@
 """From an orthophoto and polygons drawn in a GIS to tiles that train.py reads.
 
     python prepare.py --image ortho.tif --dsm heights.tif --polygons labels.geojson --out DIR
-    python prepare.py --image ortho.tif --polygons labels.geojson --field landuse --out DIR
-    python prepare.py --image ortho.tif --dsm heights.tif --labels labels.tif --out DIR
-    python prepare.py --image ortho.tif --raster sar=radar.tif --polygons labels.geojson --out DIR
+    python prepare.py --image ortho.tif --raster sar=radar.tif --labels labels.tif --out DIR
 
 What no polygon covers is not labelled. The image is cut into blocks that do not touch; a seeded
 draw shares them out among DIR/train, DIR/val and DIR/test, so that each has some of every class if
@@ -32,7 +30,7 @@ from geodata.annotation import from_polygons, from_raster
 from geodata.blocks import cut_blocks, share_out
 from geodata.doctor import MARKERS
 from geodata.grids import geo_tags
-from geodata.kinds import Kind, ordered, read_kind
+from geodata.kinds import ordered, read_kind
 from geodata.labels import labels_to_colors
 from geodata.layouts import IGNORE, Classes
 from geodata.maps import Output, write_maps
@@ -134,16 +132,6 @@ def table(classes: Classes, own: dict[str, np.ndarray]) -> Iterator[str]:
             yield f"note: {part} has no {', '.join(lacking)}; label more, or try a smaller --block"
 
 
-def write_classes(path: Path, classes: Classes, kinds: dict[str, Kind], told: list[str]) -> None:
-    """The classes.json of the tiles, with what train.py is to be told of them."""
-    named = [{"name": name, "color": color} for name, color in classes]
-    content = {"classes": named, "ignore": IGNORE, "train": told}
-    if kinds:
-        content["rasters"] = {name: kind.as_dict() for name, kind in kinds.items()}
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
 # ------------------------------------------------------------------------------------------ the way
 
 
@@ -197,24 +185,25 @@ def prepare(args: Namespace, tile: Tile, folder: Path) -> list[str]:
         for rows, _ in strip_boxes(tile.size):
             labels[rows][missing(rows)] = IGNORE
 
-    found, empty = [], 0
+    blocks, counts, empty = [], [], 0
     for box in cut_blocks(tile.size, args.block):
-        pixels = np.bincount(labels[box].ravel(), minlength=256)[: len(classes)]
-        if pixels.any() and all(has_data(name, view[box]) for name, view in others.items()):
-            found.append((box, pixels))
+        own = np.bincount(labels[box].ravel(), minlength=256)[: len(classes)]
+        if own.any() and all(has_data(name, view[box]) for name, view in others.items()):
+            blocks.append(box)
+            counts.append(own)
         else:
-            empty += bool(pixels.any())
+            empty += bool(own.any())
     if empty:
         tile.notes.append(f"{empty} labelled blocks are left out, where {' or '.join(others)} ends")
-    if len(found) < 3:
+    if len(blocks) < 3:
         fits = max(LEAST, min(args.block - 1, min(tile.size) // 3))
-        few = f"labels lie in {len(found)} blocks of {args.block} pixels, and 3 are needed"
+        few = f"labels lie in {len(blocks)} blocks of {args.block} pixels, and 3 are needed"
         remedy = f"give --block {fits}" if fits < args.block else "label more of the image"
         raise DataError(f"{args.polygons or args.labels}: {few}; {remedy}")
     for note in tile.notes:
         print(f"note: {note}")
-    blocks, pixels = [box for box, _ in found], np.stack([own for _, own in found])
-    drawn = share_out(pixels, shares_of(len(found), args.test, args.val), args.seed)
+    pixels = np.stack(counts)
+    drawn = share_out(pixels, shares_of(len(blocks), args.test, args.val), args.seed)
     parts, ticker = np.array(list(PARTS))[drawn], Ticker("blocks")
     for i, (box, part) in enumerate(zip(blocks, parts), 1):
         write_tile(folder / part, tile.raster("image"), others, labels, classes, box)
@@ -231,7 +220,12 @@ def prepare(args: Namespace, tile: Tile, folder: Path) -> list[str]:
     if (least := min(side.stop - side.start for box in blocks for side in box)) < CROP:
         crop = max(LEAST, least // 16 * 16)
         told += ["--crop", str(crop), "--stride", str(crop // 2)]
-    write_classes(folder / "classes.json", classes, tile.kinds, told)
+    named = [{"name": name, "color": color} for name, color in classes]
+    content = {"classes": named, "ignore": IGNORE, "train": told}
+    if tile.kinds:
+        content["rasters"] = {name: kind.as_dict() for name, kind in tile.kinds.items()}
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    (folder / "classes.json").write_text(text + "\n", encoding="utf-8")
     return told
 
 
