@@ -155,7 +155,8 @@ class Dataset:
         patterns = self.layout.dsm[kind][1]
         splits = self.layout.listed or self.layout.splits[self.splits]
         found = (_tile_names(self, split) for split in splits)
-        return all(_find(root, patterns, *name)[2] for root, names in found for name in names)
+        paths = (_find(root, patterns, *name)[1] for root, names in found for name in names)
+        return all(path.is_file() for path in paths)
 
     def check(self, modalities: tuple[str, ...]) -> list[str]:
         """Looks into the files of all tiles that are not trained on, which are needed only after
@@ -266,11 +267,11 @@ def _layout_tiles(
     for folder, name in names:
         found = {kind: _find(root, patterns, folder, name) for kind, patterns in kinds.items()}
         bands, coded = image[found["image"][0]], found["labels"][0] in layout.coded
-        paths = {k: p for k, (_, p, there) in found.items() if there or k not in dataset.may_lack}
-        missing += [path for kind, path in paths.items() if not found[kind][2]]
+        kept = {k: p for k, (_, p) in found.items() if p.is_file() or k not in dataset.may_lack}
+        missing += [path for path in kept.values() if not path.is_file()]
         tile = Tile(
             name,
-            paths,
+            kept,
             dataset.classes,
             layout.unscored_color,
             ignore_index=-1 if layout.codes and not coded else IGNORE,
@@ -286,13 +287,11 @@ def _layout_tiles(
     return tiles, missing
 
 
-def _find(root: Path, patterns, folder: str, name: str) -> tuple[str, Path, bool]:
-    """(pattern, path, True) of the first file that exists; (pattern, path, False) of the first
-    pattern if none does."""
+def _find(root: Path, patterns, folder: str, name: str) -> tuple[str, Path]:
+    """(pattern, path) of the first file that exists; of the first pattern if none does."""
     padded = "_".join(part.zfill(2) for part in name.split("_"))
     candidates = [(p, root / p.format(id=name, padded=padded, folder=folder)) for p in patterns]
-    found = next(((*c, True) for c in candidates if c[1].is_file()), None)
-    return found or (*candidates[0], False)
+    return next((found for found in candidates if found[1].is_file()), candidates[0])
 
 
 def _tile_names(dataset: Dataset, split: str) -> tuple[Path, list[tuple[str, str]]]:

@@ -100,11 +100,8 @@ def picture(
     """The image, and on it the labels and the frame of each block in the colour of its part."""
     H, W = labels.shape
     step = -(-max(H, W) // SHOWN)
-    image, seen = (
-        np.concatenate([source[y : y + 1, 0:W][:, ::step] for y in range(0, H, step)])
-        for source in (pixels, labels)
-    )
-    image = image.astype(np.float32)
+    rows = [pixels[y : y + 1, 0:W][:, ::step] for y in range(0, H, step)]
+    image, seen = np.concatenate(rows).astype(np.float32), labels[::step, ::step]
     low, high = np.percentile(image, (2, 98))
     image = (255 * np.clip((image - low) / max(high - low, 1e-6), 0, 1)).astype(np.uint8)
     known = (seen != IGNORE)[..., None]

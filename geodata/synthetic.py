@@ -12,7 +12,7 @@ it was finished."""
 from __future__ import annotations
 
 import json
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -36,13 +36,10 @@ def erode_labels(labels: np.ndarray, radius: int = 3) -> np.ndarray:
     """Labels uint8 (H, W) with 255 wherever the disc of `radius` pixels about a pixel holds a
     second class."""
     border = np.zeros(labels.shape, bool)
-    for dy in range(radius + 1):
-        for dx in range(-radius, radius + 1):  # half of the disc: a pair of pixels marks both ends
-            if dy * dy + dx * dx <= radius * radius:
-                here, there = shifted(labels.shape, dy, dx)
-                differs = labels[here] != labels[there]
-                border[here] |= differs
-                border[there] |= differs
+    for dy, dx in product(range(-radius, radius + 1), repeat=2):
+        if dy * dy + dx * dx <= radius * radius:
+            here, there = shifted(labels.shape, dy, dx)
+            border[here] |= labels[here] != labels[there]
     return np.where(border, np.uint8(IGNORE), labels)
 
 
