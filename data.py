@@ -96,9 +96,7 @@ class Dataset:
             )
         return tiles
 
-    def find_tiles(
-        self, split: str, modalities: tuple[str, ...] = ("image", "dsm")
-    ) -> tuple[list[Tile], list[Path]]:
+    def find_tiles(self, split: str, modalities: tuple[str, ...]) -> tuple[list[Tile], list[Path]]:
         """The tiles of a split, and the files of theirs that are missing. Raises DataError where
         there is no tile, and for a raster of no kind that it has."""
         known = ("image", "dsm", *self.rasters)
@@ -128,10 +126,8 @@ class Dataset:
             n, what = sum(name not in t.paths for t in tiles), "heights" if name == "dsm" else name
             if n == len(tiles) and split == "train":
                 rest = "+".join(other for other in modalities if other != name)
-                raise DataError(
-                    f"{self.root}: no training tile has {what}; add files of the tiles' names, or "
-                    f"use --modalities {rest}"
-                )
+                remedy = f"add files of the tiles' names, or use --modalities {rest}"
+                raise DataError(f"{self.root}: no training tile has {what}; {remedy}")
             lines += [f"{n} of {len(tiles)} {split} tiles have no {what}"] if n else []
         return lines
 
@@ -232,11 +228,11 @@ def open_dataset(
     return Dataset(name, root, classes, scored, layout, ignored, *choices, rasters=rasters)
 
 
-def open_from_settings(s: Settings, root: str | Path | None = None) -> Dataset:
-    """The data set of a run, read as the run reads it; `root` where it lies elsewhere now. A run
-    that has not kept its kinds of rasters yet gets them. Raises DataError."""
+def open_from_settings(s: Settings) -> Dataset:
+    """The data set of a run, read as the run reads it. A run that has not kept its kinds of rasters
+    yet gets them. Raises DataError."""
     scaling, names = Scaling(s.heights, s.image_scaling), (s.labels, s.full_labels, s.splits)
-    dataset = open_dataset(s.data, root or s.root, s.bands, *names, scaling, s.heights_kind)
+    dataset = open_dataset(s.data, s.root, s.bands, *names, scaling, s.heights_kind)
     for name, form in s.kinds.items():
         patterns = dataset.rasters[name].patterns if name in dataset.rasters else ()
         kept = replace(read_kind(name, form, "its settings"), patterns=patterns)

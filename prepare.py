@@ -139,15 +139,14 @@ def measured(tile: Tile) -> tuple[View, dict[str, View], list[str]]:
     others, told = [name for name in tile.paths if name not in ("image", "labels")], []
     bytes_ = tile.raster("image").dtype == np.uint8
     tile.scaling = Scaling(images="0:1" if bytes_ else "minmax")
-    for name in others:
+    for name, kind in tile.kinds.items():
         raster = tile.raster(name)
-        if name != "dsm":
-            bands = tuple(band for band in range(raster.bands) if band != raster.alpha)
-            if bands != tuple(range(len(bands))):
-                remedy = f"{' '.join(f'-b {band + 1}' for band in bands)} IN OUT.tif"
-                last = f"band {raster.alpha + 1} is alpha, which comes last"
-                raise DataError(f"{raster.path}: {last}: gdal_translate {remedy}")
-            tile.kinds[name] = replace(tile.kinds[name], bands=bands)
+        bands = tuple(band for band in range(raster.bands) if band != raster.alpha)
+        if bands != tuple(range(len(bands))):
+            remedy = f"{' '.join(f'-b {band + 1}' for band in bands)} IN OUT.tif"
+            last = f"band {raster.alpha + 1} is alpha, which comes last"
+            raise DataError(f"{raster.path}: {last}: gdal_translate {remedy}")
+        tile.kinds[name] = replace(kind, bands=bands)
     loaded = tile.open(("image", *others))
     if not bytes_:
         told.append(f"--image-scaling={as_range(*loaded.scale.image)}")

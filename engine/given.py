@@ -23,9 +23,7 @@ def named_file(text: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
-def tile_of_files(
-    s: Settings, name: str, given: dict[str, Path | None], classes: list, run: str
-) -> Tile:
+def tile_of_files(s: Settings, name: str, given: dict[str, Path], classes: list, run: str) -> Tile:
     """Rasters by name as a tile that is read and scaled as those of a run. Raises DataError where
     one that the run was trained on is missing, and it was trained to have all."""
     kinds, paths = {n: read_kind(n, form, run) for n, form in s.kinds.items()}, {}
@@ -37,14 +35,13 @@ def tile_of_files(
         from_image = kind in kinds and kinds[kind].source == "image"
         path = given.get(kind) or (given.get("image") if from_image else None)
         flag = f"--{kind}" if kind in ("image", "dsm") else f"--raster {kind}=FILE"
+        trained = f"{run} was trained on it"
         if path is not None and not path.is_file():
-            raise DataError(f"{flag}: {path} is no file; {run} was trained on it")
+            raise DataError(f"{flag}: {path} is no file; {trained}")
         if path is not None:
             paths[kind] = path
         elif kind not in s.may_lack:
-            raise DataError(
-                f"{flag}: missing; {run} was trained on it; to do without: {to_lack(s)}"
-            )
+            raise DataError(f"{flag}: missing; {trained}; to do without: {to_lack(s)}")
     if not paths:
         raise DataError(f"no raster is given; {run} was trained on {', '.join(s.rasters)}")
     named, layout = tuple((name, tuple(color)) for name, color in classes), LAYOUTS.get(s.data)

@@ -155,10 +155,9 @@ def write_regions(
     with open(path, "w", encoding="utf-8") as file:
         file.write(json.dumps(head)[:-1] + ', "features": [')
         for i, region in enumerate(regions):
-            rings = []
-            for ring in region.rings:
-                x, y = np.round(grid.corner(*np.append(ring, ring[:1], axis=0).T[::-1]), digits)
-                rings.append(np.stack([x, y], 1).tolist())
+            closed = [np.append(ring, ring[:1], axis=0) for ring in region.rings]
+            places = [grid.corner(*ring.T[::-1]) for ring in closed]
+            rings = [np.round(place, digits).T.tolist() for place in places]
             about = {"class": classes[region.value][0], "value": region.value}
             about |= {"area": round(region.pixels * area, 3)}
             about |= {"confidence": round(region.confidence, 1)}

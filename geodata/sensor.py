@@ -119,10 +119,9 @@ def wander(rng: np.random.Generator, surface: np.ndarray, pixels: float) -> np.n
 def melt(rng: np.random.Generator, surface: np.ndarray, share: float) -> np.ndarray:
     """The surface (H, W) with soft edges. A window of matching that straddles an edge sees what
     stands in front: here and there, up to 0.8 of the `share`, things grow and their edges run."""
-    grown = surface
+    grown = surface.copy()
     for dy, dx in ((0, 2), (0, -2), (2, 0), (-2, 0)):
         here, there = shifted(surface.shape, dy, dx)
-        grown = grown.copy()
         grown[here] = np.maximum(grown[here], surface[there])
     for step in (1, 2, 3):
         grown = blur(grown, step)
