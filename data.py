@@ -172,12 +172,11 @@ class Dataset:
         own tiles "val" is the folder of that name. Raises DataError."""
         if names == ("val",) and self.layout is None:
             return replace(self, val_folder=True)
-        whole = replace(self, held_out=())
-        train = [tile.name for tile in whole.tiles("train", ())]
+        train = [tile.name for tile in self.tiles("train", ())]
         if names is None and self.layout is None:
             names = max(1, len(train) // 6)
         elif names is None and self.layout.listed:
-            names = tuple(tile.name for tile in whole.tiles("val", ()))
+            names = tuple(tile.name for tile in self.tiles("val", ()))
         elif names is None:
             names = self.layout.validation
         if isinstance(names, int):

@@ -143,11 +143,11 @@ def row_of_lots(rng, place, u, across, v, spacing, opposite: int) -> list:
 
 def assign(rng: np.random.Generator, lots: list, middle: tuple[float, float]) -> list:
     """(lot, kind) from the middle outwards, the kinds in turns, each turn shuffled."""
-    far = [(lot.x - middle[0]) ** 2 + (lot.y - middle[1]) ** 2 for lot in lots]
-    order, kinds = sorted(range(len(lots)), key=far.__getitem__), []
+    (x, y), kinds = middle, []
     while len(kinds) < len(lots):
         kinds += [KINDS[int(k)] for k in rng.permutation(len(KINDS))]
-    return [(lots[i], kind) for i, kind in zip(order, kinds)]
+    outwards = sorted(lots, key=lambda lot: (lot.x - x) ** 2 + (lot.y - y) ** 2)
+    return list(zip(outwards, kinds))
 
 
 def draw_lot(canvas: Canvas, lot: Lot, kind: str) -> None:
