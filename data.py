@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import ArgumentTypeError, Namespace
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -96,9 +95,7 @@ class Dataset:
             )
         return tiles
 
-    def find_tiles(
-        self, split: str, modalities: tuple[str, ...] = ("image", "dsm")
-    ) -> tuple[list[Tile], list[Path]]:
+    def find_tiles(self, split: str, modalities: tuple[str, ...]) -> tuple[list[Tile], list[Path]]:
         """The tiles of a split, and the files of theirs that are missing. Raises DataError where
         there is no tile, and for a raster of no kind that it has."""
         known = ("image", "dsm", *self.rasters)
@@ -128,10 +125,8 @@ class Dataset:
             n, what = sum(name not in t.paths for t in tiles), "heights" if name == "dsm" else name
             if n == len(tiles) and split == "train":
                 rest = "+".join(other for other in modalities if other != name)
-                raise DataError(
-                    f"{self.root}: no training tile has {what}; add files of the tiles' names, or "
-                    f"use --modalities {rest}"
-                )
+                remedy = f"add files of the tiles' names, or use --modalities {rest}"
+                raise DataError(f"{self.root}: no training tile has {what}; {remedy}")
             lines += [f"{n} of {len(tiles)} {split} tiles have no {what}"] if n else []
         return lines
 
@@ -155,7 +150,8 @@ class Dataset:
         patterns = self.layout.dsm[kind][1]
         splits = self.layout.listed or self.layout.splits[self.splits]
         found = (_tile_names(self, split) for split in splits)
-        return all(_find(root, patterns, *name)[2] for root, names in found for name in names)
+        paths = (_find(root, patterns, *name)[1] for root, names in found for name in names)
+        return all(path.is_file() for path in paths)
 
     def check(self, modalities: tuple[str, ...]) -> list[str]:
         """Looks into the files of all tiles that are not trained on, which are needed only after
@@ -175,12 +171,11 @@ class Dataset:
         own tiles "val" is the folder of that name. Raises DataError."""
         if names == ("val",) and self.layout is None:
             return replace(self, val_folder=True)
-        whole = replace(self, held_out=())
-        train = [tile.name for tile in whole.tiles("train", ())]
+        train = [tile.name for tile in self.tiles("train", ())]
         if names is None and self.layout is None:
             names = max(1, len(train) // 6)
         elif names is None and self.layout.listed:
-            names = tuple(tile.name for tile in whole.tiles("val", ()))
+            names = tuple(tile.name for tile in self.tiles("val", ()))
         elif names is None:
             names = self.layout.validation
         if isinstance(names, int):
@@ -231,11 +226,11 @@ def open_dataset(
     return Dataset(name, root, classes, scored, layout, ignored, *choices, rasters=rasters)
 
 
-def open_from_settings(s: Settings, root: str | Path | None = None) -> Dataset:
-    """The data set of a run, read as the run reads it; `root` where it lies elsewhere now. A run
-    that has not kept its kinds of rasters yet gets them. Raises DataError."""
+def open_from_settings(s: Settings) -> Dataset:
+    """The data set of a run, read as the run reads it. A run that has not kept its kinds of rasters
+    yet gets them. Raises DataError."""
     scaling, names = Scaling(s.heights, s.image_scaling), (s.labels, s.full_labels, s.splits)
-    dataset = open_dataset(s.data, root or s.root, s.bands, *names, scaling, s.heights_kind)
+    dataset = open_dataset(s.data, s.root, s.bands, *names, scaling, s.heights_kind)
     for name, form in s.kinds.items():
         patterns = dataset.rasters[name].patterns if name in dataset.rasters else ()
         kept = replace(read_kind(name, form, "its settings"), patterns=patterns)
@@ -251,11 +246,11 @@ def open_from_settings(s: Settings, root: str | Path | None = None) -> Dataset:
 def _layout_tiles(
     dataset: Dataset, split: str, modalities: tuple[str, ...], scored: bool
 ) -> tuple[list[Tile], list[Path]]:
-    layout, bands = dataset.layout, dataset.bands
+    layout, chosen = dataset.layout, dataset.bands
     root, names = _tile_names(dataset, split)
-    image = dict(layout.image.get(bands) or next(iter(layout.image.values())))  # pattern -> bands
-    if bands and bands not in layout.image:
-        image = dict.fromkeys(image, image_bands(layout, bands, 99))
+    image = dict(layout.image.get(chosen) or next(iter(layout.image.values())))  # pattern -> bands
+    if chosen and chosen not in layout.image:
+        image = dict.fromkeys(image, image_bands(layout, chosen, 99))
     labels = layout.test_labels if scored and not dataset.full_labels else layout.labels
     kinds, unit = {"image": image, "labels": labels}, 1.0
     if "dsm" in modalities:
@@ -265,17 +260,16 @@ def _layout_tiles(
     tiles, missing = [], []
     for folder, name in names:
         found = {kind: _find(root, patterns, folder, name) for kind, patterns in kinds.items()}
-        absent = {kind: path for kind, (_, path, there) in found.items() if not there}
-        absent = {k: path for k, path in absent.items() if k not in dataset.may_lack}
-        missing += absent.values()
-        coded = found["labels"][0] in layout.coded
+        bands, coded = image[found["image"][0]], found["labels"][0] in layout.coded
+        kept = {k: p for k, (_, p) in found.items() if p.is_file() or k not in dataset.may_lack}
+        missing += [path for path in kept.values() if not path.is_file()]
         tile = Tile(
             name,
-            {kind: path for kind, (_, path, there) in found.items() if there or kind in absent},
+            kept,
             dataset.classes,
             layout.unscored_color,
             ignore_index=-1 if layout.codes and not coded else IGNORE,
-            bands=image[found["image"][0]],
+            bands=bands,
             height_unit=unit,
             codes=layout.codes[dataset.labels] if coded else None,
             exact=dataset.labels == "published" and not layout.codes,
@@ -287,13 +281,11 @@ def _layout_tiles(
     return tiles, missing
 
 
-def _find(root: Path, patterns, folder: str, name: str) -> tuple[str, Path, bool]:
-    """(pattern, path, True) of the first file that exists; (pattern, path, False) of the first
-    pattern if none does."""
+def _find(root: Path, patterns, folder: str, name: str) -> tuple[str, Path]:
+    """(pattern, path) of the first file that exists; of the first pattern if none does."""
     padded = "_".join(part.zfill(2) for part in name.split("_"))
     candidates = [(p, root / p.format(id=name, padded=padded, folder=folder)) for p in patterns]
-    found = next(((*c, True) for c in candidates if c[1].is_file()), None)
-    return found or (*candidates[0], False)
+    return next((found for found in candidates if found[1].is_file()), candidates[0])
 
 
 def _tile_names(dataset: Dataset, split: str) -> tuple[Path, list[tuple[str, str]]]:
@@ -351,24 +343,26 @@ def _read_classes(path: Path) -> tuple[Classes, int, dict[str, Kind], list[str]]
         raise DataError(f"{path}: not of the form {form} ({one_line(error)})") from error
     names, colors = zip(*named) if named else ((), ())
     valid = all(len(color) == 3 and all(0 <= v <= 255 for v in color) for color in colors)
-    if not 2 <= len(named) <= 64 or not valid:
-        needed = "2 to 64 classes are needed, each with a colour [r, g, b] of 0 to 255"
-        raise DataError(f"{path}: {needed}")
+
+    def need(fits: bool, what: str) -> None:
+        if not fits:
+            raise DataError(f"{path}: {what}")
+
+    needed = "2 to 64 classes are needed, each with a colour [r, g, b] of 0 to 255"
+    need(2 <= len(named) <= 64 and valid, needed)
     for what, values in (("colour", colors), ("name", names)):
-        if len(set(values)) < len(values):
-            raise DataError(f"{path}: two classes have the same {what}; give each its own")
-    if forms.pop("dsm", height := {"kind": "height"}) != height:
-        raise DataError(
-            f"{path}: the raster dsm: give {json.dumps(height)}; its scale is --heights"
+        need(
+            len(set(values)) == len(values), f"two classes have the same {what}; give each its own"
         )
-    if odd := next((name for name in names if not name.isprintable()), None):
-        raise DataError(
-            f"{path}: the class {odd!r} has a character that cannot be shown; rename it"
-        )
+    height = {"kind": "height"}
+    remedy = f"give {json.dumps(height)}; its scale is --heights"
+    need(forms.pop("dsm", height) == height, f"the raster dsm: {remedy}")
+    odd = next((name for name in names if not name.isprintable()), None)
+    need(odd is None, f"the class {odd!r} has a character that cannot be shown; rename it")
     rasters = {name: read_kind(name, form, str(path)) for name, form in forms.items()}
     told = content.get("train", [])
-    if not (isinstance(told, list) and all(isinstance(word, str) for word in told)):
-        raise DataError(f'{path}: "train" is a list of the words for train.py; leave it out')
+    words = isinstance(told, list) and all(isinstance(word, str) for word in told)
+    need(words, '"train" is a list of the words for train.py; leave it out')
     return tuple(named), ignored, rasters, told
 
 
@@ -383,15 +377,13 @@ def _own_tiles(dataset: Dataset, split: str, modalities: tuple[str, ...]) -> lis
     if lacking := sorted(images.keys() - labels.keys()):
         without = f"no labels for {len(lacking)} images, first {lacking[0]}"
         raise DataError(f"{folder / 'labels'}: {without}")
-    bands, tiles = image_bands(None, dataset.bands, 99), []
-    names = images.keys() | (labels.keys() if "image" in dataset.may_lack else ())
-    for name in sorted(names):
-        paths = {"image": images[name]} if name in images else {}
-        paths["labels"] = labels[name]
-        paths |= {kind: files[name] for kind, files in more.items() if name in files}
-        choices = dict(ignore_index=dataset.ignore_index, bands=bands, scaling=dataset.scaling)
-        tiles.append(Tile(name, paths, dataset.classes, **choices))
-    return tiles
+    choices = dict(ignore_index=dataset.ignore_index, scaling=dataset.scaling)
+    choices["bands"], found = image_bands(None, dataset.bands, 99), []
+    files_of = {"image": images, "labels": labels, **more}
+    for name in sorted(labels if "image" in dataset.may_lack else images):
+        paths = {kind: files[name] for kind, files in files_of.items() if name in files}
+        found.append(Tile(name, paths, dataset.classes, **choices))
+    return found
 
 
 def files_by_stem(folder: Path) -> dict[str, Path]:

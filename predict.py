@@ -1,19 +1,14 @@
 """From rasters to a class map, and to how sure the network is of it.
 
     python predict.py --run runs/NAME --image ortho.tif --dsm heights.tif --out map.tif
-    python predict.py --image ortho.tif --dsm heights.tif --out map.png --stride 64
     python predict.py --image ortho.tif --dsm heights.tif --out map.tif --confidence sure.tif
-    python predict.py --image ortho.tif --dsm heights.tif --out map.tif --probabilities classes.tif
-    python predict.py --image ortho.tif --dsm heights.tif --out map.tif --polygons map.geojson
     python predict.py --image FOLDER --dsm heights.tif --out MAPS
 
 The map is a PNG or a GeoTIFF, by the ending of --out: class indices with a colour table, laid where
-the image lies; see `geodata/maps.py`. Rasters are read and the map is written strip by strip.
-`evaluate.py` predicts by the same functions (`engine/inference.py`) and averages windows as the
-paper does; a map trusts the middle of a window more than its border.
-
-The probabilities of a pixel are the softmax of the mean of its windows' logits. They are what the
-network says, and networks are often surer than they are right.
+the image lies; see `geodata/maps.py`, and docs/prediction.md for all that can be written. Rasters
+are read and the map is written strip by strip. `evaluate.py` predicts by the same functions
+(`engine/inference.py`) and averages windows as the paper does; a map trusts the middle of a window
+more than its border.
 
 Shapes: `H, W` pixels of the raster, `B` windows of a batch, `K` classes.
 """
@@ -56,20 +51,11 @@ def bands_of(strips: Iterator, confidence: bool, probabilities: bool, polygons: 
         yield np.concatenate([*parts, *([classes[None], sure] if polygons else [])])
 
 
-def write_prediction(
-    paths: dict[str, Path],
-    strips: Iterator,
-    tile: Tile,
-    size: tuple[int, int],
-    like: Path,
-    min_area: float = 0.0,
-) -> None:
-    """Writes what `predict_strips` yields to `paths` (by flag), laid where the raster `like` lies;
-    polygons of `min_area` square metres, or pixels where it does not tell metres, and more. Raises
-    DataError where they cannot be written."""
+def write_prediction(paths: dict[str, Path], strips: Iterator, tile: Tile, smallest: int) -> None:
+    """Writes what `predict_strips` yields to `paths` (by flag), laid where the tile lies; polygons
+    of `smallest` pixels and more. Raises DataError where they cannot be written."""
     strips = cut_out(bands_of(strips, *(flag in paths for flag in EXTRAS)), tile.without_data())
-    grid, names = read_grid(like), tuple(name for name, _ in tile.classes)
-    smallest = math.ceil(min(min_area / ((grid and grid.pixel_area()) or 1), 1e18))
+    names = tuple(name for name, _ in tile.classes)
     kinds = {
         "--out": (("class",), tile.classes),
         "--confidence": (("confidence",),),
@@ -78,7 +64,7 @@ def write_prediction(
     }
     outputs = [Output(paths[flag], *kind) for flag, kind in kinds.items() if flag in paths]
     try:
-        write_maps(outputs, strips, size, like)
+        write_maps(outputs, strips, tile.size, tile.paths[tile.base])
     except OSError as error:
         listed = " ".join(f"{flag} {path}" for flag, path in paths.items())
         raise DataError(f"{listed}: cannot be written ({one_line(error)})") from error
@@ -97,14 +83,12 @@ def jobs_of(given: dict[str, Path], paths: dict[str, Path]) -> list[Job]:
     for flag, path in paths.items():
         if path.suffix.lower() in (*ENDINGS, POLYGONS):
             raise DataError(f"{flag} {path}: {first} is a folder; give a folder too")
-    files, jobs = {n: files_by_stem(p) if p.is_dir() else p for n, p in given.items()}, []
-    for name, path in files[next(iter(given))].items():
-        rasters = {
-            n: found.get(name) if isinstance(found, dict) else found for n, found in files.items()
-        }
+    folders, jobs = {n: files_by_stem(p) for n, p in given.items() if p.is_dir()}, []
+    for name, path in folders[next(iter(given))].items():
+        rasters = given | {n: files.get(name) for n, files in folders.items()}
         if lacking := next((n for n, found in rasters.items() if not found), None):
             what, where = "heights" if lacking == "dsm" else lacking, given[lacking]
-            flag = f"--{lacking}" if lacking == "dsm" else "--raster"
+            flag = "--dsm" if lacking == "dsm" else "--raster"
             raise DataError(f"{flag} {where}: no {what} for {path}; add {name}.tif")
         ends = {flag: name + (POLYGONS if flag == "--polygons" else ".tif") for flag in paths}
         jobs.append((rasters, {flag: path / ends[flag] for flag, path in paths.items()}))
@@ -125,18 +109,18 @@ def predict_job(job: Job, model: MFNet, s: Settings, classes: list, run: Path, a
     given, paths = job
     tile = tile_of_files(s, paths["--out"].stem, given, classes, str(run))
     loaded = tile.open(s.rasters)
-    H, W = loaded.size
+    (H, W), like = loaded.size, tile.paths[tile.base]
     if min(H, W) < MIN_SIZE:
-        few = f"{tile.paths[tile.base]}: {W} x {H} pixels are too few"
+        few = f"{like}: {W} x {H} pixels are too few"
         raise DataError(f"{few}; give a raster of {MIN_SIZE} and more")
     for note in [*tile.notes, *tile.far_from(facts_of_run(run))]:
         print(f"note: {note}")
     stride = s.eval_stride if args.stride is None else args.stride
     how = dict(blend=args.blend, flips=args.flips, progress=Ticker("rows of windows"))
     strips = predict_loaded(model, loaded, s, stride, probabilities=len(paths) > 1, **how)
-    like = tile.paths[tile.base]
-    write_prediction(paths, strips, tile, (H, W), like, args.min_area)
     grid = read_grid(like)
+    area = (grid and grid.pixel_area()) or 1  # a pixel, where it does not tell metres
+    write_prediction(paths, strips, tile, math.ceil(min(args.min_area / area, 1e18)))
     if "--polygons" in paths and grid and grid.system is None:
         remedy = f"ogr2ogr -a_srs EPSG:NUMBER OUT.geojson {paths['--polygons']}"
         print(f"note: the image names no EPSG number, and so the polygons do not; add it: {remedy}")

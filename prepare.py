@@ -1,9 +1,7 @@
 """From an orthophoto and polygons drawn in a GIS to tiles that train.py reads.
 
     python prepare.py --image ortho.tif --dsm heights.tif --polygons labels.geojson --out DIR
-    python prepare.py --image ortho.tif --polygons labels.geojson --field landuse --out DIR
-    python prepare.py --image ortho.tif --dsm heights.tif --labels labels.tif --out DIR
-    python prepare.py --image ortho.tif --raster sar=radar.tif --polygons labels.geojson --out DIR
+    python prepare.py --image ortho.tif --raster sar=radar.tif --labels labels.tif --out DIR
 
 What no polygon covers is not labelled. The image is cut into blocks that do not touch; a seeded
 draw shares them out among DIR/train, DIR/val and DIR/test, so that each has some of every class if
@@ -32,7 +30,7 @@ from geodata.annotation import from_polygons, from_raster
 from geodata.blocks import cut_blocks, share_out
 from geodata.doctor import MARKERS
 from geodata.grids import geo_tags
-from geodata.kinds import Kind, ordered, read_kind
+from geodata.kinds import ordered, read_kind
 from geodata.labels import labels_to_colors
 from geodata.layouts import IGNORE, Classes
 from geodata.maps import Output, write_maps
@@ -73,23 +71,24 @@ def write_tile(
     rgb, nodata = image.colours == "rgb", [] if image.nodata is None else [image.nodata]
     kinds = {i: "unspecified" for i in range(3 if rgb else 1, image.bands)}
     kinds |= {} if image.alpha is None else {image.alpha: "unassalpha"}
-    about = dict(extrasamples=list(kinds.values()), planarconfig="contig")
     pixels = image[box]
     if image.mask is not None and pixels.dtype.kind == "f":  # no tile has a mask
         pixels, nodata = np.where(image.valid(box, pixels)[..., None], pixels, np.nan), [math.nan]
-    files = {"images": (pixels, nodata, {"photometric": "rgb" if rgb else "minisblack", **about})}
+    files = {"images": (pixels, nodata, "rgb" if rgb else "minisblack", list(kinds.values()))}
     for kind, view in others.items():
         pixels = view[box]
-        bands = 1 if pixels.ndim == 2 else pixels.shape[2]
-        about = dict(extrasamples=["unspecified"] * (bands - 1), planarconfig="contig")
-        files[kind] = pixels, [math.nan], {"photometric": "minisblack", **about}
-    for kind, (pixels, holes, about) in files.items():
+        if pixels.shape[2:] == (1,):  # tifffile would make a page of every row
+            pixels = pixels[..., 0]
+        more = ["unspecified"] * (pixels.shape[2] - 1) if pixels.ndim == 3 else []
+        files[kind] = pixels, [math.nan], "minisblack", more
+    for kind, (pixels, holes, photometric, more) in files.items():
         (folder / kind).mkdir(parents=True, exist_ok=True)
         extra = [*tags, *((NODATA, "s", 0, f"{value:.17g}", True) for value in holes)]
         # The tags, which are the image's, may name a unit of heights.
         extra += [(GDAL_METADATA, "s", 0, IN_METRES, True)] if kind == "dsm" else []
-        options = dict(compression="zlib", metadata=None, extratags=extra)
-        tifffile.imwrite(folder / kind / name, pixels, **about, **options)
+        options = dict(photometric=photometric, extrasamples=more, planarconfig="contig")
+        options |= dict(compression="zlib", metadata=None, extratags=extra)
+        tifffile.imwrite(folder / kind / name, pixels, **options)
     (folder / "labels").mkdir(exist_ok=True)
     output = Output(folder / "labels" / name, ("class",), classes)
     write_maps([output], [cut[None]], cut.shape, folder / "images" / name)
@@ -101,11 +100,8 @@ def picture(
     """The image, and on it the labels and the frame of each block in the colour of its part."""
     H, W = labels.shape
     step = -(-max(H, W) // SHOWN)
-    image, seen = (
-        np.concatenate([source[y : y + 1, 0:W][:, ::step] for y in range(0, H, step)])
-        for source in (pixels, labels)
-    )
-    image = image.astype(np.float32)
+    rows = [pixels[y : y + 1, 0:W][:, ::step] for y in range(0, H, step)]
+    image, seen = np.concatenate(rows).astype(np.float32), labels[::step, ::step]
     low, high = np.percentile(image, (2, 98))
     image = (255 * np.clip((image - low) / max(high - low, 1e-6), 0, 1)).astype(np.uint8)
     known = (seen != IGNORE)[..., None]
@@ -133,16 +129,6 @@ def table(classes: Classes, own: dict[str, np.ndarray]) -> Iterator[str]:
             yield f"note: {part} has no {', '.join(lacking)}; label more, or try a smaller --block"
 
 
-def write_classes(path: Path, classes: Classes, kinds: dict[str, Kind], told: list[str]) -> None:
-    """The classes.json of the tiles, with what train.py is to be told of them."""
-    named = [{"name": name, "color": color} for name, color in classes]
-    content = {"classes": named, "ignore": IGNORE, "train": told}
-    if kinds:
-        content["rasters"] = {name: kind.as_dict() for name, kind in kinds.items()}
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
 # ------------------------------------------------------------------------------------------ the way
 
 
@@ -153,15 +139,14 @@ def measured(tile: Tile) -> tuple[View, dict[str, View], list[str]]:
     others, told = [name for name in tile.paths if name not in ("image", "labels")], []
     bytes_ = tile.raster("image").dtype == np.uint8
     tile.scaling = Scaling(images="0:1" if bytes_ else "minmax")
-    for name in others:
+    for name, kind in tile.kinds.items():
         raster = tile.raster(name)
-        if name != "dsm":
-            bands = tuple(band for band in range(raster.bands) if band != raster.alpha)
-            if bands != tuple(range(len(bands))):
-                remedy = f"{' '.join(f'-b {band + 1}' for band in bands)} IN OUT.tif"
-                last = f"band {raster.alpha + 1} is alpha, which comes last"
-                raise DataError(f"{raster.path}: {last}: gdal_translate {remedy}")
-            tile.kinds[name] = replace(tile.kinds[name], bands=bands)
+        bands = tuple(band for band in range(raster.bands) if band != raster.alpha)
+        if bands != tuple(range(len(bands))):
+            remedy = f"{' '.join(f'-b {band + 1}' for band in bands)} IN OUT.tif"
+            last = f"band {raster.alpha + 1} is alpha, which comes last"
+            raise DataError(f"{raster.path}: {last}: gdal_translate {remedy}")
+        tile.kinds[name] = replace(kind, bands=bands)
     loaded = tile.open(("image", *others))
     if not bytes_:
         told.append(f"--image-scaling={as_range(*loaded.scale.image)}")
@@ -196,24 +181,25 @@ def prepare(args: Namespace, tile: Tile, folder: Path) -> list[str]:
         for rows, _ in strip_boxes(tile.size):
             labels[rows][missing(rows)] = IGNORE
 
-    found, empty = [], 0
+    blocks, counts, empty = [], [], 0
     for box in cut_blocks(tile.size, args.block):
-        pixels = np.bincount(labels[box].ravel(), minlength=256)[: len(classes)]
-        if pixels.any() and all(has_data(name, view[box]) for name, view in others.items()):
-            found.append((box, pixels))
+        own = np.bincount(labels[box].ravel(), minlength=256)[: len(classes)]
+        if own.any() and all(has_data(name, view[box]) for name, view in others.items()):
+            blocks.append(box)
+            counts.append(own)
         else:
-            empty += bool(pixels.any())
+            empty += bool(own.any())
     if empty:
         tile.notes.append(f"{empty} labelled blocks are left out, where {' or '.join(others)} ends")
-    if len(found) < 3:
+    if len(blocks) < 3:
         fits = max(LEAST, min(args.block - 1, min(tile.size) // 3))
-        few = f"labels lie in {len(found)} blocks of {args.block} pixels, and 3 are needed"
+        few = f"labels lie in {len(blocks)} blocks of {args.block} pixels, and 3 are needed"
         remedy = f"give --block {fits}" if fits < args.block else "label more of the image"
         raise DataError(f"{args.polygons or args.labels}: {few}; {remedy}")
     for note in tile.notes:
         print(f"note: {note}")
-    blocks, pixels = [box for box, _ in found], np.stack([own for _, own in found])
-    drawn = share_out(pixels, shares_of(len(found), args.test, args.val), args.seed)
+    pixels = np.stack(counts)
+    drawn = share_out(pixels, shares_of(len(blocks), args.test, args.val), args.seed)
     parts, ticker = np.array(list(PARTS))[drawn], Ticker("blocks")
     for i, (box, part) in enumerate(zip(blocks, parts), 1):
         write_tile(folder / part, tile.raster("image"), others, labels, classes, box)
@@ -230,7 +216,12 @@ def prepare(args: Namespace, tile: Tile, folder: Path) -> list[str]:
     if (least := min(side.stop - side.start for box in blocks for side in box)) < CROP:
         crop = max(LEAST, least // 16 * 16)
         told += ["--crop", str(crop), "--stride", str(crop // 2)]
-    write_classes(folder / "classes.json", classes, tile.kinds, told)
+    named = [{"name": name, "color": color} for name, color in classes]
+    content = {"classes": named, "ignore": IGNORE, "train": told}
+    if tile.kinds:
+        content["rasters"] = {name: kind.as_dict() for name, kind in tile.kinds.items()}
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    (folder / "classes.json").write_text(text + "\n", encoding="utf-8")
     return told
 
 

@@ -10,7 +10,7 @@ from engine.console import typed
 from engine.settings import Settings
 from geodata.kinds import read_kind
 from geodata.layouts import LAYOUTS, image_bands
-from geodata.rasters import DataError, open_raster
+from geodata.rasters import DataError
 from geodata.scaling import Scaling
 from geodata.tiles import Tile
 
@@ -23,9 +23,7 @@ def named_file(text: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
-def tile_of_files(
-    s: Settings, name: str, given: dict[str, Path | None], classes: list, run: str
-) -> Tile:
+def tile_of_files(s: Settings, name: str, given: dict[str, Path], classes: list, run: str) -> Tile:
     """Rasters by name as a tile that is read and scaled as those of a run. Raises DataError where
     one that the run was trained on is missing, and it was trained to have all."""
     kinds, paths = {n: read_kind(n, form, run) for n, form in s.kinds.items()}, {}
@@ -37,25 +35,23 @@ def tile_of_files(
         from_image = kind in kinds and kinds[kind].source == "image"
         path = given.get(kind) or (given.get("image") if from_image else None)
         flag = f"--{kind}" if kind in ("image", "dsm") else f"--raster {kind}=FILE"
+        trained = f"{run} was trained on it"
         if path is not None and not path.is_file():
-            raise DataError(f"{flag}: {path} is no file; {run} was trained on it")
+            raise DataError(f"{flag}: {path} is no file; {trained}")
         if path is not None:
             paths[kind] = path
         elif kind not in s.may_lack:
-            raise DataError(
-                f"{flag}: missing; {run} was trained on it; to do without: {to_lack(s)}"
-            )
+            raise DataError(f"{flag}: missing; {trained}; to do without: {to_lack(s)}")
     if not paths:
         raise DataError(f"no raster is given; {run} was trained on {', '.join(s.rasters)}")
     named, layout = tuple((name, tuple(color)) for name, color in classes), LAYOUTS.get(s.data)
-    tile = Tile(name, paths, named, scaling=Scaling(s.heights, s.image_scaling))
-    tile.kinds, tile.may_lack = kinds, s.may_lack
+    scaling, pixel = Scaling(s.heights, s.image_scaling), layout and layout.pixel
+    lack = dict(kinds=kinds, may_lack=s.may_lack)
+    tile = Tile(name, paths, named, pixel=pixel, scaling=scaling, **lack)
     if "image" in paths:
-        tile.bands = image_bands(layout, s.bands, open_raster(paths["image"]).bands)
-    if layout is not None:
-        tile.pixel = layout.pixel
-        if "dsm" in paths:
-            tile.use_heights_of(layout, s.heights_kind)
+        tile.bands = image_bands(layout, s.bands, tile.raster("image").bands)
+    if layout is not None and "dsm" in paths:
+        tile.use_heights_of(layout, s.heights_kind)
     return tile
 
 
@@ -85,11 +81,11 @@ def files_given(args: Namespace) -> dict[str, Path]:
 
 def raster_words(files: dict[str, Path | str]) -> list:
     """Rasters by name as the flags that give them."""
-    pairs = {
-        n: (f"--{n}", p) if n in ("image", "dsm") else ("--raster", f"{n}={p}")
-        for n, p in files.items()
-    }
-    return [word for pair in pairs.values() for word in pair]
+    words = []
+    for name, path in files.items():
+        usual = name in ("image", "dsm")
+        words += [f"--{name}", path] if usual else ["--raster", f"{name}={path}"]
+    return words
 
 
 def facts_of_run(run: Path) -> dict:

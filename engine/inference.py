@@ -65,11 +65,13 @@ def predict_windows(
     weight_1d = BLENDS[blend](window).to(device)  # (window,)
     weight_2d = weight_1d[:, None] * weight_1d  # (window, window)
     rows, columns = window_places(H, window, stride), window_places(W, window, stride)
-    row_weights = weight_along(rows, weight_1d, H, repeat_border)  # (H,)
-    column_weights = weight_along(columns, weight_1d, W, repeat_border)  # (W,)
+    if not repeat_border:
+        rows, columns = ([(start, 1) for start, _ in places] for places in (rows, columns))
+    row_weights = weight_along(rows, weight_1d, H)  # (H,)
+    column_weights = weight_along(columns, weight_1d, W)  # (W,)
     # (K, window, width) sums of the rows from the current window's top on
     logits: Tensor | None = None
-    for i, (top, row_weight) in enumerate(rows):
+    for i, (top, row_times) in enumerate(rows):
         for first in range(0, len(columns), batch_size):
             batch = columns[first : first + batch_size]
             boxes = [np.s_[top : top + window, left : left + window] for left, _ in batch]
@@ -78,9 +80,9 @@ def predict_windows(
                 out = _all_flips(model, inputs) if flips else model(*inputs).float()
             if logits is None:
                 logits = out.new_zeros(out.shape[1], window, max(W, window))
-            for window_logits, (left, column_weight) in zip(out, batch):
-                times = row_weight * column_weight if repeat_border else 1
-                logits[:, :, left : left + window] += times * weight_2d * window_logits
+            for window_logits, (left, times) in zip(out, batch):
+                weight = row_times * times * weight_2d
+                logits[:, :, left : left + window] += weight * window_logits
         below = rows[i + 1][0] if i + 1 < len(rows) else H
         done = logits[:, : below - top, :W]
         if not done.isfinite().all():  # their largest would be class 0, without a word
@@ -108,13 +110,12 @@ def predict_strips(
     stride: int = 128,
     batch_size: int = 8,
     heights: tuple[float, float] | None = None,
-    scale: TileScale | None = None,
     **options,
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """`predict_windows` of image (H, W, 3) and dsm (H, W) metres, both scaled by `scale`, by
-    default the image over its type's range and the heights over `heights` (by default their own
-    lowest and highest); a network of one modality gets the one that is not None."""
-    scale = scale or TileScale(heights or (None if dsm is None else height_range(dsm)))
+    """`predict_windows` of image (H, W, 3), scaled over its type's range, and dsm (H, W) metres,
+    over `heights` (by default their own lowest and highest); a network of one modality gets the one
+    that is not None."""
+    scale = TileScale(heights or (None if dsm is None else height_range(dsm)))
     tile = LoadedTile("", image, dsm, None, scale)
     names = tuple(name for name in ("image", "dsm") if getattr(tile, name) is not None)
     return predict_windows(model, tile, names, window, stride, batch_size, **options)
@@ -144,9 +145,7 @@ def _cosine(window: int) -> Tensor:
 BLENDS = {"mean": torch.ones, "cosine": _cosine}
 
 
-def weight_along(
-    places: list[tuple[int, int]], weight_1d: Tensor, length: int, repeat: bool
-) -> Tensor:
+def weight_along(places: list[tuple[int, int]], weight_1d: Tensor, length: int) -> Tensor:
     """What the windows at `places` weigh together at each pixel of a row or column: (length,).
 
     A window weighs at (y, x) what its row weighs at y times what its column weighs at x, and every
@@ -154,7 +153,7 @@ def weight_along(
     no buffer of the raster's size."""
     total = weight_1d.new_zeros(max(length, len(weight_1d)))
     for start, times in places:
-        total[start : start + len(weight_1d)] += (times if repeat else 1) * weight_1d
+        total[start : start + len(weight_1d)] += times * weight_1d
     return total[:length]
 
 

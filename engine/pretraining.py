@@ -83,13 +83,8 @@ def make_batch(pictures: list[Picture], seed: int, step: int, tokens: int) -> Ba
         image, flat = (c.astype(np.float32) / 255 @ mix + shift for c in (image, picture.colors))
         edges = cells.max(axis=(1, 3)) != cells.min(axis=(1, 3))
         parts.append((image.clip(0, 1).transpose(2, 0, 1), middle, edges, flat[middle].clip(0, 1)))
-    images, shapes, edges, colors = (np.stack(p) for p in zip(*parts))
-    return Batch(
-        torch.from_numpy(images.astype(np.float32)),
-        torch.from_numpy(shapes),
-        torch.from_numpy(edges.astype(np.float32)),
-        torch.from_numpy(colors.transpose(0, 3, 1, 2).astype(np.float32)),
-    )
+    images, shapes, edges, colors = (torch.from_numpy(np.stack(p)) for p in zip(*parts))
+    return Batch(images.float(), shapes, edges.float(), colors.permute(0, 3, 1, 2).contiguous())
 
 
 def random_colors(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -176,14 +171,10 @@ def learning_rate(step: int, steps: int, lr: float) -> float:
 
 def build_optimizer(student: Student) -> torch.optim.Optimizer:
     """AdamW, which decays matrices only."""
-    parameters = list(student.parameters())
-    return torch.optim.AdamW(
-        [
-            dict(params=[p for p in parameters if p.ndim > 1], weight_decay=0.05),
-            dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0),
-        ],
-        betas=(0.9, 0.98),
-    )
+    matrices = [p for p in student.parameters() if p.ndim > 1]
+    others = [p for p in student.parameters() if p.ndim <= 1]
+    groups = dict(params=matrices, weight_decay=0.05), dict(params=others, weight_decay=0.0)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98))
 
 
 def pretrain(args: argparse.Namespace) -> None:
@@ -277,11 +268,8 @@ def fit_linear(x: Tensor, y: Tensor, classes: int) -> Callable[[Tensor], Tensor]
 
 def mean_iou(guess: Tensor, truth: Tensor, classes: int) -> float:
     """Percent, over the first `classes` classes."""
-    hits = [
-        ((guess == k) & (truth == k)).sum() / ((guess == k) | (truth == k)).sum()
-        for k in range(classes)
-    ]
-    return 100 * torch.stack(hits).mean().item()
+    pairs = [(guess == k, truth == k) for k in range(classes)]
+    return 100 * torch.stack([(a & b).sum() / (a | b).sum() for a, b in pairs]).mean().item()
 
 
 def probe(encoder: ImageEncoderViT, raster: str) -> float:

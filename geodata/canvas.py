@@ -42,8 +42,7 @@ def mix(easy: float, hard: float, difficulty: float) -> float:
 
 def noise(rng: np.random.Generator, shape: tuple[int, int], cell: int) -> np.ndarray:
     """Smooth noise (H, W) float32, mean 0, deviation about 0.75 (1 for a cell of 1), with features
-    of `cell` pixels.
-    """
+    of `cell` pixels."""
     field = rng.standard_normal([side // cell + 3 for side in shape], dtype=np.float32)
     for axis, side in enumerate(shape if cell > 1 else ()):
         k, rest = np.divmod(np.arange(side) + rng.integers(cell), cell)
@@ -77,10 +76,22 @@ def blur(x: np.ndarray, step: int = 1) -> np.ndarray:
     return (x[:, : -2 * step] + 2 * x[:, step:-step] + x[:, 2 * step :]) / 4
 
 
+def shifted(shape: tuple[int, int], dy: int, dx: int):
+    """Two windows of one size: the pixels (row, column), and those at (row + dy, column + dx)."""
+    (rows, columns), dy = shape, max(-shape[0], min(shape[0], dy))
+    dx = max(-columns, min(columns, dx))
+    here = slice(max(0, -dy), rows - max(0, dy)), slice(max(0, -dx), columns - max(0, dx))
+    return here, (slice(max(0, dy), rows + min(0, dy)), slice(max(0, dx), columns + min(0, dx)))
+
+
+def textured(colour, texture: np.ndarray) -> np.ndarray:
+    """A colour with a texture (h, w) about 0 -> (h, w, 3) float32."""
+    return np.float32(colour) * (1 + texture)[..., None]
+
+
 class Canvas:
     """The layers of a tile in the making, and the textures that all its objects share. Everything
-    is lawn at first, on a slope.
-    """
+    is lawn at first, on a slope."""
 
     def __init__(
         self, rng: np.random.Generator, height: int, width: int, difficulty=1.0, season=0.3
@@ -118,8 +129,7 @@ class Canvas:
 
     def frame(self, x: float, y: float, angle: float, reach: float):
         """The pixels within `reach` of (x, y): their window, and coordinates (a, b) about that
-        point, a along angle.
-        """
+        point, a along angle."""
         top, left = (max(0, math.floor((p - reach) / PIXEL)) for p in (y, x))
         bottom, right = (max(0, math.ceil((p + reach) / PIXEL)) for p in (y, x))
         window = slice(top, min(bottom, self.shape[0])), slice(left, min(right, self.shape[1]))
@@ -141,14 +151,11 @@ class Canvas:
 
     def paint(self, window, mask, label=None, albedo=None, height=None, relief=0.0):
         """Writes layers where mask holds, from numbers or arrays of the window."""
-
-        def put(layer, value):
-            layer[window][mask] = value[mask] if np.shape(value)[:2] == mask.shape else value
-
         layers = (self.relief, self.labels, self.albedo, self.height)
         for layer, value in zip(layers, (relief, label, albedo, height)):
             if value is not None:
-                put(layer, value)
+                own = np.shape(value)[:2] == mask.shape
+                layer[window][mask] = value[mask] if own else value
 
     # The paints, (h, w, 3) float32 over a window: the same for whatever they cover.
 
@@ -160,11 +167,11 @@ class Canvas:
     def lawn(self, window) -> np.ndarray:
         """Grass: of lawns, and of planted roofs."""
         green, dry, ripe = np.float32(LAWN), np.float32(STRAW), self.ripe[window][..., None]
-        return (green + (dry - green) * ripe) * (1 + self.grass[window])[..., None]
+        return textured(green + (dry - green) * ripe, self.grass[window])
 
     def foliage(self, window, colour) -> np.ndarray:
         """Leaves of a colour; they darken where they recede."""
-        return np.float32(colour) * (1 + 0.16 * self.leaves[window])[..., None]
+        return textured(colour, 0.16 * self.leaves[window])
 
     def leaf_colour(self) -> np.ndarray:
         """Of a plant that is drawn, at its time of the year: (3,) float32."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -42,10 +43,10 @@ def make_tile(
     rng = np.random.default_rng((seed, area))
     flight = plan_flight(rng, difficulty, later)
     canvas = Canvas(rng, height, width, difficulty, flight.season)
-    plan = draw_streets(canvas)
-    for lot, kind in plan.lots:
+    streets, lots = draw_streets(canvas)
+    for lot, kind in lots:
         draw_lot(canvas, lot, kind)
-    draw_traffic(canvas, plan)
+    draw_traffic(canvas, streets)
     draw_greenery(canvas)
     image = photograph(canvas, flight)
     dsm, laser = measure_heights(canvas, image), np.random.default_rng((seed, area, 1))
@@ -72,18 +73,9 @@ class Lot:
         return turned(self.x, self.y, self.angle, a, b)
 
 
-@dataclass
-class Plan:
-    """What the streets leave to the rest."""
-
-    streets: list  # of lists of (x, y, angle), one for every metre of the street
-    lots: list  # of (lot, kind)
-
-
-def draw_streets(canvas: Canvas) -> Plan:
+def draw_streets(canvas: Canvas) -> tuple[list, list]:
     """Two families of streets: long ones, gently bent, and straight ones across; lots fill the
-    blocks between.
-    """
+    blocks between -> of each street a list of (x, y, angle), one for every metre; (lot, kind)."""
     rng, (rows, columns) = canvas.rng, canvas.shape
     middle = columns * PIXEL / 2, rows * PIXEL / 2
     reach = math.sqrt(rows * rows + columns * columns) * PIXEL / 2
@@ -121,17 +113,14 @@ def draw_streets(canvas: Canvas) -> Plan:
         bearings = (place(u, v) for v in metres)
         streets.append([(x, y, bearing + math.pi / 2) for x, y, bearing in bearings])
     lots = []
-    for v in along:
-        for u in crossing:
-            for opposite in (0, 1):
-                lots += row_of_lots(rng, place, u, across, v, spacing, opposite)
-    return Plan(streets, assign(rng, lots, middle))
+    for v, u, opposite in product(along, crossing, (0, 1)):
+        lots += row_of_lots(rng, place, u, across, v, spacing, opposite)
+    return streets, assign(rng, lots, middle)
 
 
 def raise_streets(canvas: Canvas, window, long: np.ndarray, u: np.ndarray) -> None:
     """Embankments and cuttings along the long streets, with slopes of 4 m; the streets across ramp
-    up to them.
-    """
+    up to them."""
     rng = canvas.rng
     high, low, phase = rng.uniform(0, 3), rng.uniform(-1.5, 0.5), rng.uniform(0, 1)
     profile = high + (low - high) * (0.5 + 0.5 * wave(u / rng.uniform(70, 110) + phase))
@@ -141,8 +130,7 @@ def raise_streets(canvas: Canvas, window, long: np.ndarray, u: np.ndarray) -> No
 
 def row_of_lots(rng, place, u, across, v, spacing, opposite: int) -> list:
     """The lots of a block along street v, between the streets at u and u + across; `opposite` is 0
-    for those on one edge of the street and 1 for those on the other.
-    """
+    for those on one edge of the street and 1 for those on the other."""
     edge = STREET / 2 + WALK
     depth, u, end, lots = spacing / 2 - edge, u + edge, u + across - edge, []
     while end - u > 9:
@@ -155,11 +143,11 @@ def row_of_lots(rng, place, u, across, v, spacing, opposite: int) -> list:
 
 def assign(rng: np.random.Generator, lots: list, middle: tuple[float, float]) -> list:
     """(lot, kind) from the middle outwards, the kinds in turns, each turn shuffled."""
-    far = [(lot.x - middle[0]) ** 2 + (lot.y - middle[1]) ** 2 for lot in lots]
-    order, kinds = sorted(range(len(lots)), key=far.__getitem__), []
+    (x, y), kinds = middle, []
     while len(kinds) < len(lots):
         kinds += [KINDS[int(k)] for k in rng.permutation(len(KINDS))]
-    return [(lots[i], kind) for i, kind in zip(order, kinds)]
+    outwards = sorted(lots, key=lambda lot: (lot.x - x) ** 2 + (lot.y - y) ** 2)
+    return list(zip(outwards, kinds))
 
 
 def draw_lot(canvas: Canvas, lot: Lot, kind: str) -> None:
@@ -252,10 +240,10 @@ def draw_building(canvas: Canvas, lot: Lot, kind: str) -> None:
 # -------------------------------------------------------------------------------- cars and greenery
 
 
-def draw_traffic(canvas: Canvas, plan: Plan) -> None:
+def draw_traffic(canvas: Canvas, streets: list) -> None:
     """Parked cars along one side of every street, and a few that drive."""
     rng = canvas.rng
-    for street in plan.streets:
+    for street in streets:
         kerb = pick(rng, (-1, 1))
         for offset, gap in ((2.4 * kerb, 7.0), (0.1 * kerb, 30.0), (-2.2 * kerb, 40.0)):
             moving = abs(offset) < 1 and canvas.difficulty > 0
@@ -269,8 +257,7 @@ def draw_traffic(canvas: Canvas, plan: Plan) -> None:
 
 def draw_greenery(canvas: Canvas) -> None:
     """Clusters of crowns on the green ground: first shrubberies, then trees, until each covers its
-    part of the tile.
-    """
+    part of the tile."""
     rng, (rows, columns), difficulty = canvas.rng, canvas.shape, canvas.difficulty
     for shrub, cover in ((True, rng.uniform(0.12, 0.17)), (False, rng.uniform(0.18, 0.25))):
         wanted = cover * rows * columns

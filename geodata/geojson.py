@@ -37,10 +37,10 @@ def read_polygons(path: Path, key: str, grid: Grid | None, size: tuple[int, int]
     holds their class. Without a grid, coordinates are pixels, y upwards from the raster's upper
     edge, as QGIS shows such a raster. Raises DataError where they cannot be laid there."""
     features, system = _read(path)
-    named = [(_class_of(feature, key), *_rings(feature, path)) for feature in features]
-    if not any(rings for _, rings, _ in named):
+    named = [(_class_of(feature, key), _rings(feature, path)) for feature in features]
+    if not any(parts for _, parts in named):
         raise DataError(f"{path}: holds no polygon; draw some, or give another file")
-    names = {name for name, rings, _ in named if rings} - {None}
+    names = {name for name, parts in named if parts} - {None}
     if not names:
         known = dict.fromkeys(k for f in features for k in f.get("properties") or {})
         fields = ", ".join(known) or "none at all"
@@ -54,11 +54,11 @@ def read_polygons(path: Path, key: str, grid: Grid | None, size: tuple[int, int]
     found, outside = Polygons(sorted(names, key=_natural)), 0
     to_pixels = (grid or Grid(0, 0, 1, 1)).pixels
     if grid:
-        corners = np.concatenate([ring for _, rings, _ in named for part in rings for ring in part])
+        corners = np.concatenate([ring for _, parts in named for part in parts for ring in part])
         _check_system(path, system, grid, corners)
-    for name, parts, _ in named:
-        for rings in parts if name else ():
-            rings = [np.stack(to_pixels(*ring.T), 1) for ring in rings]
+    for name, parts in named:
+        for part in parts if name else ():
+            rings = [np.stack(to_pixels(*ring.T), 1) for ring in part]
             low, high = rings[0].min(axis=0), rings[0].max(axis=0)
             outside += bool((high < 0).any() or (low > size[::-1]).any())
             found.polygons.append((name, rings))
@@ -67,15 +67,12 @@ def read_polygons(path: Path, key: str, grid: Grid | None, size: tuple[int, int]
         raise DataError(
             f"{path}: no polygon lies in the image; compare their places: ogrinfo -so -al {path}"
         )
-    without = sum(name is None for name, rings, _ in named if rings)
-    others = sum(other for *_, other in named)
-    for n, what in (
-        (outside, f"of {count} polygons lie outside the image"),
-        (without, f"features have nothing in the field {key!r} and are left out"),
-        (others, "features are no polygons and are left out"),
-    ):
-        if n:
-            found.notes.append(f"{path}: {n} {what}")
+    without = sum(name is None for name, parts in named if parts)
+    others = sum(not parts for _, parts in named)
+    told = {f"of {count} polygons lie outside the image": outside}
+    told[f"features have nothing in the field {key!r} and are left out"] = without
+    told["features are no polygons and are left out"] = others
+    found.notes = [f"{path}: {n} {what}" for what, n in told.items() if n]
     return found
 
 
@@ -109,12 +106,12 @@ def _natural(name: str) -> tuple:
     return (0, float(name), "") if re.fullmatch(r"-?\d+(\.\d+)?", name) else (1, 0.0, name)
 
 
-def _rings(feature: dict, path: Path) -> tuple[list[Rings], bool]:
-    """The rings of each polygon of a feature; whether it is something else."""
+def _rings(feature: dict, path: Path) -> list[Rings]:
+    """The rings of each polygon of a feature, none where it is something else."""
     geometry = feature.get("geometry") or {}
     kind, parts = geometry.get("type"), geometry.get("coordinates")
     if kind not in ("Polygon", "MultiPolygon"):
-        return [], True
+        return []
     try:
         parts = [parts] if kind == "Polygon" else parts
         parts = [[np.array([p[:2] for p in ring], np.float64) for ring in part] for part in parts]
@@ -123,7 +120,7 @@ def _rings(feature: dict, path: Path) -> tuple[list[Rings], bool]:
     except (TypeError, ValueError, IndexError, KeyError) as error:
         problem = f"a damaged polygon ({one_line(error)})"
         raise DataError(f"{path}: {problem}; write the file again: ogr2ogr OUT {path}") from error
-    return [part for part in parts if part], False
+    return [part for part in parts if part]
 
 
 def _check_system(path: Path, name: str, grid: Grid, corners: np.ndarray) -> None:
@@ -158,10 +155,9 @@ def write_regions(
     with open(path, "w", encoding="utf-8") as file:
         file.write(json.dumps(head)[:-1] + ', "features": [')
         for i, region in enumerate(regions):
-            rings = []
-            for ring in region.rings:
-                x, y = np.round(grid.corner(*np.append(ring, ring[:1], axis=0).T[::-1]), digits)
-                rings.append(np.stack([x, y], 1).tolist())
+            closed = [np.append(ring, ring[:1], axis=0) for ring in region.rings]
+            places = [grid.corner(*ring.T[::-1]) for ring in closed]
+            rings = [np.round(place, digits).T.tolist() for place in places]
             about = {"class": classes[region.value][0], "value": region.value}
             about |= {"area": round(region.pixels * area, 3)}
             about |= {"confidence": round(region.confidence, 1)}

@@ -1,4 +1,4 @@
-"""Dead leaves: pictures of nothing, for an encoder to learn to see on. Knows nothing of the city.
+"""Dead leaves: pictures of nothing, for an encoder to learn to see on. They show no city.
 
 Shapes of many sizes (polygons, ellipses, blobs, ribbons, lines, rows of one shape) cover each
 other on a plane. They share a few materials, which differ in colour and texture; some are domes or
@@ -14,6 +14,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+
+from geodata.canvas import blur, shifted
 
 SMALLEST = 4.0  # radius of a shape
 
@@ -79,8 +81,8 @@ class Pile:
         self.height = np.zeros((size, size), np.float32)  # throws shadows
         self.relief = np.zeros((size, size), np.float32)  # is shaded
         self.colors: list[np.ndarray] = []
-        everywhere = (slice(0, size), slice(0, size))
-        self.paint(everywhere, np.ones((size, size), bool), 0.0, 0.0, *self.frame(0, 0, 0)[1:])
+        window, a, b = self.frame(0, 0, 0)
+        self.paint(window, np.ones((size, size), bool), 0.0, 0.0, a, b, material=0)
 
     def frame(self, x: float, y: float, angle: float, reach: float = math.inf):
         """The window of pixels within `reach` of (x, y), and their coordinates (a, b) about that
@@ -119,7 +121,7 @@ class Pile:
             bump = {"flat": 0 * f, "dome": np.sqrt(inside * (1 + f)), "ridge": inside}[profile]
             self.paint(window, f < 1, steep * radius * bump, height, a, b, material)
 
-    def paint(self, window, mask, relief, height, a, b, material: int = 0) -> None:
+    def paint(self, window, mask, relief, height, a, b, material: int) -> None:
         """Writes the layers of a shape where mask (h, w) holds."""
         rng = self.rng
         color, weights, pattern, strength = self.materials[material]
@@ -127,9 +129,8 @@ class Pile:
         texture = sum(w * field[window] for w, field in zip(weights, self.fields))
         period = rng.uniform(3, 16)
         if pattern in ("stripes", "grid"):
-            lines = a % period < 0.4 * period
-            lines = lines | (b % period < 0.3 * period) if pattern == "grid" else lines
-            texture = texture - strength * lines
+            crossed = (b % period < 0.3 * period) & (pattern == "grid")
+            texture = texture - strength * (crossed | (a % period < 0.4 * period))
         if pattern == "speckle":
             texture = texture + strength * (self.fields[1][window] > 1.2)
         slope = rng.uniform(-1, 1, 2) * rng.choice((0, 0.25)) / (np.abs(a).max() + 1)
@@ -174,30 +175,23 @@ def draw_outline(rng: np.random.Generator, r: float, size: int):
 
         return ribbon, min(end + bend + half, 2 * size)
     cut = rng.uniform(-0.4, 0.4)  # a rectangle without a quarter
-    inner = lambda a, b: np.minimum(
-        np.abs(a + r) / (r * (1 + cut)), np.abs(b + r) / (r * (1 + cut))
-    )
-    return lambda a, b: np.maximum(np.maximum(np.abs(a), np.abs(b)) / r, inner(a, b)), 1.5 * r
+
+    def corner(a, b):
+        quarter = np.minimum(np.abs(a + r), np.abs(b + r)) / (r * (1 + cut))
+        return np.maximum(np.maximum(np.abs(a), np.abs(b)) / r, quarter)
+
+    return corner, 1.5 * r
 
 
 # --------------------------------------------------------------------------------- light and camera
 
 
-def blur(x: np.ndarray) -> np.ndarray:
-    """Binomial blur (1 2 1) along both axes of (H, W) or (H, W, C)."""
-    x = np.pad(x, [(1, 1), (1, 1)] + [(0, 0)] * (x.ndim - 2), mode="edge")
-    x = (x[:-2] + 2 * x[1:-1] + x[2:]) / 4
-    return (x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:]) / 4
-
-
 def shade(height: np.ndarray, dx: float, dy: float, rise: float) -> np.ndarray:
     """How far each pixel (H, W) lies in shadow, 0 to 1, of a sun in the direction (dx, dy) whose
     rays climb `rise` a pixel."""
-    n, above = len(height), np.zeros_like(height)
-    for k in range(1, min(n - 1, int(height.max() / rise) + 1)):
-        y, x = round(dy * k), round(dx * k)
-        here = slice(max(0, -y), n - max(0, y)), slice(max(0, -x), n - max(0, x))
-        there = slice(max(0, y), n - max(0, -y)), slice(max(0, x), n - max(0, -x))
+    above = np.zeros_like(height)
+    for k in range(1, min(len(height) - 1, int(height.max() / rise) + 1)):
+        here, there = shifted(height.shape, round(dy * k), round(dx * k))
         above[here] = np.maximum(above[here], height[there] - height[here] - rise * k)
     return np.clip(above, 0, 1)
 

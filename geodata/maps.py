@@ -26,7 +26,7 @@ from PIL import Image
 
 from engine.files import replace_together
 from geodata.geojson import write_regions
-from geodata.grids import geo_tags, read_grid
+from geodata.grids import Grid, geo_tags, read_grid
 from geodata.labels import labels_to_colors
 from geodata.layouts import Classes
 from geodata.polygons import trace
@@ -75,9 +75,9 @@ def write_maps(
 
     No file is there before all are whole, and none keeps what lay beside an earlier one. The strips
     wait on the disk, because the tiles of overviews come first in a file."""
-    beside = {path: text for output in outputs for path, text in sidecars(output, source).items()}
-    texts = {path: text for path, text in beside.items() if text is not None}
     tags, grid = (geo_tags(source), read_grid(source)) if source else ([], None)
+    beside = {path: text for o in outputs for path, text in sidecars(o, source, grid).items()}
+    texts = {path: text for path, text in beside.items() if text is not None}
 
     def write(*temporary: Path) -> None:
         with tempfile.TemporaryFile(dir=temporary[0].parent) as file:
@@ -85,7 +85,7 @@ def write_maps(
             bands.write(strips)
             for path, output in zip(temporary, outputs):
                 if output.is_polygons:
-                    maps = [bands.band(first + i) for i in (0, 1)]
+                    maps = bands.band(first), bands.band(first + 1)
                     write_regions(path, trace(*maps, output.smallest), output.classes, grid)
                 elif output.is_tiff:
                     _write_tiff(path, output, bands, first, tags)
@@ -117,19 +117,16 @@ class Scratch:
             top += strip.shape[1]
         self.file.flush()
 
-    def __getitem__(self, box) -> np.ndarray:
-        return np.array(self.mapped()[box])
+    def mapped(self) -> np.ndarray:
+        return np.asarray(np.memmap(self.file, np.uint8, "r", shape=self.shape))
 
     def band(self, number: int) -> View:
-        return View(self.shape[1:], np.dtype(np.uint8), lambda box: self[(number, *box)])
-
-    def mapped(self) -> np.ndarray:
-        return np.memmap(self.file, np.uint8, "r", shape=self.shape)
+        return View(self.shape[1:], np.dtype(np.uint8), lambda box: self.mapped()[number][box])
 
 
-def sidecars(output: Output, source: Path | None) -> dict[Path, str | None]:
+def sidecars(output: Output, source: Path | None, grid: Grid | None) -> dict[Path, str | None]:
     """The text of each file that may lie beside an output; None where none belongs there."""
-    path, about, place = output.path, "", None
+    path, about = output.path, ""
     if output.is_polygons:
         return {}
     if output.classes:
@@ -141,12 +138,12 @@ def sidecars(output: Output, source: Path | None) -> dict[Path, str | None]:
     whole = f'<PAMDataset><PAMRasterBand band="1">{about}</PAMRasterBand></PAMDataset>\n'
     texts = {".aux.xml": whole if about else None, ".ovr": None, ".msk": None}
     beside = {path.with_name(path.name + ending): text for ending, text in texts.items()}
-    if not output.is_tiff and source and (grid := read_grid(source)):
-        place = grid.world_file()
     # The world file and the style of the image itself are none of the map's.
     same = source is not None and source.with_suffix("") == path.with_suffix("")
-    if not output.is_tiff or not same:
-        beside[path.with_suffix(".tfw" if output.is_tiff else ".pgw")] = place
+    if not output.is_tiff:
+        beside[path.with_suffix(".pgw")] = grid and grid.world_file()
+    elif not same:
+        beside[path.with_suffix(".tfw")] = None
     if output.classes and not same:
         beside[path.with_suffix(".qml")] = _qgis_style(output.classes)
     return beside
@@ -201,7 +198,7 @@ def _tiles(pixels: Scratch, bands: range, factor: int) -> Iterator[np.ndarray]:
     """The tiles of every `factor`-th pixel, row by row, of one band after the other."""
     for band in bands:
         for top in range(0, pixels.shape[1], SIDE * factor):
-            rows = pixels[band, top : top + SIDE * factor : factor, ::factor]
+            rows = pixels.mapped()[band, top : top + SIDE * factor : factor, ::factor]
             height, width = rows.shape
             edge = [(0, SIDE - height), (0, -width % SIDE)]
             rows = np.pad(rows, edge, constant_values=NO_DATA)
@@ -211,11 +208,11 @@ def _tiles(pixels: Scratch, bands: range, factor: int) -> Iterator[np.ndarray]:
 
 def _gdal_metadata(output: Output) -> bytes:
     """The names of the bands, and the unit of percentages, as GDAL keeps them in a TIFF."""
-    items = ""
+    item, items = '<Item name="{}" sample="{}" role="{}">{}</Item>', ""
     for i, band in enumerate(output.bands):
-        items += f'<Item name="DESCRIPTION" sample="{i}" role="description">{escape(band)}</Item>'
+        items += item.format("DESCRIPTION", i, "description", escape(band))
         if not output.classes:
-            items += f'<Item name="UNITTYPE" sample="{i}" role="unittype">percent</Item>'
+            items += item.format("UNITTYPE", i, "unittype", "percent")
     return f"<GDALMetadata>{items}</GDALMetadata>".encode()
 
 
@@ -249,14 +246,14 @@ def check_outputs(
     made = [folder.resolve() for folder in folders]
     taken, own = {}, [source.resolve() for source in sources if source.exists()]
     for flag, path in paths.items():
-        place, problem = path.resolve(), None
+        place, ending, problem = path.resolve(), path.suffix.lower(), None
         # On many systems A.tif and a.tif are one file.
         other = taken.setdefault(str(place).casefold(), flag)
-        endings = (POLYGONS,) if flag == "--polygons" else ENDINGS
-        if path.suffix.lower() not in endings:
-            written = "polygons are written as" if flag == "--polygons" else "maps are written as"
-            problem = f"{written} {POLYGONS if flag == '--polygons' else '.png or .tif'}"
-        elif flag == "--probabilities" and path.suffix.lower() not in TIFF_ENDINGS:
+        if flag == "--polygons" and ending != POLYGONS:
+            problem = f"polygons are written as {POLYGONS}"
+        elif flag != "--polygons" and ending not in ENDINGS:
+            problem = "maps are written as .png or .tif"
+        elif flag == "--probabilities" and ending not in TIFF_ENDINGS:
             problem = "a PNG has no bands for all classes; give a .tif"
         elif not place.parent.is_dir() and place.parent not in made:
             problem = "its folder does not exist"

@@ -83,12 +83,9 @@ def trace(classes, confidence, smallest: int = 1) -> Iterator[Region]:
     pairs = touching(start, H, W)
     if smallest > 1:
         value = merge_small(value, length, pairs, smallest)
-    region, N = join_runs(value, pairs)
-    pixels = np.bincount(region, length, N).astype(np.int64)
-    means = np.bincount(region, sure, N) / pixels
-    kinds = np.empty(N, value.dtype)
-    kinds[region] = value
-    rings: list[list[np.ndarray]] = [[] for _ in range(N)]
+    region, kinds, pixels = join_runs(value, length, pairs)
+    means = np.bincount(region, sure) / pixels
+    rings: list[list[np.ndarray]] = [[] for _ in kinds]
     for owner, ring in outlines(start, length, region, kinds[region] != NOTHING, (H, W)):
         rings[owner].append(ring)
     for i in np.flatnonzero(kinds != NOTHING).tolist():
@@ -118,8 +115,11 @@ def touching(start: np.ndarray, H: int, W: int) -> np.ndarray:
     return np.stack([np.concatenate([later - 1, above]), np.concatenate([later, below])])
 
 
-def join_runs(value: np.ndarray, pairs: np.ndarray) -> tuple[np.ndarray, int]:
-    """The region (R,) of each run, numbered from 0 from top to bottom, and how many there are.
+def join_runs(
+    value: np.ndarray, length: np.ndarray, pairs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The region (R,) of each run, numbered from 0 from top to bottom; the class and the pixels of
+    each region, (N,).
 
     Of two trees that a pair joins, the later root is hung below the earlier one, until no pair is
     in two trees."""
@@ -132,7 +132,7 @@ def join_runs(value: np.ndarray, pairs: np.ndarray) -> tuple[np.ndarray, int]:
         np.minimum.at(root, np.maximum(a, b), np.minimum(a, b))
         root = to_root(root)
     first, region = np.unique(root, return_inverse=True)
-    return region, len(first)
+    return region, value[first], np.bincount(region, length).astype(np.int64)
 
 
 def to_root(parent: np.ndarray) -> np.ndarray:
@@ -149,22 +149,17 @@ def merge_small(
 
     A small region whose neighbours are all smaller waits for them to join it."""
     while True:
-        region, N = join_runs(value, pairs)
-        pixels = np.bincount(region, length, N)
-        kinds = np.empty(N, value.dtype)
-        kinds[region] = value
-        rank = np.empty(N, np.int64)  # by pixels, of equal ones by number
-        rank[np.lexsort((np.arange(N), pixels))] = np.arange(N)
-        a, b = region[pairs]
-        a, b = np.concatenate([a, b]), np.concatenate([b, a])
+        region, kinds, pixels = join_runs(value, length, pairs)
+        by_size = np.argsort(pixels, kind="stable")  # of equal ones by number
+        rank = np.argsort(by_size)
+        a, b = np.concatenate([region[pairs], region[pairs[::-1]]], axis=1)
         joins = (pixels[a] < smallest) & (kinds[a] != NOTHING) & (kinds[b] != NOTHING)
         joins &= rank[b] > rank[a]
         if not joins.any():
             return value
         largest = rank.copy()
         np.maximum.at(largest, a[joins], rank[b[joins]])
-        parent = np.argsort(rank)[largest]
-        value = kinds[to_root(parent)][region]
+        value = kinds[to_root(by_size[largest])][region]
 
 
 def outlines(
@@ -216,8 +211,9 @@ def corners(
         here = here[np.argsort(column[here], kind="stable")]  # column by column, downwards
         rows, columns, owner = y[here], column[here], region[here]
         cut = (np.diff(columns) != 0) | (np.diff(rows) != 1) | (np.diff(owner) != 0)
-        top, bottom = np.insert(cut, 0, True), np.append(cut, True)
-        ys = np.stack([rows[top[: len(rows)]], rows[bottom[: len(rows)]] + 1], 1).ravel()
-        columns, owner = (np.repeat(of[top[: len(rows)]], 2) for of in (columns, owner))
+        top, bottom = np.ones((2, len(rows)), bool)
+        top[1:] = bottom[:-1] = cut
+        ys = np.stack([rows[top], rows[bottom] + 1], 1).ravel()
+        columns, owner = (np.repeat(of[top], 2) for of in (columns, owner))
         found.append((ys, columns, owner, np.full(len(ys), is_left)))
     return tuple(map(np.concatenate, zip(*found)))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from geodata.canvas import CAR, PIXEL, TREE, Canvas, blur, direction, mix, noise
+from geodata.canvas import CAR, PIXEL, TREE, Canvas, blur, direction, mix, noise, shifted
 
 SKY, SUN = (0.92, 1.00, 1.12), (1.04, 1.00, 0.94)  # colours of the light
 HAZE = (0.42, 0.47, 0.52)
@@ -52,14 +52,6 @@ def plan_flight(rng: np.random.Generator, difficulty: float, later: bool) -> Fli
         softness=rng.uniform(0.0, 0.3) * min(difficulty, 1),
         grain=max(0.0, mix(0.012, rng.uniform(0.010, 0.022), difficulty)),
     )
-
-
-def shifted(shape: tuple[int, int], dy: int, dx: int):
-    """Two windows of one size: the pixels (row, column), and those at (row + dy, column + dx)."""
-    (rows, columns), dy = shape, max(-shape[0], min(shape[0], dy))
-    dx = max(-columns, min(columns, dx))
-    here = slice(max(0, -dy), rows - max(0, dy)), slice(max(0, -dx), columns - max(0, dx))
-    return here, (slice(max(0, dy), rows + min(0, dy)), slice(max(0, dx), columns + min(0, dx)))
 
 
 def hidden(surface: np.ndarray, toward: tuple[float, float], rise: float, tallest: float):
@@ -100,8 +92,7 @@ def photograph(canvas: Canvas, flight: Flight) -> np.ndarray:
 
 def measure_heights(canvas: Canvas, image: np.ndarray) -> np.ndarray:
     """The surface model, float32 (H, W) metres above the sea, NaN where the image (H, W, 3) could
-    not be matched with its neighbour.
-    """
+    not be matched with its neighbour."""
     rng, shape, difficulty = canvas.rng, canvas.shape, canvas.difficulty
     true = canvas.ground + np.where(canvas.moving, 0, canvas.height)
     surface = melt(rng, wander(rng, true, 1.8 * difficulty), min(difficulty, 1.0))
@@ -127,12 +118,10 @@ def wander(rng: np.random.Generator, surface: np.ndarray, pixels: float) -> np.n
 
 def melt(rng: np.random.Generator, surface: np.ndarray, share: float) -> np.ndarray:
     """The surface (H, W) with soft edges. A window of matching that straddles an edge sees what
-    stands in front: here and there, up to 0.8 of the `share`, things grow and their edges run.
-    """
-    grown = surface
+    stands in front: here and there, up to 0.8 of the `share`, things grow and their edges run."""
+    grown = surface.copy()
     for dy, dx in ((0, 2), (0, -2), (2, 0), (-2, 0)):
         here, there = shifted(surface.shape, dy, dx)
-        grown = grown.copy()
         grown[here] = np.maximum(grown[here], surface[there])
     for step in (1, 2, 3):
         grown = blur(grown, step)

@@ -11,42 +11,35 @@ it was finished."""
 
 from __future__ import annotations
 
-import argparse
 import json
-from functools import partial
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
 import tifffile
 from PIL import Image
 
+from engine.console import Parser, run_script
 from engine.files import replace_atomically
+from geodata.canvas import shifted
 from geodata.city import GENERATOR_VERSION, HARDEST, Scene, make_tile
+from geodata.labels import labels_to_colors
 from geodata.layouts import HUNAN, IGNORE, ISPRS_CLASSES, POTSDAM, VAIHINGEN
 from geodata.rasters import NODATA, DataError
 
-TRAIN_AREAS, TEST_AREAS = (
-    tuple(int(tile) for tile in VAIHINGEN.splits["paper"][split]) for split in ("train", "test")
-)
+TRAIN_AREAS, TEST_AREAS = (tuple(map(int, tiles)) for tiles in VAIHINGEN.splits["paper"].values())
 ALL_AREAS = TRAIN_AREAS + TEST_AREAS
 MISSING = -9999  # metres, where there is no height
 
 
 def erode_labels(labels: np.ndarray, radius: int = 3) -> np.ndarray:
     """Labels uint8 (H, W) with 255 wherever the disc of `radius` pixels about a pixel holds a
-    second class.
-    """
-    rows, columns = labels.shape
+    second class."""
     border = np.zeros(labels.shape, bool)
-    for dy in range(radius + 1):
-        for dx in range(-radius, radius + 1):  # half of the disc: a pair of pixels marks both ends
-            if dy * dy + dx * dx > radius * radius or dy >= rows or abs(dx) >= columns:
-                continue
-            here = slice(0, rows - dy), slice(max(0, -dx), columns - max(0, dx))
-            there = slice(dy, rows), slice(max(0, dx), columns - max(0, -dx))
-            differs = labels[here] != labels[there]
-            border[here] |= differs
-            border[there] |= differs
+    for dy, dx in product(range(-radius, radius + 1), repeat=2):
+        if dy * dy + dx * dx <= radius * radius:
+            here, there = shifted(labels.shape, dy, dx)
+            border[here] |= labels[here] != labels[there]
     return np.where(border, np.uint8(IGNORE), labels)
 
 
@@ -67,30 +60,28 @@ def write_vaihingen(root: Path, area: int, scene: Scene) -> None:
     write_tiff(paths["image"], scene.image)
     write_heights(paths["dsm"], scene.dsm)
     write_tiff(paths["intensity"], scene.intensity)
-    write_tiff(paths["labels"], label_colors(scene.labels), compression="zlib")
-    write_tiff(paths["eroded"], label_colors(erode_labels(scene.labels)), compression="zlib")
+    write_tiff(paths["labels"], colored(scene.labels), compression="zlib")
+    write_tiff(paths["eroded"], colored(erode_labels(scene.labels)), compression="zlib")
 
 
 def write_potsdam(root: Path, tile: str, scene: Scene) -> None:
     """A tile r_c, uncompressed: red, green, a blue that follows green, near infrared; heights in
-    decimetres above the tile's lowest as JPEG, and in metres.
-    """
+    decimetres above the tile's lowest as JPEG, and in metres."""
     padded = "_".join(part.zfill(2) for part in tile.split("_"))
     infrared, red, green = np.moveaxis(scene.image, -1, 0)
     image = np.stack([red, green, (0.9 * green).astype(np.uint8), infrared], axis=-1)
     above = np.nan_to_num(np.clip(10 * (scene.dsm - np.nanmin(scene.dsm)), 0, 255), nan=0)
-    above = above.astype(np.uint8)
     path = root / POTSDAM.image["rgbir"][0][0].format(id=tile)
     write_tiff(path, image, extrasamples=["unspecified"])
     metres = POTSDAM.dsm["absolute"][1][0]
     write_heights(root / metres.format(padded=padded), scene.dsm)
     jpeg = root / POTSDAM.dsm["normalised"][1][0].format(padded=padded)
     jpeg.parent.mkdir(exist_ok=True)
-    save = partial(Image.fromarray(above).save, format="JPEG", quality=95)
-    replace_atomically(jpeg, save)
-    write_tiff(root / POTSDAM.labels[0].format(id=tile), label_colors(scene.labels))
-    eroded = label_colors(erode_labels(scene.labels))
-    write_tiff(root / POTSDAM.test_labels[0].format(id=tile), eroded)
+    picture = Image.fromarray(above.astype(np.uint8))
+    replace_atomically(jpeg, lambda p: picture.save(p, "JPEG", quality=95))
+    write_tiff(root / POTSDAM.labels[0].format(id=tile), colored(scene.labels))
+    eroded = root / POTSDAM.test_labels[0].format(id=tile)
+    write_tiff(eroded, colored(erode_labels(scene.labels)))
 
 
 def write_hunan(root: Path, tile: str, scene: Scene) -> None:
@@ -101,32 +92,26 @@ def write_hunan(root: Path, tile: str, scene: Scene) -> None:
     bands = np.repeat(scene.image[..., 2:].astype(np.int16) * 12, 13, axis=-1)
     bands[..., [7, 3, 2]] = scene.image.astype(np.int16) * 12
     radar = np.repeat(-scene.image[..., :1].astype(np.float32) / 10, 2, axis=-1)
-    for pattern, array in (
-        (HUNAN.image["rgb"][0][0], bands),
-        ("{folder}/s1/s1_{id}.tif", radar),
-        (HUNAN.labels[0], codes[scene.labels]),
+    topography = np.stack([scene.dsm, np.zeros_like(scene.dsm)], axis=-1)
+    for write, pattern, array in (
+        (write_tiff, HUNAN.image["rgb"][0][0], bands),
+        (write_tiff, HUNAN.rasters["s1"].patterns[0], radar),
+        (write_tiff, HUNAN.labels[0], codes[scene.labels]),
+        (write_heights, HUNAN.dsm["absolute"][1][0], topography),
     ):
         path = root / pattern.format(folder=folder, id=number)
-        options = {"planarconfig": "contig"} if array.ndim == 3 else {}
-        write_tiff(path, array, photometric="minisblack", compression="zlib", **options)
-    topography = np.stack([scene.dsm, np.zeros_like(scene.dsm)], axis=-1)
-    path = root / HUNAN.dsm["absolute"][1][0].format(folder=folder, id=number)
-    options = dict(photometric="minisblack", compression="zlib", planarconfig="contig")
-    write_heights(path, topography, **options)
+        write(path, array, photometric="minisblack", planarconfig="contig", compression="zlib")
 
 
-def label_colors(labels: np.ndarray) -> np.ndarray:
+def colored(labels: np.ndarray) -> np.ndarray:
     """Labels (H, W) -> ISPRS's colours (H, W, 3) uint8; what is no class is black."""
-    colors = np.zeros((256, 3), np.uint8)
-    colors[: len(ISPRS_CLASSES)] = [color for _, color in ISPRS_CLASSES]
-    return colors[labels]
+    return labels_to_colors(labels, [color for _, color in ISPRS_CLASSES])
 
 
 def write_heights(path: Path, heights: np.ndarray, **options) -> None:
     """Metres with NaN, as a TIFF with -9999 that names it as no data."""
     tag = (NODATA, "s", 0, str(MISSING), True)
-    filled = np.nan_to_num(heights, nan=MISSING)
-    write_tiff(path, filled, extratags=[tag], **options)
+    write_tiff(path, np.nan_to_num(heights, nan=MISSING), extratags=[tag], **options)
 
 
 def write_tiff(path: Path, array: np.ndarray, **options) -> None:
@@ -138,13 +123,9 @@ def write_tiff(path: Path, array: np.ndarray, **options) -> None:
 
 # ----------------------------------------------------------------------------------------- the city
 
-POTSDAM_TILES = tuple(
-    sorted(
-        (tile for tiles in POTSDAM.splits["paper"].values() for tile in tiles),
-        key=lambda tile: [int(part) for part in tile.split("_")],
-    )
+POTSDAM_TILES = sorted(
+    chain(*POTSDAM.splits["paper"].values()), key=lambda tile: [*map(int, tile.split("_"))]
 )
-HUNAN_TILES = ("train/101", "train/7", "val/23", "test/5")
 
 # How a tile is written, its name -> the number by which `make_tile` knows it, and those to test on.
 LAYOUTS = {
@@ -154,7 +135,7 @@ LAYOUTS = {
         {tile: i for i, tile in enumerate(POTSDAM_TILES)},
         POTSDAM.splits["paper"]["test"],
     ),
-    "hunan": (write_hunan, {tile: i for i, tile in enumerate(HUNAN_TILES)}, HUNAN_TILES[-1:]),
+    "hunan": (write_hunan, {"train/101": 0, "train/7": 1, "val/23": 2, "test/5": 3}, ("test/5",)),
 }
 
 
@@ -175,15 +156,19 @@ def write_city(
     difficulty: float = 1.0,
 ) -> None:
     """Writes the tiles, by default all of the layout, over files of the same names. `size` is the
-    side in pixels, or (height, width). `city.json` says complete only after the last tile.
-    """
+    side in pixels, or (height, width). `city.json` says complete only after the last tile."""
     root, marker = Path(root), describe_city(seed, size, layout, difficulty)
     root.mkdir(parents=True, exist_ok=True)
     write, numbers, _ = LAYOUTS[layout]
-    write_marker(root, marker, complete=False)
+
+    def mark(complete: bool) -> None:
+        text = json.dumps({**marker, "complete": complete}) + "\n"
+        replace_atomically(root / "city.json", lambda p: p.write_text(text))
+
+    mark(complete=False)
     for tile in numbers if tiles is None else tiles:
         write(root, tile, make_scene(layout, tile, seed, marker["size"], difficulty))
-    write_marker(root, marker, complete=True)
+    mark(complete=True)
 
 
 def ensure_city(
@@ -194,8 +179,7 @@ def ensure_city(
     difficulty: float = 1.0,
 ) -> bool:
     """Makes sure that root holds this city; True if it had to be written. A city left half-written
-    is finished. Raises DataError, and writes nothing, where root holds anything else.
-    """
+    is finished. Raises DataError, and writes nothing, where root holds anything else."""
     root, wanted = Path(root), describe_city(seed, size, layout, difficulty)
     if root.exists() and not root.is_dir():
         raise DataError(f"{root} is a file; name a new folder for the synthetic city")
@@ -220,8 +204,7 @@ def ensure_city(
 
 def open_city(root: Path) -> None:
     """Makes sure that root holds a city in Vaihingen's layout: the one that it says it holds, or
-    else the usual one. Raises DataError as `ensure_city` does.
-    """
+    else the usual one. Raises DataError as `ensure_city` does."""
     try:
         city = json.loads((Path(root) / "city.json").read_text())
         ensure_city(root, city["seed"], city["size"], difficulty=city["difficulty"])
@@ -244,36 +227,21 @@ def describe_city(seed: int, size: int | tuple[int, int], layout: str, difficult
     return city if layout == "vaihingen" else {**city, "layout": layout}
 
 
-def write_marker(root: Path, marker: dict, complete: bool) -> None:
-    text = json.dumps({**marker, "complete": complete}) + "\n"
-    replace_atomically(root / "city.json", lambda p: p.write_text(text))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="geodata.synthetic", description="Writes a synthetic city in a benchmark's layout."
-    )
-    parser.error = lambda message: parser.exit(
-        2, f"error: {message}; see python -m geodata.synthetic --help\n"
-    )
-    parser.add_argument("--root", type=Path, required=True, help="a new or empty folder")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another city [0]")
-    parser.add_argument("--size", type=int, default=640, help="pixels of a tile's side [640]")
-    parser.add_argument(
-        "--difficulty", type=float, default=1.0, help=f"0 nearly solved, {HARDEST:g} hardest [1]"
-    )
-    parser.add_argument("--layout", choices=tuple(LAYOUTS), default="vaihingen")
+    about = "Writes a synthetic city in a benchmark's layout."
+    parser = Parser(prog="-m geodata.synthetic", description=about)
+    add, hardest = parser.add_argument, f"0 nearly solved, {HARDEST:g} hardest [1]"
+    add("--root", type=Path, required=True, help="a new or empty folder")
+    add("--seed", type=int, default=0, help="another seed, another city [0]")
+    add("--size", type=int, default=640, help="pixels of a tile's side [640]")
+    add("--difficulty", type=float, default=1.0, help=hardest)
+    add("--layout", choices=tuple(LAYOUTS), default="vaihingen")
     args = parser.parse_args()
-    try:
-        written = ensure_city(args.root, args.seed, args.size, args.layout, args.difficulty)
-    except (DataError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
+    written = ensure_city(args.root, args.seed, args.size, args.layout, args.difficulty)
+    done, size = "wrote" if written else "already holds", f"{args.size} x {args.size}"
     count = len(LAYOUTS[args.layout][1])
-    print(
-        f"{args.root}: {'wrote' if written else 'already holds'} {count} tiles of {args.size} x "
-        f"{args.size} pixels in the layout of {args.layout}"
-    )
+    print(f"{args.root}: {done} {count} tiles of {size} pixels in the layout of {args.layout}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, DataError, OSError)

@@ -20,6 +20,7 @@ from geodata.canvas import (
     TREE,
     Canvas,
     mix,
+    textured,
     wave,
 )
 
@@ -48,12 +49,10 @@ def pick(rng: np.random.Generator, choices):
 
 def slab(canvas: Canvas, x, y, angle, length, width, label, height, material="asphalt") -> None:
     """A level rectangle of a material or of "grass": a flat roof or a yard. At times with a pale
-    rim and a few hatches.
-    """
+    rim and a few hatches."""
     rng = canvas.rng
     window, a, b, mask = canvas.rectangle(x, y, angle, length, width)
-    grass = material == "grass"
-    albedo = canvas.lawn(window) if grass else canvas.material(window, material)
+    albedo = canvas.lawn(window) if material == "grass" else canvas.material(window, material)
     if rng.random() < 0.4:
         albedo[(np.abs(a) > length / 2 - 0.25) | (np.abs(b) > width / 2 - 0.25)] += np.float32(0.12)
     for _ in range(int(rng.integers(0, 4))):
@@ -66,8 +65,7 @@ def slab(canvas: Canvas, x, y, angle, length, width, label, height, material="as
 
 def gable(canvas: Canvas, x, y, angle, length, width) -> None:
     """A house with a gabled or hipped roof of tiles, its ridge along the angle; at times solar
-    panels and a chimney.
-    """
+    panels and a chimney."""
     rng = canvas.rng
     window, a, b, mask = canvas.rectangle(x, y, angle, length, width)
     slope, inside = rng.uniform(0.5, 0.9), width / 2 - np.abs(b)
@@ -92,8 +90,8 @@ def gable(canvas: Canvas, x, y, angle, length, width) -> None:
 
 
 def container(canvas: Canvas, window, a, b, mask) -> None:
-    ribs = 1 + 0.12 * wave(a / 0.5)
-    albedo = np.float32(pick(canvas.rng, CONTAINER)) * ribs[..., None]
+    ribs = 0.12 * wave(a / 0.5)
+    albedo = textured(pick(canvas.rng, CONTAINER), ribs)
     level = canvas.level(window, mask)
     canvas.paint(window, mask, CLUTTER, albedo, level + 2.6, level)
 
@@ -111,25 +109,23 @@ def basin(canvas: Canvas, window, a, b, mask) -> None:
     """Water behind a pale rim, a pond or a pool."""
     water = mask & (np.abs(a) < a[mask].max() - 0.4) & (np.abs(b) < b[mask].max() - 0.4)
     canvas.paint(window, mask, CLUTTER, 0.7, 0.0)
-    albedo = np.float32(pick(canvas.rng, (WATER, POOL)))
-    albedo = albedo * (1 + canvas.textures["asphalt"][window])[..., None]
+    albedo = textured(pick(canvas.rng, (WATER, POOL)), canvas.textures["asphalt"][window])
     canvas.paint(window, water, CLUTTER, albedo, -0.3)
 
 
 def court(canvas: Canvas, window, a, b, mask) -> None:
     """A sports ground of a bright colour with white lines."""
-    albedo = np.float32(pick(canvas.rng, COURTS))
-    albedo = albedo * (1 + canvas.textures["concrete"][window])[..., None]
+    albedo = textured(pick(canvas.rng, COURTS), canvas.textures["concrete"][window])
     along, across = a[mask].max() - np.abs(a), b[mask].max() - np.abs(b)
-    lines = (np.minimum(along, across) > 0.8) & (np.minimum(along, across) < 0.95)
-    albedo[lines | (np.abs(a) < 0.08)] = 0.85
+    inside = np.minimum(along, across)
+    albedo[(inside > 0.8) & (inside < 0.95) | (np.abs(a) < 0.08)] = 0.85
     canvas.paint(window, mask, CLUTTER, albedo, 0.0)
 
 
 def playground(canvas: Canvas, window, a, b, mask) -> None:
     """Sand with posts and slides."""
     rng = canvas.rng
-    albedo = np.float32(SAND) * (1 + canvas.textures["gravel"][window])[..., None]
+    albedo = textured(SAND, canvas.textures["gravel"][window])
     canvas.paint(window, mask, CLUTTER, albedo, 0.0)
     for _ in range(3):
         da, db = rng.uniform(-0.7, 0.7) * a[mask].max(), rng.uniform(-0.7, 0.7) * b[mask].max()
@@ -149,10 +145,9 @@ def draw_clutter(canvas: Canvas, kind: str, x, y, angle) -> None:
     paint, length, width = CLUTTERS[kind]
     length, width = (side * canvas.rng.uniform(0.85, 1.15) for side in (length, width))
     window, a, b, mask = canvas.rectangle(x, y, angle, length, width)
-    labels = canvas.labels[window][mask]
-    if labels.size and a[mask].max() > 0.5 and b[mask].max() > 0.5:
-        if np.isin(labels, (LOW, IMPERVIOUS)).all():
-            paint(canvas, window, a, b, mask)
+    free = np.isin(canvas.labels[window][mask], (LOW, IMPERVIOUS)).all()
+    if free and mask.any() and a[mask].max() > 0.5 and b[mask].max() > 0.5:
+        paint(canvas, window, a, b, mask)
 
 
 # -------------------------------------------------------------------------------- cars and greenery
@@ -160,8 +155,7 @@ def draw_clutter(canvas: Canvas, kind: str, x, y, angle) -> None:
 
 def draw_car(canvas: Canvas, x, y, angle, moving=False) -> None:
     """A car, a van or a lorry, where the ground under the whole of it is paved; a moving one has
-    gone by the next picture.
-    """
+    gone by the next picture."""
     rng = canvas.rng
     drawn = rng.random() * mix(0.65, 1.0, min(canvas.difficulty, 1))
     _, length, width, top = next(kind for kind in CARS if drawn <= kind[0])
@@ -177,8 +171,7 @@ def draw_car(canvas: Canvas, x, y, angle, moving=False) -> None:
     paints = PAINT[: len(PAINT) if canvas.difficulty > 0 else 9]
     colour = np.float32(pick(rng, paints if top < 3 else CONTAINER))
     front = length / 2 - (0.9 if top > 2 else 1.5)  # where the windscreen is
-    albedo = np.empty((*a.shape, 3), np.float32)
-    albedo[:] = colour
+    albedo = np.tile(colour, (*a.shape, 1))
     glass = (a > front) & (a < front + 0.5)
     if top < 2:  # a bonnet, a rear window, a roof between them
         albedo[a > front + 0.5] *= np.float32(0.9)
@@ -204,8 +197,7 @@ def hedge(canvas: Canvas, x, y, angle, length, width, height) -> None:
 
 def crown(canvas: Canvas, x, y, radius, colour, top, shrub) -> int:
     """A crown of height `top`, or its likeness in shrubs of that height; returns how many pixels it
-    gained.
-    """
+    gained."""
     rng = canvas.rng
     window, a, b = canvas.frame(x, y, 0.0, radius * 1.4)
     r = np.sqrt(a * a + b * b) + np.float32(1e-6)

@@ -226,7 +226,8 @@ def test_what_a_label_raster_does_not_show_is_no_class(place, script):
         assert_refused(script("prepare.py", *image, name, "--out", "none"), name, "class numbers")
 
 
-def test_tiles_and_the_whole_image_give_a_network_the_same(place, script):
+@pytest.mark.parametrize("bands", [1, 2])
+def test_tiles_and_the_whole_image_give_a_network_the_same(place, script, bands):
     """Heights in metres below an image in feet; holes of heights, of one band, of a mask."""
     feet, rng = tags(0.2, 4099, 0, 1, 9003), np.random.default_rng(1)
     image = rng.uniform(0, 1, (H, W, 3)).astype(np.float32)
@@ -237,10 +238,12 @@ def test_tiles_and_the_whole_image_give_a_network_the_same(place, script):
     heights = np.linspace(0, 100, W, dtype=np.float32) + np.zeros((H, 1), np.float32)
     heights[80:90, 200:260] = np.nan
     tifffile.imwrite("dsm.tif", heights, photometric="minisblack")
-    sar = rng.uniform(-20, -5, (H, W, 2)).astype(np.float32)
+    sar = rng.uniform(-20, -5, (H, W, bands)).astype(np.float32)
     sar[100:120, :, 0] = -9999
     about = dict(photometric="minisblack", planarconfig="contig")
-    tifffile.imwrite("radar.tif", sar, **about, extratags=[(42113, "s", 0, "-9999", True)])
+    tifffile.imwrite(
+        "radar.tif", sar.squeeze(), **about, extratags=[(42113, "s", 0, "-9999", True)]
+    )
     more = ["--raster", "sar=radar.tif", "--val", 0, "--out", "tiles"]
     status, out, err = script("prepare.py", *WORDS, *more)
     assert (status, err) == (0, "") and "--heights=0:101" in out
