@@ -62,7 +62,9 @@ def test_labels_survive_the_way_to_colours_and_back(palette, data):
 def test_a_pixel_gets_the_colour_that_no_channel_leaves_by_more_than_the_tolerance(
     palette, rgb, data
 ):
-    distance = lambda a, b: max(abs(int(x) - int(y)) for x, y in zip(a, b))
+    def distance(a, b):
+        return max(abs(int(x) - int(y)) for x, y in zip(a, b))
+
     closest = min(distance(a, b) for i, a in enumerate(palette) for b in palette[:i])
     tolerance = data.draw(st.integers(0, (closest - 1) // 2))
     rgb[0, 0] = palette[-1]

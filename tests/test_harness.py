@@ -591,6 +591,11 @@ def test_the_table_says_what_cannot_be_told_apart_and_the_page_draws_it(tmp_path
     assert r"51.00 $\pm$ 1.00" in text and text.count(r"\\") == 5
 
 
+def test_a_row_is_shown_by_its_own_name_whatever_letters_are_in_it():
+    lines = [Line("finance", [], {}), Line("other", [], {"OA": 90.0})]
+    assert [row[0] for row in cells_of(lines, cost=True)[1:]] == ["finance", "other"]
+
+
 def test_a_competitor_s_row_has_its_numbers_alone():
     line = Line("ESANet", [], {"mIoU": 79.42}, backbone="R34")
     head, cells = cells_of([line], cost=True)
