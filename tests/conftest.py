@@ -1,6 +1,10 @@
 """What several test files share: a small encoder, random weights, hypothesis without a clock."""
 
 import os
+
+# Before numpy is imported: beside other processes its threads wait for each other, and busily.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import subprocess
 import sys
 import tempfile
