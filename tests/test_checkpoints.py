@@ -289,12 +289,14 @@ def make_run(folder, tuner="lora", modalities="image+dsm", weights=None, **chang
     kind = repr(replace(settings, weights="" if weights != "none" else "none"))
     if kind not in TRAINED:
         TRAINED[kind] = trained_network(settings)
-    model, base = TRAINED[kind]
-    save_model(folder / "model.pt", model, settings, base, CLASSES, epoch=1, finished=True)
-    return SimpleNamespace(path=folder / "model.pt", model=model, settings=settings, base=base)
+    model, base, found = TRAINED[kind]
+    path = folder / "model.pt"
+    save_model(path, model, settings, base, CLASSES, epoch=1, finished=True)
+    return SimpleNamespace(path=path, model=model, settings=settings, base=base, logits=found)
 
 
 def trained_network(settings):
+    """(the network, its base, its logits)."""
     model, base, _ = build_model(settings, len(CLASSES))
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     randomise(model, seed=4)
@@ -302,7 +304,7 @@ def trained_network(settings):
         for name, p in model.named_parameters():
             p.copy_(frozen.get(name, p))
         model.train()(*inputs(model, batch=2))
-    return model.eval(), base
+    return model.eval(), base, logits(model)
 
 
 def inputs(model, batch=1):
@@ -317,7 +319,7 @@ def logits(model):
 
 def assert_loads(run, path, **options):
     model, settings, classes = load_model(path, **options)
-    assert torch.equal(logits(model), logits(run.model)) and not model.training
+    assert torch.equal(logits(model), run.logits) and not model.training
     assert settings == run.settings and classes == CLASSES
 
 
