@@ -6,6 +6,8 @@ import os
 # Before numpy is imported: beside other processes its threads wait for each other, and busily.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,6 +17,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from geodata import synthetic
 from sam_vit import build_image_encoder
 
 torch.set_num_threads(1)
@@ -52,6 +55,17 @@ def small_encoder(seed=0, **overrides):
     encoder, drawn = ENCODERS[key]
     torch.set_rng_state(drawn)
     return copy.deepcopy(encoder)
+
+
+CITIES = tempfile.TemporaryDirectory()
+
+
+def write_city(root, **how):
+    """`synthetic.write_city`, of which each city is drawn once and then copied."""
+    drawn = Path(CITIES.name) / re.sub(r"\W+", "-", repr(sorted(how.items())))
+    if not drawn.exists():
+        synthetic.write_city(drawn, **how)
+    shutil.copytree(drawn, root, dirs_exist_ok=True)
 
 
 def snapshot(module):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import write_city
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +18,6 @@ from engine.networks import build_model
 from engine.pretrained import find_weights
 from engine.settings import Settings
 from geodata.leaves import make_picture
-from geodata.synthetic import write_city
 from sam_vit import WeightsError, build_image_encoder, load_sam_weights, read_state_dict
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_city
 from processes import Script
 
 import tuners
 from engine.console import Parser
 from engine.plugins import load_plugins
-from geodata import synthetic
 from geodata.layouts import LAYOUTS
 from mfnet import build_mfnet, trained_names
 from sam_vit import SIZES
@@ -98,7 +98,7 @@ def run_as_shown(folder, script, *words):
 def folder_of_a_run(tmp_path_factory):
     """A folder in which a small city lies where the README has it, and a run that is finished."""
     folder = tmp_path_factory.mktemp("readme")
-    synthetic.write_city(folder / "data" / "synthetic", seed=3, size=(128, 128))
+    write_city(folder / "data" / "synthetic", seed=3, size=(128, 132))
     data = "--data vaihingen --root data/synthetic --epochs 1 --steps 1 --out runs/first"
     run_as_shown(folder, "train.py", *data.split(), *TINY.split())
     return folder

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from conftest import write_city
 from PIL import Image
 from processes import QUICK
 
@@ -96,7 +97,7 @@ def write_own_tiles(root, size=80, heights=True):
 @pytest.fixture(scope="module")
 def city(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "city"
-    synthetic.write_city(root, seed=3, size=(128, 132))
+    write_city(root, seed=3, size=(128, 132))
     return root
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, write_city
 from processes import Script, two_processes
 
 import evaluate
@@ -29,7 +29,6 @@ from engine.folder import RunFolder
 from engine.run import Run
 from engine.signals import noted_signals
 from engine.training import TrainingStopped
-from geodata import synthetic
 from geodata.crops import CropDataset
 from geodata.rasters import DataError
 from mfnet import build_mfnet
@@ -43,7 +42,7 @@ SHORT += " --crop 64 --stride 64 --class-weights balanced --balance-crops"
 @pytest.fixture(scope="module")
 def city(tmp_path_factory):
     root = tmp_path_factory.mktemp("city")
-    synthetic.write_city(root, size=96)
+    write_city(root, size=96)
     return root
 
 
@@ -177,7 +176,7 @@ def test_resuming_with_another_setting_or_other_data_or_another_base_is_refused(
     short_run(city, folder).folder.release()
     assert "--lr 0.5 contradicts" in call(city, folder, "--resume --lr 0.5", status=2)[1]
     other = tmp_path / "other"
-    synthetic.write_city(other, seed=1, size=96)
+    write_city(other, seed=1, size=96)
     assert "not the training tiles" in call(other, folder, "--resume", status=2)[1]
     last = torch.load(folder / "last.pt", weights_only=True)
     torch.save({**last, "base": {**last["base"], "sha256": "0" * 64}}, folder / "last.pt")
@@ -377,7 +376,7 @@ def test_while_training_epochs_are_scored_at_their_own_stride(city, tmp_path, ca
 def test_one_command_trains_chooses_and_scores_potsdam_as_published(tmp_path, monkeypatch):
     """Windows in training and for the score are those of the published loop, each computed once."""
     side, window = 140, 128
-    synthetic.write_city(tmp_path / "potsdam", size=side, layout="potsdam")
+    write_city(tmp_path / "potsdam", size=side, layout="potsdam")
     found, score = [], train.score_split
 
     def noted(*args, **options):
