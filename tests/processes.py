@@ -15,7 +15,8 @@ from pathlib import Path
 HOME = Path(__file__).resolve().parent.parent
 HOW = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 QUICK = multiprocessing.get_context(HOW)
-QUICK.set_forkserver_preload(["train", "evaluate", "predict", "torch._dynamo"])
+if HOW == "forkserver":
+    QUICK.set_forkserver_preload(["train", "evaluate", "predict", "torch._dynamo"])
 
 
 class Script:
