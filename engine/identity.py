@@ -59,7 +59,8 @@ def code_digest(tuner: str, home: Path = HOME, start: str = "train") -> str:
         if name in found or NEUTRAL & {name, name.split(".")[0]} or not path.is_file():
             continue
         text = path.read_text(encoding="utf-8")
-        found[name] = canonical(text, bases, frozenset(classes - bases))
+        others = frozenset(cls for cls in classes - bases if cls in text)
+        found[name] = canonical(text, bases if others else frozenset(), others)
         todo += imported(text)
     return sha256([TUNERS[tuner].__qualname__, found])
 

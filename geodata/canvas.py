@@ -33,6 +33,8 @@ LEAVES = (
     ((0.55, 0.25, 0.15), (0.52, 0.38, 0.20)),
     ((0.36, 0.10, 0.17), (0.36, 0.12, 0.17)),
 )
+# No pixel: a window, and coordinates in it.
+NOWHERE = ((slice(0, 0), slice(0, 0)), *np.zeros((2, 0, 0), np.float32))
 
 
 def mix(easy: float, hard: float, difficulty: float) -> float:
@@ -132,6 +134,8 @@ class Canvas:
         point, a along angle."""
         top, left = (max(0, math.floor((p - reach) / PIXEL)) for p in (y, x))
         bottom, right = (max(0, math.ceil((p + reach) / PIXEL)) for p in (y, x))
+        if min(bottom, right) == 0 or top >= self.shape[0] or left >= self.shape[1]:
+            return NOWHERE  # most of what is drawn lies beyond a small tile
         window = slice(top, min(bottom, self.shape[0])), slice(left, min(right, self.shape[1]))
         dy = (np.arange(*window[0].indices(self.shape[0]), dtype=np.float32) * PIXEL - y)[:, None]
         dx = (np.arange(*window[1].indices(self.shape[1]), dtype=np.float32) * PIXEL - x)[None, :]
@@ -151,6 +155,8 @@ class Canvas:
 
     def paint(self, window, mask, label=None, albedo=None, height=None, relief=0.0):
         """Writes layers where mask holds, from numbers or arrays of the window."""
+        if not mask.size:
+            return
         layers = (self.relief, self.labels, self.albedo, self.height)
         for layer, value in zip(layers, (relief, label, albedo, height)):
             if value is not None:

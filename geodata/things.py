@@ -162,6 +162,8 @@ def draw_car(canvas: Canvas, x, y, angle, moving=False) -> None:
     length, width = length * rng.uniform(0.93, 1.07), width * rng.uniform(0.96, 1.04)
     angle = angle + math.pi * int(rng.integers(2))
     window, a, b = canvas.frame(x, y, angle, length / 2 + 0.4)
+    if not a.size:
+        return
     p, q = 2 * a / length, 2 * b / width
     p, q = p * p * p, q * q
     body, around = p * p + q * q < 1, p * p + q * q < 1.6

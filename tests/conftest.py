@@ -1,6 +1,13 @@
 """What several test files share: a small encoder, random weights, hypothesis without a clock."""
 
+import copy
 import os
+
+# Before numpy is imported: beside other processes its threads wait for each other, and busily.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -10,6 +17,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from geodata import synthetic
 from sam_vit import build_image_encoder
 
 torch.set_num_threads(1)
@@ -34,10 +42,30 @@ def randomise(module, seed=0):
     return module
 
 
+ENCODERS = {}
+
+
 def small_encoder(seed=0, **overrides):
-    """The same weights for the same seed."""
-    torch.manual_seed(seed)
-    return randomise(build_image_encoder(TINY, **overrides), seed)
+    """The same weights for the same seed; what is drawn afterwards depends on the seed, too."""
+    key = seed, *sorted(overrides.items())
+    if key not in ENCODERS:
+        torch.manual_seed(seed)
+        encoder = randomise(build_image_encoder(TINY, **overrides), seed)
+        ENCODERS[key] = encoder, torch.get_rng_state()
+    encoder, drawn = ENCODERS[key]
+    torch.set_rng_state(drawn)
+    return copy.deepcopy(encoder)
+
+
+CITIES = tempfile.TemporaryDirectory()
+
+
+def write_city(root, **how):
+    """`synthetic.write_city`, of which each city is drawn once and then copied."""
+    drawn = Path(CITIES.name) / re.sub(r"\W+", "-", repr(sorted(how.items())))
+    if not drawn.exists():
+        synthetic.write_city(drawn, **how)
+    shutil.copytree(drawn, root, dirs_exist_ok=True)
 
 
 def snapshot(module):
@@ -52,12 +80,14 @@ def same_state(module, state):
 # ---------------------------------------------------------------- the whole suite on two processors
 
 CLAIMS = "MFNET_CLAIMS_OF_THE_SUITE"
+# The files that take longest come first, so that both processes end at about the same time.
+LONGEST = "training scripts harness switches checkpoints frozen synthetic zoo explain mfnet".split()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(session, config, items):
-    """A whole suite is shared with a second process, which begins at the last file. Who comes to a
-    file first claims it in a folder; in the middle they meet.
+    """A whole suite is shared with a second process. Who comes to a file first claims it in a
+    folder.
     """
     files = sorted({item.path for item in items})
     if len(files) < 20 or (os.cpu_count() or 1) < 2:
@@ -74,8 +104,8 @@ def pytest_collection_modifyitems(session, config, items):
             stdout=config.other_output,
             stderr=subprocess.STDOUT,
         )
-    else:
-        items.sort(key=lambda item: -files.index(item.path))
+    first = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (first.get(item.path.name, len(first)), files.index(item.path)))
     config.claim_folder = Path(folder)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from conftest import write_city
 from PIL import Image
 from test_rasters import geo_tags
 
@@ -39,7 +40,7 @@ def check(monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def city(tmp_path_factory):
     root = tmp_path_factory.mktemp("city")
-    synthetic.write_city(root, size=64)
+    write_city(root, size=64)
     return root
 
 

@@ -271,20 +271,32 @@ def test_weights_that_cannot_be_found_are_named(tmp_path):
 # -------------------------------------------------------------------------------------------- a run
 
 
+BASE = {"image_encoder." + n: t for n, t in small_encoder(seed=1).state_dict().items()}
+TRAINED = {}
+
+
 def make_run(folder, tuner="lora", modalities="image+dsm", weights=None, **changes):
     """A finished run as train.py leaves it, on sam.pth: parameters and batch-norm statistics have
-    moved.
+    moved. Runs of the same settings share the network that was saved.
     """
     if weights is None:
         weights = str(folder / "sam.pth")
-        torch.save(
-            {"image_encoder." + n: t for n, t in small_encoder(seed=1).state_dict().items()},
-            weights,
-        )
+        torch.save(BASE, weights)
     settings = Settings(
         encoder="tiny", weights=weights, tuner=tuner, modalities=modalities, seed=3, **changes
     )
     settings.complete()
+    kind = repr(replace(settings, weights="" if weights != "none" else "none"))
+    if kind not in TRAINED:
+        TRAINED[kind] = trained_network(settings)
+    model, base, found = TRAINED[kind]
+    path = folder / "model.pt"
+    save_model(path, model, settings, base, CLASSES, epoch=1, finished=True)
+    return SimpleNamespace(path=path, model=model, settings=settings, base=base, logits=found)
+
+
+def trained_network(settings):
+    """(the network, its base, its logits)."""
     model, base, _ = build_model(settings, len(CLASSES))
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     randomise(model, seed=4)
@@ -292,10 +304,7 @@ def make_run(folder, tuner="lora", modalities="image+dsm", weights=None, **chang
         for name, p in model.named_parameters():
             p.copy_(frozen.get(name, p))
         model.train()(*inputs(model, batch=2))
-    save_model(folder / "model.pt", model, settings, base, CLASSES, epoch=1, finished=True)
-    return SimpleNamespace(
-        path=folder / "model.pt", model=model.eval(), settings=settings, base=base
-    )
+    return model.eval(), base, logits(model)
 
 
 def inputs(model, batch=1):
@@ -310,7 +319,7 @@ def logits(model):
 
 def assert_loads(run, path, **options):
     model, settings, classes = load_model(path, **options)
-    assert torch.equal(logits(model), logits(run.model)) and not model.training
+    assert torch.equal(logits(model), run.logits) and not model.training
     assert settings == run.settings and classes == CLASSES
 
 

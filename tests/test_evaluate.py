@@ -12,6 +12,7 @@ import tifffile
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import write_city
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -254,7 +255,7 @@ class Counting(nn.Module):
 @pytest.fixture(scope="module")
 def isprs(tmp_path_factory):
     root = tmp_path_factory.mktemp("city")
-    synthetic.write_city(root, seed=2, size=64)
+    write_city(root, seed=2, size=64)
     return root
 
 
@@ -316,7 +317,7 @@ def damaged(path):
 def test_a_test_tile_without_the_other_labels_is_scored_as_ever_and_a_note_says_why_that_is_all(
     tmp_path, damage
 ):
-    synthetic.write_city(tmp_path, seed=2, size=64)
+    write_city(tmp_path, seed=2, size=64)
     dataset, settings = open_dataset("vaihingen", tmp_path), quick()
     whole = score_split(Counting(6), dataset, "test", settings, 64)
     paths = [synthetic.tile_paths(tmp_path, n)["labels"] for n in synthetic.TEST_AREAS[1:3]]
@@ -334,7 +335,7 @@ def test_a_test_tile_without_the_other_labels_is_scored_as_ever_and_a_note_says_
 
 
 def test_full_labels_that_lack_a_row_and_a_column_leave_the_score_by_eroded_ones_as_it_is(tmp_path):
-    synthetic.write_city(tmp_path, seed=2, size=64)
+    write_city(tmp_path, seed=2, size=64)
     dataset = open_dataset("vaihingen", tmp_path)
     whole = score_split(Counting(6), dataset, "test", quick(), 64)
     path = synthetic.tile_paths(tmp_path, 5)["labels"]

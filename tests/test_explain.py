@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, randomise, same_state, snapshot
+from conftest import TINY, randomise, same_state, snapshot, write_city
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -560,7 +560,7 @@ def test_a_corner_is_two_whole_numbers():
 def run(tmp_path_factory):
     """The folder of a run that has not been trained, on the tiles of a small city."""
     folder = tmp_path_factory.mktemp("explained")
-    synthetic.write_city(folder / "city", seed=3, size=(128, 132))
+    write_city(folder / "city", seed=3, size=(128, 132))
     write_run(folder / "runs" / "one", folder / "city")
     return folder / "runs" / "one"
 

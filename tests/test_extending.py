@@ -2,15 +2,13 @@
 and map as it says; and its table tells the options that there are."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
+from processes import Script
 
 import mfnet  # noqa: F401  # with which the zoo's tuners are known
 from tuners import TUNERS, parse_option, tuner_options
@@ -41,11 +39,10 @@ def write_town(root):
             tifffile.imwrite(root / kind / f"{tile}.tif", array, photometric=photometric)
 
 
-def shell(folder, *words):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / words[0]), *words[1:]]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def in_a_new_process(folder, *words):
+    process = Script(ROOT / words[0], *words[1:], cwd=folder)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
 
 
 def test_the_page_s_tuner_data_set_and_encoder_are_trained_scored_and_used(tmp_path):
@@ -57,7 +54,7 @@ def test_the_page_s_tuner_data_set_and_encoder_are_trained_scored_and_used(tmp_p
     words += " --steps 1 --batch-size 2 --crop 64 --stride 64 --device cpu --out run"
     words += " --tuner-option shift=false --tuner-option blocks=1"
     plugins = [word for name in FILES for word in ("--plugin", name)]
-    shell(tmp_path, "train.py", *words.split(), *plugins)
+    in_a_new_process(tmp_path, "train.py", *words.split(), *plugins)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["tuner_option"] == {"shift": False, "blocks": "1"}
     assert config["parameters"]["tuner"] == 2 * 32  # a scale of C channels and 2 modalities
@@ -65,10 +62,11 @@ def test_the_page_s_tuner_data_set_and_encoder_are_trained_scored_and_used(tmp_p
         (tmp_path / name).unlink()
     before = (tmp_path / "run" / "scores.json").read_bytes()
     assert [row["name"] for row in json.loads(before)["per_class"]] == ["ground", "house"]
-    shell(tmp_path, "evaluate.py", "--run", "run", "--device", "cpu")
+    in_a_new_process(tmp_path, "evaluate.py", "--run", "run", "--device", "cpu")
     assert (tmp_path / "run" / "scores.json").read_bytes() == before
     rasters = ["--image", "town/ortho/3.tif", "--dsm", "town/heights/3.tif"]
-    shell(tmp_path, "predict.py", "--run", "run", *rasters, "--out", "map.tif", "--device", "cpu")
+    words = ["--run", "run", *rasters, "--out", "map.tif", "--device", "cpu"]
+    in_a_new_process(tmp_path, "predict.py", *words)
     assert tifffile.imread(tmp_path / "map.tif").shape[:2] == (64, 64)
 
 

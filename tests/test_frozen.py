@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY
+from conftest import TINY, write_city
 
 import train
 from data import open_from_settings
@@ -25,7 +25,6 @@ from engine.device import autocast
 from engine.distributed import Team
 from engine.run import Run
 from engine.settings import Settings
-from geodata import synthetic
 from sam_vit import SIZES
 from tuners import TUNERS
 
@@ -85,7 +84,7 @@ def tiny_world(folder: Path):
 
 def write_cities(folder: Path) -> dict[str, Path]:
     for layout in ("vaihingen", "potsdam", "hunan"):
-        synthetic.write_city(folder / layout, size=64, layout=layout)
+        write_city(folder / layout, size=64, layout=layout)
     return {layout: folder / layout for layout in ("vaihingen", "potsdam", "hunan")}
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from conftest import write_city
 from test_scripts import write_own_tiles
 
 import benchmark
@@ -80,7 +81,7 @@ os.replace(out + "/partial", out + "/scores.json")
 def world(tmp_path_factory):
     """A tiny city, the files of a run on it, and a stand-in for train.py."""
     here = tmp_path_factory.mktemp("harness")
-    synthetic.write_city(here / "city", size=(64, 100))
+    write_city(here / "city", size=(64, 100))
     before = Path.cwd()
     os.chdir(here)
     with pytest.MonkeyPatch.context() as patch:

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from conftest import write_city
 
 from engine import checkpoints
 from engine.console import Mistake
 from engine.plugins import load_plugins, load_run_plugins, module_name, sha256
-from geodata import synthetic
 from geodata.layouts import LAYOUTS
 from sam_vit import SIZES
 from tuners import TUNERS
@@ -165,7 +165,7 @@ def test_a_data_set_in_a_file_is_a_choice_of_its_own(script, tmp_path):
 
 
 def test_a_data_set_in_a_file_is_trained_on_by_the_paper_s_recipe(script, tmp_path):
-    synthetic.write_city(tmp_path / "town", size=64)
+    write_city(tmp_path / "town", size=64)
     words = "--data mytown --root town --tuner frozen --epochs 1 --steps 1 --encoder tiny --crop 64"
     words += " --weights none --batch-size 2 --stride 64 --out run --plugin mine.py"
     status, _, err = script("train.py", *words.split())

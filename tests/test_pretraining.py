@@ -1,14 +1,15 @@
 """The encoder that learned to see on dead leaves: its pictures, its training, its file."""
 
 import hashlib
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import write_city
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +18,6 @@ from engine.networks import build_model
 from engine.pretrained import find_weights
 from engine.settings import Settings
 from geodata.leaves import make_picture
-from geodata.synthetic import write_city
 from sam_vit import WeightsError, build_image_encoder, load_sam_weights, read_state_dict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,9 +56,13 @@ def test_pictures_show_shapes_of_many_sizes_and_their_colors():
         assert np.corrcoef(flat.ravel(), seen.ravel())[0, 1] > 0.3
 
 
-@given(seeds, st.integers(0, 10**4))
-def test_a_batch_is_a_function_of_seed_and_step_and_its_maps_fit_its_images(seed, step):
-    pictures = [make_picture(0, i, 256) for i in range(2)]
+@pytest.fixture(scope="module")
+def pictures():
+    return [make_picture(0, i, 256) for i in range(2)]
+
+
+@given(seed=seeds, step=st.integers(0, 10**4))
+def test_a_batch_is_a_function_of_seed_and_step_and_its_maps_fit_its_images(pictures, seed, step):
     batch, again = (pretraining.make_batch(pictures, seed, step, 256) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(vars(batch).values(), vars(again).values()))
     B, _, H, W = batch.images.shape
@@ -189,22 +193,20 @@ def test_a_missing_or_damaged_file_is_refused_in_one_line(how, tmp_path, monkeyp
     assert find_weights("none", "vit_t") is None
 
 
-def test_a_damaged_file_ends_a_run_with_one_line_and_status_2(tmp_path):
-    write_city(tmp_path / "city", size=128)
+def test_a_damaged_file_ends_a_run_with_one_line_and_status_2(tmp_path, monkeypatch, capsys):
+    write_city(tmp_path / "city", size=64)
     (tmp_path / "vit_t.pth").write_bytes(FILE.read_bytes()[:-1])
-    code = (
-        "import pathlib, runpy, sys; from engine import pretrained; "
-        "pretrained.FOLDER = pathlib.Path(sys.argv.pop(1)); "
-        "sys.argv[0] = 'train.py'; runpy.run_path('train.py', run_name='__main__')"
-    )
+    monkeypatch.setattr(pretrained, "FOLDER", tmp_path)
     words = ["--root", str(tmp_path / "city"), "--data", "vaihingen", "--encoder", "vit_t"]
     words += ["--crop", "64", "--stride", "64", "--device", "cpu"]
     words += ["--out", str(tmp_path / "run")]
-    command = [sys.executable, "-c", code, str(tmp_path), *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and "vit_t.pth" in done.stderr
-    assert "it is damaged; git checkout" in done.stderr and not (tmp_path / "run").exists()
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and out == ""
+    assert err.count("\n") == 1 and "vit_t.pth" in err
+    assert "it is damaged; git checkout" in err and not (tmp_path / "run").exists()
 
 
 def test_a_run_stands_on_the_file_whatever_its_seed():

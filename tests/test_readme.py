@@ -4,20 +4,19 @@ flag and file that they name is there.
 
 import argparse
 import importlib
-import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_city
+from processes import Script
 
 import tuners
 from engine.console import Parser
 from engine.plugins import load_plugins
-from geodata import synthetic
 from geodata.layouts import LAYOUTS
 from mfnet import build_mfnet, trained_names
 from sam_vit import SIZES
@@ -89,20 +88,19 @@ def parser_of(monkeypatch):
     return find
 
 
-def run_as_shown(folder, *words):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *words]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def run_as_shown(folder, script, *words):
+    process = Script(ROOT / script, *words, cwd=folder)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
 
 
 @pytest.fixture(scope="module")
 def folder_of_a_run(tmp_path_factory):
     """A folder in which a small city lies where the README has it, and a run that is finished."""
     folder = tmp_path_factory.mktemp("readme")
-    synthetic.write_city(folder / "data" / "synthetic", seed=3, size=(128, 128))
+    write_city(folder / "data" / "synthetic", seed=3, size=(128, 132))
     data = "--data vaihingen --root data/synthetic --epochs 1 --steps 1 --out runs/first"
-    run_as_shown(folder, str(ROOT / "train.py"), *data.split(), *TINY.split())
+    run_as_shown(folder, "train.py", *data.split(), *TINY.split())
     return folder
 
 
@@ -115,7 +113,7 @@ def test_the_python_of_the_readme_runs_and_its_shapes_hold(folder_of_a_run, monk
 
 def test_the_page_about_a_window_is_written_as_the_readme_says(folder_of_a_run):
     (words,) = [words for name, words in commands(README) if name == "explain"]
-    run_as_shown(folder_of_a_run, str(ROOT / "explain.py"), *words)
+    run_as_shown(folder_of_a_run, "explain.py", *words)
     assert (folder_of_a_run / "runs" / "first" / "explain" / "explain.html").is_file()
 
 

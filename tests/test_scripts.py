@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from conftest import write_city
 from PIL import Image
+from processes import QUICK
 
-from engine import checkpoints
+from engine import checkpoints, speed
 from geodata import synthetic
 from geodata.grids import read_grid
 from geodata.rasters import read_raster
@@ -95,7 +97,7 @@ def write_own_tiles(root, size=80, heights=True):
 @pytest.fixture(scope="module")
 def city(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "city"
-    synthetic.write_city(root, seed=3, size=(128, 132))
+    write_city(root, seed=3, size=(128, 132))
     return root
 
 
@@ -293,7 +295,8 @@ def test_a_forged_run_makes_no_city_and_prints_what_the_terminal_can_show(script
     write_own_tiles(tmp_path / "mine")
     path = tmp_path / "mine" / "classes.json"
     path.write_text(path.read_text().replace("house", "h\u00e4user \u5bb6"), encoding="utf-8")
-    done = shell(tmp_path, "train.py", *OWN, "--out", "run", more={"PYTHONIOENCODING": "ascii"})
+    assert script("train.py", *OWN, "--out", "run")[0] == 0
+    done = shell(tmp_path, "evaluate.py", "--run", "run", more={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and "h?user ?" in done.stdout
     content = torch.load("run/model.pt", weights_only=True)
     content["settings"] |= {"data": "synthetic", "root": str(tmp_path / "elsewhere")}
@@ -874,13 +877,15 @@ def test_a_mistake_in_looking_inside_is_one_line_and_writes_no_page(
 # ---------------------------------------------------------------------------------------- benchmark
 
 
-def test_the_benchmark_prints_and_keeps_both_networks_with_their_ratio_memory_and_ceiling(tmp_path):
+def test_the_benchmark_prints_and_keeps_both_networks_with_their_ratio_memory_and_ceiling(
+    script, tmp_path
+):
     words = "speed --encoder vit_t --tasks network --crop 64 --batch 1 --repeats 1 --precision fp32"
     words = [*words.split(), "--memory", "--out", "here/rows.csv", "--device", "cpu"]
-    done = shell(tmp_path, "benchmark.py", *words)
-    assert (done.returncode, done.stderr) == (0, "next: python benchmark.py plan vaihingen\n")
+    status, out, err = script("benchmark.py", *words)
+    assert (status, err) == (0, "next: python benchmark.py plan vaihingen\n")
     assert files_below(tmp_path) == ["here/rows.csv", "here/rows.md"]
-    assert done.stdout.strip() in (tmp_path / "here/rows.md").read_text()
+    assert out.strip() in (tmp_path / "here/rows.md").read_text()
     with (tmp_path / "here/rows.csv").open(newline="") as file:
         plain, fast = csv.DictReader(file)
     assert (plain["order"], fast["order"]) == ("plain", "fast") and float(fast["error"]) < 1e-4
@@ -890,13 +895,15 @@ def test_the_benchmark_prints_and_keeps_both_networks_with_their_ratio_memory_an
     assert "torch" in fast["version"]
 
 
-def test_a_plan_tells_hours_windows_and_memory_of_the_recipe_for_each_crop(tmp_path):
-    done = shell(tmp_path, "benchmark.py", *"plan vaihingen --encoder vit_t --device cpu".split())
+def test_a_plan_tells_hours_windows_and_memory_of_the_recipe_for_each_crop(script, monkeypatch):
+    monkeypatch.setattr(speed.multiprocessing, "get_context", lambda kind: QUICK)
+    words = "plan vaihingen --encoder vit_t --device cpu".split()
+    status, out, err = script("benchmark.py", *words)
     then = "next: python train.py --data=vaihingen --root=DIR --encoder=vit_t\n"
-    assert (done.returncode, done.stderr) == (0, then) and "50 x 1000 steps of 10" in done.stdout
+    assert (status, err) == (0, then) and "50 x 1000 steps of 10" in out
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in done.stdout.splitlines()
+        for line in out.splitlines()
         if line.startswith("| ")
     ][1:]
     assert [int(row[0]) for row in rows] == [256, 224, 448, 672, 896]

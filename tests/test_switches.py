@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import TINY, small_encoder
+from conftest import TINY, small_encoder, write_city
 
 import train
 from data import open_from_settings
@@ -107,7 +107,7 @@ OTHER_BASE = {
 def world(tmp_path_factory):
     """A city of tiles of 64 x 100 pixels with every file that a setting may ask for, and a base."""
     here = tmp_path_factory.mktemp("world")
-    synthetic.write_city(here / "city", size=(64, 100))
+    write_city(here / "city", size=(64, 100))
     source = synthetic.tile_paths(here / "city", 5)
     for area in VAIHINGEN.splits["official"]["test"]:
         for kind, path in source.items():

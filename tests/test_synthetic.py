@@ -301,7 +301,7 @@ def test_holes_are_marked_as_gdal_does_and_read_as_the_lowest_height(tmp_path):
 
 
 def test_training_takes_the_city_that_the_folder_says_it_holds(tmp_path):
-    write_city(tmp_path, seed=3, size=64, tiles=TRAIN_AREAS, difficulty=0.5)
+    write_city(tmp_path, seed=3, size=64, tiles=TRAIN_AREAS[:1], difficulty=0.5)
     synthetic.open_city(tmp_path)
     assert not ensure_city(tmp_path, seed=3, size=64, difficulty=0.5)
     marker = json.loads((tmp_path / "city.json").read_text())
@@ -343,7 +343,7 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
 
 
 def test_a_missing_tile_is_written_again(tmp_path):
-    write_city(tmp_path, seed=1, size=64, tiles=TRAIN_AREAS)  # a city without its test tiles
+    write_city(tmp_path, seed=1, size=64, tiles=TRAIN_AREAS[:1])  # one of its tiles
     assert ensure_city(tmp_path, seed=1, size=64)
     assert not ensure_city(tmp_path, seed=1, size=64)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -263,17 +264,22 @@ def test_the_gradient_is_clipped_to_the_given_norm():
     assert norms.norm() == pytest.approx(1e-3, rel=1e-3)
 
 
+@cache
+def step_in_parts(tuner, parts):
+    """(loss, gradients, state) of a network after a step on ten images."""
+    rasters, labels = batch(10, dtype=torch.float64)
+    t = trainer(tuner=tuner, dtype=torch.float64, batch_size=10, accumulate=parts)
+    t.model.train()
+    loss = t.step(rasters, labels)
+    gradients = {n: p.grad for n, p in t.model.named_parameters() if p.grad is not None}
+    return loss, gradients, snapshot(t.model)
+
+
 @pytest.mark.parametrize("tuner", ["lora", "adapter", "full"])
 @pytest.mark.parametrize("parts", [2, 5])
 def test_a_batch_in_parts_has_the_gradients_and_statistics_of_the_whole(tuner, parts):
-    (rasters, labels), states = batch(10, dtype=torch.float64), []
-    for accumulate in (1, parts):
-        t = trainer(tuner=tuner, dtype=torch.float64, batch_size=10, accumulate=accumulate)
-        t.model.train()
-        loss = t.step(rasters, labels)
-        gradients = {n: p.grad for n, p in t.model.named_parameters() if p.grad is not None}
-        states.append((loss, gradients, snapshot(t.model)))
-    (loss, gradients, state), (loss_again, gradients_again, state_again) = states
+    loss, gradients, state = step_in_parts(tuner, 1)
+    loss_again, gradients_again, state_again = step_in_parts(tuner, parts)
     assert loss == pytest.approx(loss_again, rel=1e-12)
     assert gradients.keys() == gradients_again.keys()
     for name, g in gradients.items():

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, write_city
+from processes import Script, two_processes
 
 import evaluate
 import train
@@ -29,42 +30,32 @@ from engine.folder import RunFolder
 from engine.run import Run
 from engine.signals import noted_signals
 from engine.training import TrainingStopped
-from geodata import synthetic
 from geodata.crops import CropDataset
 from geodata.rasters import DataError
 from mfnet import build_mfnet
 from sam_vit import SIZES, WeightsError
 
 ROOT = Path(train.__file__).resolve().parent
-SHORT = "--data vaihingen --encoder vit_t --weights none --epochs 2 --steps 8 --batch-size 2"
+SHORT = "--data vaihingen --encoder vit_t --weights none --epochs 2 --steps 6 --batch-size 2"
 SHORT += " --crop 64 --stride 64 --class-weights balanced --balance-crops"
 
 
 @pytest.fixture(scope="module")
 def city(tmp_path_factory):
     root = tmp_path_factory.mktemp("city")
-    synthetic.write_city(root, size=96)
+    write_city(root, size=96)
     return root
 
 
+def words_of(city, out, flags):
+    return [*SHORT.split(), "--root", str(city), "--out", str(out), *flags.split()]
+
+
 def start(city, out, flags="", launcher=()):
-    command = [
-        sys.executable,
-        *launcher,
-        str(ROOT / "train.py"),
-        *SHORT.split(),
-        "--root",
-        str(city),
-        "--out",
-        str(out),
-    ]
+    command = [sys.executable, *launcher, str(ROOT / "train.py"), *words_of(city, out, flags)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*command, *flags.split()],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -76,17 +67,7 @@ def finish(process, status=0):
 
 def call(city, out, flags="", status=0):
     """The same command inside this process -> (stdout, stderr)."""
-    return call_script(
-        "train.py",
-        train.main,
-        *SHORT.split(),
-        "--root",
-        city,
-        "--out",
-        out,
-        *flags.split(),
-        status=status,
-    )
+    return call_script("train.py", train.main, *words_of(city, out, flags), status=status)
 
 
 def call_script(name, main, *words, status=0):
@@ -113,13 +94,15 @@ def assert_same_bits(a, b):
 
 def wait_for_step(folder, process, beyond=-1):
     """Waits until last.pt holds a later step than `beyond`; None if the run ends before."""
+    seen = None
     while process.poll() is None:
-        try:
-            step = torch.load(folder / "last.pt", weights_only=True)["progress"]["step"]
-            if step > beyond:
-                return step
-        except (FileNotFoundError, RuntimeError, EOFError):
-            pass
+        with contextlib.suppress(FileNotFoundError, RuntimeError, EOFError):
+            written = (folder / "last.pt").stat().st_mtime_ns
+            if written != seen:
+                step = torch.load(folder / "last.pt", weights_only=True)["progress"]["step"]
+                if step > beyond:
+                    return step
+                seen = written
         time.sleep(0.01)
     return None
 
@@ -142,17 +125,17 @@ def test_the_same_command_twice_gives_the_same_bits_and_scores(city, whole_run, 
 def test_a_run_killed_again_and_again_goes_on_to_the_bits_of_one_never_stopped(
     city, whole_run, tmp_path
 ):
-    folder, step, kills = tmp_path / "killed", -1, 0
-    while True:
-        process = start(city, folder, "--save-every 2" + (" --resume" if kills else ""))
-        step = wait_for_step(folder, process, step)
-        if step is None or kills == 2:
-            break
-        process.kill()
-        process.communicate()
-        kills += 1
-    finish(process)
-    assert kills
+    folder = tmp_path / "killed"
+    process = start(city, folder, "--save-every 2")
+    step = wait_for_step(folder, process)
+    process.kill()
+    process.communicate()
+    again = Script(ROOT / "train.py", *words_of(city, folder, "--save-every 2 --resume"))
+    wait_for_step(folder, again, step)
+    again.kill()
+    again.communicate()
+    assert process.returncode == -signal.SIGKILL
+    call(city, folder, "--resume")
     assert_same_bits(whole_run, folder)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     expected = [json.loads(line) for line in (whole_run / "log.jsonl").read_text().splitlines()]
@@ -194,7 +177,7 @@ def test_resuming_with_another_setting_or_other_data_or_another_base_is_refused(
     short_run(city, folder).folder.release()
     assert "--lr 0.5 contradicts" in call(city, folder, "--resume --lr 0.5", status=2)[1]
     other = tmp_path / "other"
-    synthetic.write_city(other, seed=1, size=96)
+    write_city(other, seed=1, size=96)
     assert "not the training tiles" in call(other, folder, "--resume", status=2)[1]
     last = torch.load(folder / "last.pt", weights_only=True)
     torch.save({**last, "base": {**last["base"], "sha256": "0" * 64}}, folder / "last.pt")
@@ -229,6 +212,11 @@ def test_what_cannot_be_written_ends_the_run_and_leaves_the_last_checkpoint(
         run.save_last()
     assert (run.folder / "last.pt").read_bytes() == before
     assert sorted(p.name for p in run.folder.path.iterdir()) == ["config.json", "last.pt"]
+
+
+@pytest.fixture(autouse=True)
+def tiny_encoder(monkeypatch):
+    monkeypatch.setitem(SIZES, "tiny", TINY)
 
 
 def short_run(city, folder, team=Team(), **changes):
@@ -282,23 +270,14 @@ leave_team()
 def test_two_processes_compute_what_one_computes_in_double_precision(tmp_path):
     script = tmp_path / "parity.py"
     script.write_text(PARITY)
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--standalone",
-        str(script),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(torchrun, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
+    for process in two_processes(script):
+        finish(process)
 
 
 def test_a_run_on_two_processes_is_that_of_one_and_writes_one_folder(city, tmp_path):
     # At a rate at which training does not multiply rounding: at 0.01 one process with another
     # number of threads is as far off. What is no rounding shows in double precision, above.
-    flags = "--epochs 3 --steps 2 --batch-size 4 --lr 0.0001 --drop-modality 0.5"
+    flags = "--steps 2 --batch-size 4 --lr 0.0001 --drop-modality 0.5"
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
     out, _ = finish(start(city, tmp_path / "two", flags, launcher))
     call(city, tmp_path / "one", flags)
@@ -306,24 +285,20 @@ def test_a_run_on_two_processes_is_that_of_one_and_writes_one_folder(city, tmp_p
         [json.loads(e)["loss"] for e in (tmp_path / n / "log.jsonl").read_text().splitlines()]
         for n in ("one", "two")
     )
-    assert len(one) == 3 and one == pytest.approx(two, rel=0, abs=1e-5)
+    assert len(one) == 2 and one == pytest.approx(two, rel=0, abs=1e-5)
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert max((a[n].float() - b[n].float()).abs().max() for n in a) < 1e-4
     scores = [json.loads((tmp_path / n / "scores.json").read_text()) for n in ("one", "two")]
     assert scores[0]["confusion"] == scores[1]["confusion"] and out.count("2 processes") == 1
 
 
-def test_a_killed_worker_ends_the_run_with_an_error(city, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
-    process = start(city, tmp_path / "two", "--steps 5000 --save-every 1", launcher)
-    wait_for_step(tmp_path / "two", process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    if not children.exists():
-        process.terminate()
-        pytest.skip("needs /proc to find a worker")
-    os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
-    process.communicate(timeout=100)
-    assert process.returncode != 0
+def test_where_a_process_is_killed_the_other_ends_with_an_error(city, tmp_path):
+    words = words_of(city, tmp_path / "two", "--steps 5000 --save-every 1")
+    main, worker = two_processes(ROOT / "train.py", *words)
+    wait_for_step(tmp_path / "two", main, 0)
+    worker.kill()
+    main.communicate(timeout=100)
+    assert main.returncode == 1
 
 
 # -------------------------------------------------------------------------------- memory, precision
@@ -348,7 +323,8 @@ def test_a_run_in_bf16_is_scored_again_with_the_same_digits(city, tmp_path):
     call(
         city,
         folder,
-        "--precision bf16 --epochs 1 --steps 2 --gradient-checkpointing --accumulate 2",
+        "--encoder tiny --precision bf16 --epochs 1 --steps 2 --gradient-checkpointing"
+        " --accumulate 2",
     )
     before = (folder / "scores.json").read_bytes()
     call_script("evaluate.py", evaluate.main, "--run", folder)
@@ -362,7 +338,9 @@ def test_a_run_in_bf16_is_scored_again_with_the_same_digits(city, tmp_path):
 def test_the_best_epoch_is_kept_of_held_out_tiles_or_as_published_of_the_test_tiles(
     city, tmp_path, select, val
 ):
-    run = short_run(city, tmp_path / "run", val=val, select=select, epochs=3, steps=1)
+    run = short_run(
+        city, tmp_path / "run", val=val, select=select, epochs=3, steps=1, encoder="tiny"
+    )
     training = set("1 3 23 26 7 11 13 28 17 32 34 37".split())
     assert {t.name for t in run.tiles} == training - set(val.split(","))
     train.train(run, [])
@@ -382,7 +360,14 @@ def test_the_best_epoch_is_kept_of_held_out_tiles_or_as_published_of_the_test_ti
 
 def test_while_training_epochs_are_scored_at_their_own_stride(city, tmp_path, capsys):
     run = short_run(
-        city, tmp_path / "run", select="test", epochs=1, steps=1, select_stride=48, eval_stride=32
+        city,
+        tmp_path / "run",
+        encoder="tiny",
+        select="test",
+        epochs=1,
+        steps=1,
+        select_stride=48,
+        eval_stride=32,
     )
     train.train(run, [])
     assert "test tiles at stride 48" in capsys.readouterr().out
@@ -392,7 +377,7 @@ def test_while_training_epochs_are_scored_at_their_own_stride(city, tmp_path, ca
 def test_one_command_trains_chooses_and_scores_potsdam_as_published(tmp_path, monkeypatch):
     """Windows in training and for the score are those of the published loop, each computed once."""
     side, window = 140, 128
-    synthetic.write_city(tmp_path / "potsdam", size=side, layout="potsdam")
+    write_city(tmp_path / "potsdam", size=side, layout="potsdam")
     found, score = [], train.score_split
 
     def noted(*args, **options):
@@ -400,7 +385,6 @@ def test_one_command_trains_chooses_and_scores_potsdam_as_published(tmp_path, mo
         return found[-1]
 
     monkeypatch.setattr(train, "score_split", noted)
-    monkeypatch.setitem(SIZES, "tiny", TINY)
     words = f"--data potsdam --root {tmp_path / 'potsdam'} --as-published --encoder tiny --epochs 1"
     words += f" --steps 1 --batch-size 2 --weights none --crop {window} --out {tmp_path / 'run'}"
     out, _ = call_script("train.py", train.main, *words.split())
@@ -461,7 +445,9 @@ def test_the_best_model_is_read_after_it_was_written_and_before_it_is_written_ag
     city, tmp_path, monkeypatch
 ):
     events = []
-    run = short_run(city, tmp_path / "run", Recorder(events), select="test", epochs=1, steps=1)
+    run = short_run(
+        city, tmp_path / "run", Recorder(events), select="test", epochs=1, steps=1, encoder="tiny"
+    )
     train.train(run, [])
     read, save = train.read_content, run.save_model
     monkeypatch.setattr(train, "read_content", lambda *a: events.append("read") or read(*a))
@@ -548,7 +534,7 @@ def test_a_run_can_go_on_before_its_first_step(city, whole_run, tmp_path):
 def test_a_signal_while_tiles_are_scored_ends_the_run_at_once_and_loses_nothing(
     city, tmp_path, select, monkeypatch
 ):
-    changes = dict(select=select, epochs=2, steps=2, eval_every=1)
+    changes = dict(encoder="tiny", select=select, epochs=2, steps=2, eval_every=1)
     whole = short_run(city, tmp_path / "whole", **changes)
     train.train(whole, [])
     train.finish(whole, [])
@@ -589,7 +575,7 @@ def resumed(folder):
 
 
 def test_a_run_can_be_lengthened_and_says_that_it_was(city, tmp_path, capsys):
-    run = short_run(city, tmp_path / "run", epochs=1, steps=2)
+    run = short_run(city, tmp_path / "run", encoder="tiny", epochs=1, steps=2)
     train.train(run, [])
     train.finish(run, [])
     held = RunFolder(tmp_path / "run")
@@ -612,8 +598,9 @@ def test_a_finished_run_is_left_as_it_is(city, whole_run):
 
 
 def test_what_needs_less_memory_may_be_given_when_a_run_goes_on(city, tmp_path):
-    short_run(city, tmp_path / "run").folder.release()
-    call(city, tmp_path / "run", "--resume --gradient-checkpointing --accumulate 2")
+    short_run(city, tmp_path / "run", epochs=1, steps=2).folder.release()
+    more = "--gradient-checkpointing --accumulate 2"
+    call(city, tmp_path / "run", f"--resume --epochs 1 --steps 2 {more}")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["checkpointing"], config["accumulate"]) == (True, 2)
 
@@ -640,10 +627,11 @@ def test_a_second_run_on_the_same_folder_is_refused(city, tmp_path):
 
 
 def test_seeds_are_trained_in_turn_and_shown_as_one_row_with_what_was_there(city, tmp_path):
-    out, _ = call(city, tmp_path, "--seeds 0 1 --epochs 1 --steps 1")
+    words = "--encoder tiny --epochs 1 --steps 1"
+    out, _ = call(city, tmp_path, f"--seeds 0 1 {words}")
     times = {i: (tmp_path / f"seed-{i}" / "last.pt").stat().st_mtime_ns for i in (0, 1)}
     (tmp_path / "seed-1" / "scores.json").unlink()  # stopped in its last score
-    again, _ = call(city, tmp_path, "--seeds 1 2 --epochs 1 --steps 1")
+    again, _ = call(city, tmp_path, f"--seeds 1 2 {words}")
     scores = [
         100 * json.loads((tmp_path / f"seed-{i}" / "scores.json").read_text())["miou"]
         for i in (0, 1, 2)
@@ -656,7 +644,7 @@ def test_seeds_are_trained_in_turn_and_shown_as_one_row_with_what_was_there(city
 
 def test_the_same_command_begins_a_run_goes_on_with_it_and_leaves_it(city, tmp_path, whole_run):
     words = "--start-or-continue --seed 0 "
-    process = start(city, tmp_path / "run", words)
+    process = Script(ROOT / "train.py", *words_of(city, tmp_path / "run", words))
     wait_for_step(tmp_path / "run", process, 0)
     process.kill()
     process.communicate()
@@ -672,9 +660,9 @@ def test_the_same_command_begins_a_run_goes_on_with_it_and_leaves_it(city, tmp_p
 
 
 def test_seeds_of_different_experiments_are_never_averaged(city, tmp_path):
-    call(city, tmp_path, "--seeds 0 --epochs 1 --steps 1")
+    call(city, tmp_path, "--encoder tiny --seeds 0 --epochs 1 --steps 1")
     for flags in ("--tuner lora", "--lr 0.02", "--epochs 2", "--tuner-option ratio=0.5"):
-        words = f"--seeds 0 1 --epochs 1 --steps 1 {flags}"
+        words = f"--encoder tiny --seeds 0 1 --epochs 1 --steps 1 {flags}"
         _, err = call(city, tmp_path, words, status=2)
         assert "contradicts the run in" in err and len(err.splitlines()) == 1
         assert not (tmp_path / "seed-1").exists()
