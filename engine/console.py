@@ -72,6 +72,9 @@ def run_script(main: Callable[[], None], *mistakes: type[Exception]) -> NoReturn
     try:
         main()
         sys.stdout.flush()
+    except BrokenPipeError:  # python data.py ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (Mistake, *mistakes) as error:
         say_mistake(f"{getattr(error, 'label', 'error')}: {error}")
         sys.exit(getattr(error, "status", 2))
@@ -83,9 +86,6 @@ def run_script(main: Callable[[], None], *mistakes: type[Exception]) -> NoReturn
             raise
         say_mistake("stopped: out of memory; close other programs, or give --device cpu")
         sys.exit(1)
-    except BrokenPipeError:  # python data.py ... | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
     sys.exit(0)
 
 

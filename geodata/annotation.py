@@ -81,7 +81,10 @@ def _values(
 ) -> list[int]:
     """The different values that are classes. Raises DataError for too many and for those above
     `top`, and where the type of the raster does not fit."""
-    values = sorted(set().union(*(np.unique(strip).tolist() for strip in strips)) - {left_out})
+    found = set()
+    for strip in strips:
+        found |= {*np.unique(strip).tolist()}
+    values = sorted(found - {left_out})
     if not (fits and 2 <= len(values) <= MOST and 0 <= values[0] and values[-1] <= top):
         held = f"holds {len(values)} different values of {raster.dtype}"
         needed = f"labels are 2 to {MOST} class numbers from 0, or as many flat colours"

@@ -68,7 +68,7 @@ def check_tile(tile: Tile, modalities: tuple[str, ...]) -> tuple[str, list[str],
     """(what there is, what looks wrong, labels) of a tile. Raises DataError for one that cannot be
     used."""
     line, remarks = [f"{tile.size[0]} x {tile.size[1]}"], []
-    loaded = tile.load(modalities, held={*modalities, "labels"})
+    loaded = tile.load(modalities, held={"labels"})
     labels = loaded.labels
     if loaded.image is not None:
         more, looks_wrong = _look_at_image(tile, loaded.image)
@@ -82,7 +82,8 @@ def check_tile(tile: Tile, modalities: tuple[str, ...]) -> tuple[str, list[str],
         if (share := tile.missing_heights / labels.size) > MUCH:
             remarks.append(f"SUSPICIOUS: {100 * share:.1f} % of the pixels have no height")
         remarks += _markers("m high", loaded.dsm[:, :], low, high)
-    for name, bands in loaded.more.items():
+    for name, view in loaded.more.items():
+        bands = view[:, :]
         low, high = float(np.nanmin(bands)), float(np.nanmax(bands))
         remarks += _markers(f"of {name}", bands, low, high)
         line.append(f"{name} {low:.4g} to {high:.4g} {tile.kinds[name].unit}".rstrip())
@@ -107,7 +108,7 @@ def _look_at_image(tile: Tile, image: np.ndarray) -> tuple[str, list[str]]:
     pixels, remarks = data_pixels(image, tile.raster("image").valid), []
     ends = [(p.min(), p.max(), (p == 0).all(axis=1).sum()) for p in pixels]
     low, high = min((e[0] for e in ends), default=0), max((e[1] for e in ends), default=0)
-    dark = sum(e[2] for e in ends) / image[..., 0].size
+    dark = sum(e[2] for e in ends) / (image.shape[0] * image.shape[1])
     if high == low:
         remarks.append(f"SUSPICIOUS: all pixels of the image are {low:g}")
     elif dark > MUCH:

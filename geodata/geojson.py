@@ -71,7 +71,7 @@ def read_polygons(path: Path, key: str, grid: Grid | None, size: tuple[int, int]
     others = sum(not parts for _, parts in named)
     told = {f"of {count} polygons lie outside the image": outside}
     told[f"features have nothing in the field {key!r} and are left out"] = without
-    told["features are no polygons and are left out"] = others
+    told["features are no polygons, or empty ones, and are left out"] = others
     found.notes = [f"{path}: {n} {what}" for what, n in told.items() if n]
     return found
 

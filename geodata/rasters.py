@@ -16,7 +16,7 @@ import numpy as np
 import tifffile
 from tifffile import PHOTOMETRIC
 
-from geodata.codecs import JPEG, LZW, PNG, REWRITE, Codec, lzw_size, open_picture, png_depth
+from geodata.codecs import JPEG, LZW, NONE, PNG, REWRITE, Codec, lzw_size, open_picture, png_depth
 from geodata.slices import DataError, Raster, one_line, unreadable
 
 __all__ = ["DataError", "Raster", "one_line", "open_raster", "read_raster"]
@@ -113,7 +113,7 @@ def _of_page(path: Path, tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> Ra
     )  # fmt: skip
     if photometric == PHOTOMETRIC.PALETTE:
         raster.palette = (np.array(page.colormap) >> 8).astype(np.uint8).T
-    _check_lzw(raster)
+    _check_sizes(raster)
     return raster
 
 
@@ -137,19 +137,26 @@ def _places(path: Path, tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> np.
     return places
 
 
-def _check_lzw(raster: Raster) -> None:
-    """Raises DataError where the first segment of LZW holds other bytes than the header declares,
-    which shows nowhere else."""
+def _check_sizes(raster: Raster) -> None:
+    """Raises DataError where segments are not of the bytes that the header declares: all those that
+    are not compressed, and of LZW, of which that shows nowhere else, the first."""
     codec, (height, width), (down, across) = raster.codec, raster.segment, raster.segments
-    first = int(np.argmax(raster.places[:, 1] > 0))
-    if codec.compression != LZW or not 0 < raster.places[first, 1] <= LARGE:
+    row = -(-width * codec.samples * codec.bits // 8)
+    least, most = np.full((raster.planes, down, across), row * height), row * height
+    if not codec.tiled:
+        least[:, -1] = row * (raster.shape[0] - height * (down - 1))
+    sizes = raster.places[:, 1].reshape(least.shape)
+    if codec.compression == LZW:
+        first = int(np.argmax(sizes > 0))
+        packed = b"" if sizes.flat[first] > LARGE else raster.packed(first)
+        sizes = np.zeros_like(least)
+        sizes.flat[first] = lzw_size(packed)
+    elif codec.compression != NONE:
         return
-    row, top = -(-width * codec.samples * codec.bits // 8), first // across % down * height
-    least = row * (height if codec.tiled else min(height, raster.shape[0] - top))
-    if not least <= (size := lzw_size(raster.packed(first))) <= row * height:
+    if ((sizes > 0) & ((sizes < least) | (sizes > most))).any():
         raise DataError(
-            f"{raster.path}: a segment holds {size} bytes of pixels where its header declares "
-            f"{least} ({codec.bits}-bit, {raster.shape[1]} columns); write the file again"
+            f"{raster.path}: segments hold {sizes.max()} bytes of pixels where its header declares "
+            f"{most} ({codec.bits}-bit, {raster.shape[1]} columns); write the file again"
         )
 
 

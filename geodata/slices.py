@@ -120,9 +120,8 @@ class Raster:
         if self.codec is None or self.planes > 1 or self.segment[1] != self.shape[1]:
             return False
         plain = self.codec.compression == NONE and self.codec.bits == 8 * self.dtype.itemsize
-        row, offsets = self.shape[1] * self.bands * self.dtype.itemsize, self.places[:, 0]
-        joined = offsets == offsets[0] + np.arange(len(offsets)) * self.segment[0] * row
-        return plain and bool(joined.all() and self.places[:, 1].sum() == self.shape[0] * row)
+        joined = self.places.sum(axis=1)[:-1] == self.places[1:, 0]
+        return plain and bool(self.places.all() and joined.all())
 
     def _rows(self, rows: range, columns: range) -> np.ndarray:
         pixels = np.empty((len(rows), len(columns), self.bands), self.codec.dtype)

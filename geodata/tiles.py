@@ -363,18 +363,19 @@ class Tile:
             top = type_range(raster.dtype)
             scale = measure_bands(self.kinds[name].scaling, pixels, top)
         except DataError as error:
-            raise DataError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+            named = any(str(p) in str(error) for p in self.paths.values())
+            raise DataError(str(error) if named else f"{path}: {error}") from None
         if empty := sum(int(np.isnan(strip).any(axis=-1).sum()) for strip in row_strips(pixels)):
             self._note(f"{empty} pixels of {name} without data, read as the lowest")
         return pixels, scale
 
     def check(self, modalities: tuple[str, ...]) -> None:
-        """Raises DataError for whatever `load` would stumble over; of an image a few rows are
-        decoded."""
+        """Raises DataError for what `load` would stumble over, but for damage in an image whose
+        scaling measures nothing: of that a few rows are decoded."""
         again = replace(self, notes=[], rasters={})
-        again.load(modalities, held=set())
-        if "image" in self.paths:
-            view = again._image()
+        image = again.load(modalities, held=set()).image
+        if "image" in self.paths and "image" not in self.withheld:
+            view = again._image() if image is None else image
             for row in (0, view.shape[0] // 2, view.shape[0] - 1):
                 view[row : row + 1, :]
 

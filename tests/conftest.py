@@ -64,7 +64,9 @@ def write_city(root, **how):
     """`synthetic.write_city`, of which each city is drawn once and then copied."""
     drawn = Path(CITIES.name) / re.sub(r"\W+", "-", repr(sorted(how.items())))
     if not drawn.exists():
-        synthetic.write_city(drawn, **how)
+        part = drawn.with_suffix(".part")
+        synthetic.write_city(part, **how)
+        part.rename(drawn)
     shutil.copytree(drawn, root, dirs_exist_ok=True)
 
 

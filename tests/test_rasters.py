@@ -289,6 +289,30 @@ def test_a_16_bit_image_declared_as_8_bit_is_one_line_that_names_it(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("broken", ["dsm", "labels"])
+def test_a_damaged_raster_is_named_and_no_other(tmp_path, broken):
+    paths = {
+        "image": write(tmp_path / "image.tif", image(20, 20)),
+        "dsm": write(tmp_path / "dsm.tif", np.zeros((20, 20), np.float32)),
+        "labels": write(tmp_path / "labels.tif", np.zeros((20, 20), np.uint8)),
+    }
+    paths[broken].write_bytes(b"II*\0" + bytes(60))
+    tile = Tile("a", paths, TWO_CLASSES)
+    for look in (tile.check, tile.load):
+        with pytest.raises(DataError) as caught:
+            look(("image", "dsm"))
+        assert str(caught.value).startswith(f"{paths[broken]}: ")
+
+
+def test_an_uncompressed_strip_of_other_bytes_than_its_rows_is_found_when_it_is_opened(tmp_path):
+    path = write(tmp_path / "short.tif", image(60, 60), rowsperstrip=10)
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        counts = list(tiff.pages[0].databytecounts)
+        tiff.pages[0].tags["StripByteCounts"].overwrite([*counts[:3], counts[3] - 5, *counts[4:]])
+    with pytest.raises(DataError, match="short.tif: segments hold .* its header declares"):
+        open_raster(path)
+
+
 @pytest.mark.parametrize("lacking", [1, 3000])
 def test_a_truncated_tiff_names_itself_and_what_it_lacks_when_it_is_opened(tmp_path, lacking):
     path = write(tmp_path / "cut.tif", image(60, 60))

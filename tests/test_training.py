@@ -134,7 +134,7 @@ def test_a_run_killed_again_and_again_goes_on_to_the_bits_of_one_never_stopped(
     wait_for_step(folder, again, step)
     again.kill()
     again.communicate()
-    assert process.returncode == -signal.SIGKILL
+    assert process.returncode == again.returncode == -signal.SIGKILL
     call(city, folder, "--resume")
     assert_same_bits(whole_run, folder)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
