@@ -19,7 +19,6 @@ and N processes the weights of one, up to rounding.
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from engine.budget import explain_failure
 from engine.checkpoints import load_trained_state, read_content, read_settings
 from engine.commandline import parse_settings, resumed_settings
 from engine.console import Mistake, Ticker, clock, run_script, typed
-from engine.device import peak_memory, pick_device, use_large_pages
+from engine.device import compute_deterministically, peak_memory, pick_device, use_large_pages
 from engine.distributed import Team, join_team, leave_team
 from engine.folder import RunFolder, check_new, read_last, unfinished_run
 from engine.run import Run
@@ -245,8 +244,8 @@ def all_seeds(s: Settings, seeds: list[int], team: Team, device: torch.device) -
 
 def start_or_continue(s: Settings, team: Team, device: torch.device) -> None:
     """A run that goes on if --out holds it, and is refused if that holds one of other settings."""
-    filled_in = {"heights_kind": "", "precision": "auto"}  # by the run; see `Run.open_data`
-    given = {k: v for k, v in asdict(s).items() if filled_in.get(k) != v}
+    # A run fills in which kind of heights there is; see `Run.open_data`.
+    given = {k: v for k, v in asdict(s).items() if (k, v) != ("heights_kind", "")}
     begun = (Path(s.out) / "last.pt").exists()
     one_run(s, given if begun else None, team, device, lengthen=False)
 
@@ -259,9 +258,7 @@ def main() -> None:
         s = team.broadcast(s)  # a seed that was drawn is the main process's
         device = pick_device(device_name)
         if s.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.backends.cudnn.benchmark = False
+            compute_deterministically(device)
         if args.seeds:
             all_seeds(s, args.seeds, team, device)
         elif args.start_or_continue:

@@ -138,6 +138,7 @@ def resumed_settings(
     for name, value in given.items():
         ours = getattr(stored, name)
         agrees = value.items() <= ours.items() if isinstance(value, dict) else value == ours
+        agrees = agrees or (name, value) == ("precision", "auto")  # the run filled it in
         if name not in free and not agrees:
             contradiction = f"{flag(name)} {value} contradicts the run in {folder}"
             remedy = "leave it out" if lengthen else "give another --out"

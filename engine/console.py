@@ -84,7 +84,7 @@ def run_script(main: Callable[[], None], *mistakes: type[Exception]) -> NoReturn
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        say_mistake("stopped: out of memory; close other programs, or give --device cpu")
+        say_mistake("stopped: out of memory; close other programs, or ask for less at a time")
         sys.exit(1)
     sys.exit(0)
 

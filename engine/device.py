@@ -62,6 +62,18 @@ def store_frozen_weights(model: nn.Module, precision: str, device: torch.device)
             p.data = p.data.bfloat16()
 
 
+def compute_deterministically(device: torch.device) -> None:
+    """Asks torch for kernels that give the same bits again, from now on, before the first product.
+
+    Those that have no such kind warn; the fused attention's backward passes would do no more than
+    that, and so are left out on a GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    if device.type == "cuda":
+        for enable in ("enable_flash_sdp", "enable_mem_efficient_sdp", "enable_cudnn_sdp"):
+            getattr(torch.backends.cuda, enable)(False)
+
+
 # ------------------------------------------------------------------------------------------- memory
 
 

@@ -55,6 +55,8 @@ class RunFolder:
         if self.lock is None:
             busy = f"{self.path} is being trained by another process"
             raise Mistake(f"{busy}; wait for it, or give another --out")
+        # A process that cuts crops would hold it for seconds after this one was killed.
+        os.register_at_fork(after_in_child=self.release)
 
     def release(self) -> None:
         if self.lock is not None:

@@ -1,6 +1,7 @@
-"""What a run takes before it is trained: hours and memory, from a step of one and of two images.
+"""What a run takes before it is trained: hours and memory, from a step of one image and of several.
 
-Time and memory are taken to be linear in the images of a batch.
+Time and memory are taken to be linear in the images of a batch. On a CPU two images tell it; a GPU
+takes one and two in the same time, and so a whole batch is tried where it fits.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from engine.console import Parser, say_next
 from engine.cost import encoder_products, machine, operations
 from engine.device import pick_device
-from engine.recipes import RECIPES
+from engine.recipes import recipe
 from engine.settings import Settings, command_line
 from engine.speed import Case, peak_of
 from geodata.crops import crops_of_step, sliding_windows
@@ -34,25 +35,36 @@ class Needs:
     step: float
     window: float
     memory_one: float
-    memory_two: float
+    memory_more: float  # of each further image
 
     def memory(self, images: float) -> float:
-        return self.memory_one + (images - 1) * (self.memory_two - self.memory_one)
+        return self.memory_one + (images - 1) * self.memory_more
 
 
 def measure_needs(s: Settings, device: torch.device) -> Needs:
-    """A step of one and of two images of the run `s`, and a window, each in a process of its own.
+    """A step of one image and of several of the run `s`, and windows, each in a process of its own.
     Raises RuntimeError where one fails."""
+    crops = crops_of_step(s.batch_size, s.drop_modality)
+    if device.type == "cpu" or crops < 3:
+        return needs_by(2, crops, s, device)
+    try:
+        return needs_by(crops, crops, s, device)
+    except RuntimeError:  # most often for want of memory
+        return needs_by(2, crops, s, device)
+
+
+def needs_by(several: int, crops: int, s: Settings, device: torch.device) -> Needs:
+    """The needs of a run with `crops` images a step, from steps of one and of `several`."""
     precision = "bf16" if s.precision == "bf16" else "fp32"
     order = "checkpointed" if s.checkpointing else "fast"
-    one, two = (
-        Case("step", s.encoder, s.tuner, s.crop, batch, precision, order) for batch in (1, 2)
+    one, many = (
+        Case("step", s.encoder, s.tuner, s.crop, batch, precision, order) for batch in (1, several)
     )
     memory_one, step_one = peak_of(one, device, s=s)
-    memory_two, step_two, window = peak_of(two, device, replace(two, task="network"), s=s)
-    crops = crops_of_step(s.batch_size, s.drop_modality)
-    step = step_one + (crops - 1) * (step_two - step_one)
-    return Needs(max(step, step_one), window / 2, memory_one, memory_two)
+    memory, step_many, window = peak_of(many, device, replace(many, task="network"), s=s)
+    step = step_one + (crops - 1) * (step_many - step_one) / (several - 1)
+    more = (memory - memory_one) / (several - 1)
+    return Needs(max(step, step_one), window / several, memory_one, more)
 
 
 def measure_image(s: Settings, device: torch.device) -> dict:
@@ -126,8 +138,8 @@ def add_flags(parser: Parser) -> None:
 def print_plan(args: argparse.Namespace) -> None:
     given = dict(encoder=args.encoder, precision=args.precision)
     given = {name: value for name, value in given.items() if value}
-    recipe = {**RECIPES[args.dataset], "data": args.dataset, "tuner": args.tuner, **given}
-    s = Settings(**recipe)
+    chosen = recipe(args.dataset, args.encoder) | dict(data=args.dataset, tuner=args.tuner)
+    s = Settings(**{**chosen, **given})
     s.complete()
     print(plan(s, pick_device(args.device)))
     given = {**given, "tuner": args.tuner} if args.tuner != "adapter" else given

@@ -119,4 +119,6 @@ def command_of(s: Settings) -> str:
     """The command that trains this very run, for a reader of its page."""
     plugins = [f"{s.out}/plugins/{name}" for name in s.plugin]
     files = dict(data=s.data, root=s.root, out=s.out) | ({"plugin": plugins} if plugins else {})
-    return command_line("train.py", files | changes(s))
+    theirs = recipe(s.data, s.encoder).get("precision", Settings.precision)
+    precision = {"precision": s.precision} if theirs == "auto" else {}
+    return command_line("train.py", files | precision | changes(s))

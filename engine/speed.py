@@ -78,7 +78,7 @@ class Result:
     times_plain: float | None = None  # and in the same precision
     gflop: float | None = None  # products and convolutions, counted as they ran
     of_ceiling: float | None = None
-    peak_mb: float | None = None  # of a process of its own: interpreter, weights and all
+    peak_mb: float | None = None  # of its process, weights and all; on a GPU what it takes there
     error: float | None = None  # see `difference`; against the plain network in fp32
     repeats: int = 0
     machine: str = ""
@@ -176,7 +176,7 @@ def published_loop(
     """The class map (H, W) of an image (H, W, 3) uint8 and heights (H, W), both at least a window
     large, as the published code goes about it: a window that would pass the edge is moved inwards,
     and so computed again and again; the logits of the whole tile are summed at full size."""
-    H, W = dsm.shape
+    (H, W), device = dsm.shape, next(model.parameters()).device
     x = torch.from_numpy(image).permute(2, 0, 1) / 255
     y = (torch.from_numpy(dsm) - heights[0]) / (heights[1] - heights[0])
     tops, lefts = ([min(i, n - window) for i in range(0, n, stride)] for n in (H, W))
@@ -184,11 +184,12 @@ def published_loop(
     sums = None
     for i in range(0, len(places), batch_size):
         cuts = places[i : i + batch_size]
-        out = model(torch.stack([x[c] for c in cuts]), torch.stack([y[c] for c in cuts])).float()
+        inputs = (torch.stack([raster[c] for c in cuts]).to(device) for raster in (x, y))
+        out = model(*inputs).float()
         sums = out.new_zeros(out.shape[1], H, W) if sums is None else sums
         for cut, logits in zip(cuts, out):
             sums[cut] += logits
-    return sums.argmax(dim=0).byte().numpy()
+    return sums.argmax(dim=0).byte().cpu().numpy()
 
 
 # --------------------------------------------------------------------------------------- measuring
@@ -202,7 +203,8 @@ def measure(cases: list[Case], repeats: int, device: torch.device) -> dict[Case,
     results = {case: Result(**where) for case in cases}
     seconds: dict[Case, list[float]] = {case: [] for case in cases}
     outputs: dict[Case, Tensor] = {}
-    warm_up = cases[0].task != "tile"  # a tile takes long enough without
+    tile, on_gpu = cases[0].task == "tile", device.type == "cuda"
+    warm_up = not tile or on_gpu  # on a CPU a tile takes long enough without
     for turn in range(repeats + warm_up):
         for case, result in results.items():
             if result.note:
@@ -210,11 +212,14 @@ def measure(cases: list[Case], repeats: int, device: torch.device) -> dict[Case,
             set_tf32(case.precision == "tf32")
             warming = warm_up and turn == 0
             # Under a counter of operations nothing is compiled, then or later.
-            counted = warming and case.order != "compiled"
+            counted = warming and not tile and case.order != "compiled"
             counting = FlopCounterMode(display=False) if counted else nullcontext()
+            others = allocated_beside(models[case], device) if warming and on_gpu else 0.0
             try:
                 with counting as counter:
                     spent = timed(lambda: outputs.update({case: works[case]()}), device)
+                if warming and on_gpu:
+                    result.peak_mb = peak_memory(device) - others
             except RuntimeError as error:
                 result.note = str(error).strip().splitlines()[0]
                 continue
@@ -232,7 +237,7 @@ def measure(cases: list[Case], repeats: int, device: torch.device) -> dict[Case,
             result.per_second = count_of(case) / result.seconds
             result.fastest, result.slowest = min(seconds[case]), max(seconds[case])
     compare(results)
-    if warm_up:
+    if not tile:
         products = encoder_products(models[cases[0]], cases[0].batch, cases[0].crop)
         add_ceiling(results, products, device)
     return results
@@ -253,6 +258,13 @@ def add_ceiling(
                 rates[case.precision] = operations(products) / seconds
             counted = operations(products) if case.task == "encoder" else 1e9 * (result.gflop or 0)
             result.of_ceiling = counted / rates[case.precision] / result.seconds
+
+
+def allocated_beside(model: MFNet, device: torch.device) -> float:
+    """The MB of a GPU that are not those of a network; its peak is counted from now on."""
+    torch.cuda.reset_peak_memory_stats(device)
+    own = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    return (torch.cuda.memory_allocated(device) - own) / 2**20
 
 
 def count_of(case: Case) -> int:
@@ -353,7 +365,7 @@ COLUMNS = {  # of the Markdown tables: their heads, and how their numbers are wr
     "order": ("network", ""),
     "precision": ("precision", ""),
     "seconds": ("seconds", "{:.3f}"),
-    "per_second": ("images/s", "{:.3g}"),
+    "per_second": ("images or windows/s", "{:.3g}"),
     "fastest": ("fastest", "{:.3f}"),
     "slowest": ("slowest", "{:.3f}"),
     "times_plain_fp32": ("times plain fp32", "{:.2f}"),

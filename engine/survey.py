@@ -9,8 +9,8 @@ those of train.py, in processes of their own.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,7 +34,7 @@ from engine.tables import rows_of
 from sam_vit import SIZES, first_line
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
-PARTS = ("speed", "resume", "runs", "tile", "memory", "plan")
+PARTS = ("speed", "resume", "tile", "runs", "plan")
 
 
 @dataclass
@@ -56,22 +56,25 @@ class Survey:
 
     # ---------------------------------------------------------------------------------------- speed
 
-    def measure(self, case: Case, more: tuple[str, ...] = (), memory: bool = False) -> str:
+    def measure(self, case: Case, more: tuple[str, ...] = ()) -> str:
         """Plain and fast network in fp32 and bf16, in one process, and `more` orders."""
         repeats = 1 if case.task == "tile" else self.args.repeats
         cases = variants_of(case, ("bf16",), more)
-        return measure_and_keep(cases, repeats, self.device, self.args.out, memory)
+        return measure_and_keep(cases, repeats, self.device, self.args.out, memory=False)
 
     # ----------------------------------------------------------------------------------------- runs
 
-    def train(self, *words: str, kill: bool = False) -> None:
-        """train.py on a synthetic city; with `kill` it gets SIGKILL after its first epoch. Raises
+    def start(self, *words: str) -> subprocess.Popen:
+        """train.py on a synthetic city; what it says goes into a file beside its run."""
+        name = words[words.index("--out") + 1]
+        with (self.folder / f"{name}.txt").open("ab") as output:
+            command = [sys.executable, str(TRAIN), *words]
+            return subprocess.Popen(command, cwd=self.folder, stdout=output, stderr=output)
+
+    def wait_for(self, child: subprocess.Popen, name: str, kill: bool = False) -> None:
+        """Waits for the end of a run; with `kill` it gets SIGKILL after its first epoch. Raises
         RuntimeError with its last line where it ends otherwise."""
-        command = [sys.executable, str(TRAIN), *words]
-        out = self.folder / "output.txt"
-        with out.open("wb") as output:
-            child = subprocess.Popen(command, cwd=self.folder, stdout=output, stderr=output)
-        log = self.folder / words[words.index("--out") + 1] / "log.jsonl"
+        log, output = self.folder / name / "log.jsonl", self.folder / f"{name}.txt"
         try:
             while child.poll() is None and self.left:
                 if kill and log.exists() and log.read_text():
@@ -82,35 +85,42 @@ class Survey:
         finally:
             child.kill()
             child.wait()
-        if kill and child.returncode == 0:
-            raise RuntimeError("the run ended before it could be killed")
         if child.returncode:
-            lines = out.read_text(errors="replace").strip().splitlines()
+            lines = output.read_text(errors="replace").strip().splitlines()
             raise RuntimeError(lines[-1] if lines else f"exit status {child.returncode}")
+        if kill:
+            raise RuntimeError("the run ended before it could be killed")
+
+    def train(self, name: str, *words: str, kill: bool = False) -> None:
+        self.wait_for(self.start("--out", name, *words), name, kill)
 
     def scores(self, run: str) -> dict:
         return json.loads((self.folder / run / "scores.json").read_text())
 
     def scores_by_precision(self) -> str:
-        """mIoU of the city in fp32 and in bf16, with each seed."""
-        lines = []
+        """mIoU of the city in fp32 and in bf16 with each seed, all of them at once."""
+        device, names = ("--device", self.args.device), {}
+        self.train("city", *device, "--seed", "0", *self.args.train, "--epochs", "1")  # makes it
         for precision in ("fp32", "bf16"):
-            names = [f"{precision}-{seed}" for seed in self.args.seeds]
-            for seed, name in zip(self.args.seeds, names):
-                words = f"--seed {seed} --precision {precision} --out {name}".split()
-                self.train(*words, "--device", self.args.device, *self.args.train)
-            miou = [100 * (self.scores(name)["miou"] or 0) for name in names]
-            text = ", ".join(f"{value:.2f}" for value in miou)
-            mean = statistics.mean(miou)
-            lines.append(f"{precision}: mIoU {text}; mean {mean:.2f}")
+            for seed in map(str, self.args.seeds):
+                name = f"{precision}-{seed}"
+                how = ("--seed", seed, "--precision", precision, *device, *self.args.train)
+                names[name] = self.start("--out", name, *how)
+        lines = []
+        for name, child in names.items():
+            try:
+                self.wait_for(child, name)
+                lines.append(f"{name}: mIoU {100 * (self.scores(name)['miou'] or 0):.2f}")
+            except (RuntimeError, Mistake) as error:
+                lines.append(f"{name}: {error}")
         return "\n".join(lines)
 
     def killed_and_resumed(self) -> str:
         """Whether a run that was killed goes on to the bits of one that was not."""
         always = ("--seed", "0", "--deterministic", "--device", self.args.device, *self.args.train)
-        self.train("--out", "whole", *always)
-        self.train("--out", "killed", *always, kill=True)
-        self.train("--out", "killed", "--resume")
+        self.train("whole", *always)
+        self.train("killed", *always, kill=True)
+        self.train("killed", "--resume")
         whole, killed = (self.trained(run) for run in ("whole", "killed"))
         same = whole.keys() == killed.keys()
         differ = [n for n in whole if not (same and torch.equal(whole[n], killed[n]))]
@@ -123,8 +133,8 @@ class Survey:
 
     def from_cpu_to_device(self) -> str:
         """A run that begins on the CPU and goes on here, and its score."""
-        self.train("--out", "moved", "--seed", "0", "--device", "cpu", *self.args.train, kill=True)
-        self.train("--out", "moved", "--resume", "--device", self.args.device)
+        self.train("moved", "--seed", "0", "--device", "cpu", *self.args.train, kill=True)
+        self.train("moved", "--resume", "--device", self.args.device)
         return f"mIoU {100 * (self.scores('moved')['miou'] or 0):.2f}"
 
     # ----------------------------------------------------------------------------------------- plan
@@ -142,11 +152,19 @@ class Survey:
         args = self.args
         first, *others = args.encoders
         case = Case("step", first, "adapter", args.crop, args.batch, "", "")
-        compiled = ("compiled",) if self.device.type == "cuda" else ()
         if "speed" in args.parts:
-            yield "Training step", lambda: self.measure(case, compiled)
+            yield "Training step", lambda: self.measure(case)
+            yield "Forward", lambda: self.measure(replace(case, task="network"))
+        if "resume" in args.parts:
+            yield "Killed and resumed, --deterministic", self.killed_and_resumed
+            yield "Begun on the CPU, gone on with here", self.from_cpu_to_device
+        if "tile" in args.parts:
+            tile = replace(case, task="tile", encoder=others[0] if others else first)
+            yield "A whole tile at stride 32", lambda: self.measure(tile)
+        if "runs" in args.parts:
+            yield "Scores of the city", self.scores_by_precision
+        if "speed" in args.parts:
             for change in (
-                dict(task="network"),
                 dict(task="encoder"),
                 dict(tuner="lora"),
                 *(dict(encoder=encoder) for encoder in others),
@@ -155,40 +173,33 @@ class Survey:
             ):
                 title = ", ".join(f"{name} {value}" for name, value in change.items())
                 yield title, lambda change=change: self.measure(replace(case, **change))
-        if "resume" in args.parts:
-            yield "Killed and resumed, --deterministic", self.killed_and_resumed
-            yield "Begun on the CPU, gone on with here", self.from_cpu_to_device
-        if "runs" in args.parts:
-            yield "Scores of the city", self.scores_by_precision
-        if "tile" in args.parts:
-            tile = replace(case, task="tile", encoder=others[0] if others else first)
-            yield "A whole tile at stride 32", lambda: self.measure(tile)
-        if "memory" in args.parts:
-            yield "Memory", lambda: self.measure(case, ("checkpointed",), memory=True)
         if "plan" in args.parts:
             for row in rows_of("table1", "vaihingen", None if others else first):
                 yield f"Plan: {row.name}", lambda row=row: self.plan(row.settings)
+        if "speed" in args.parts:
+            compiled = ("compiled",) if self.device.type == "cuda" else ()
+            yield "With all variants", lambda: self.measure(case, ("checkpointed", *compiled))
 
 
 def take(survey: Survey) -> None:
     """Does every part, and writes the report after each."""
     args, report = survey.args, [f"# {machine(survey.device)}", version()]
     path = args.out.with_suffix(".md")
+    path.parent.mkdir(parents=True, exist_ok=True)
     for title, work in survey.parts():
         start = time.monotonic()
         try:
             text = work() if survey.left else ""
-        except (RuntimeError, ValueError, OSError) as error:
+            if survey.device.type == "cuda":
+                gc.collect()  # compiled blocks refer to themselves
+                torch.cuda.empty_cache()
+        except Exception as error:  # whatever it is, the other parts are wanted
             text = first_line(error)
         heading = "" if text.startswith("## ") else f"## {title}\n\n"
         text = f"{heading}{text.strip()}\n\n({time.monotonic() - start:.0f} s)\n"
         print(text, flush=True)
         report.append(text)
-        content = "\n\n".join(report)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, content)
-        if survey.device.type == "cuda":
-            torch.cuda.empty_cache()
+        write_text(path, "\n\n".join(report))
 
 
 # --------------------------------------------------------------------------------- the command line

@@ -20,7 +20,7 @@ class Foreign(ValueError):
     pass
 
 
-SHORT = "stopped: out of memory; close other programs, or give --device cpu"
+SHORT = "stopped: out of memory; close other programs, or ask for less at a time"
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,7 @@ def test_each_published_departure_goes_by_itself(name, value):
 def test_what_differs_from_the_recipe_is_said_by_name():
     assert different_from_recipe(parsed("--data vaihingen")) == "the recipe as it stands"
     assert different_from_recipe(parsed("--precision fp32")) == "the recipe as it stands"
+    assert "--precision=fp32" in command_of(parsed("--precision fp32"))  # auto is bf16 elsewhere
     assert different_from_recipe(parsed("--precision bf16")) == "the recipe with precision bf16"
     words = "--data vaihingen --tuner lora --tuner-option rank=8 --epochs 3"
     text = different_from_recipe(parsed(words))

@@ -7,9 +7,10 @@ import pytest
 import torch
 from test_speed import case
 
-from engine import speed, survey
+from engine import plan, speed, survey
 from engine.console import Parser
-from engine.device import pick_device
+from engine.device import compute_deterministically, pick_device
+from engine.settings import Settings
 from engine.survey import Survey, take
 from fast import accelerate
 
@@ -74,18 +75,21 @@ def test_every_part_is_written_down_as_it_is_done_and_failures_stay_in(asked, tm
     assert text.count("error: it cannot be") == 3 and text.count("\n## ") == 3
     take(asked("--parts runs --seeds 0 1"))
     text = (tmp_path / "D.md").read_text()
-    assert "fp32: mIoU 25.00, 25.00; mean 25.00\nbf16: mIoU 25.00" in text
+    assert "fp32-0: mIoU 25.00\nfp32-1: mIoU 25.00\nbf16-0: mIoU 25.00" in text
 
 
 def test_what_no_time_is_left_for_is_said_and_a_run_is_ended_in_time(asked, tmp_path):
-    s, start = asked("--parts runs tile --minutes 0.02 --train wait"), time.monotonic()
+    s, start = (
+        asked("--parts runs plan --encoders vit_t --minutes 0.02 --train wait"),
+        time.monotonic(),
+    )
     take(s)
     assert time.monotonic() - start < 20
-    assert (tmp_path / "D.md").read_text().count("not measured: no time was left") == 2
+    assert (tmp_path / "D.md").read_text().count("not measured: no time was left") == 3
 
 
 def test_speed_is_asked_of_every_encoder_tuner_and_crop(asked, monkeypatch):
-    s = asked("--parts speed tile memory --encoders vit_l vit_b vit_h --crop 256 --batch 10")
+    s = asked("--parts speed tile --encoders vit_l vit_b vit_h --crop 256 --batch 10")
     measured = []
     monkeypatch.setattr(Survey, "measure", lambda self, c, *more, **how: measured.append(c) or "")
     take(s)
@@ -144,3 +148,39 @@ def test_fp32_is_fp32_on_every_device():
     pick_device("cpu")
     assert not torch.backends.cudnn.allow_tf32
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_on_a_gpu_deterministic_leaves_the_fused_attention_out(monkeypatch):
+    """Its backward passes would warn, and go on as they are."""
+    asked, kinds = [], ("flash_sdp", "mem_efficient_sdp", "cudnn_sdp")
+    monkeypatch.setattr(
+        torch, "use_deterministic_algorithms", lambda on, warn_only: asked.append(on)
+    )
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "as it was")
+    try:
+        compute_deterministically(torch.device("cpu"))
+        assert torch.backends.cuda.flash_sdp_enabled()
+        compute_deterministically(torch.device("cuda"))
+        assert not any(getattr(torch.backends.cuda, f"{kind}_enabled")() for kind in kinds)
+        assert torch.backends.cuda.math_sdp_enabled() and asked == [True, True]
+    finally:
+        for kind in kinds:
+            getattr(torch.backends.cuda, f"enable_{kind}")(True)
+
+
+def test_on_a_gpu_a_plan_tries_a_whole_batch_where_it_fits(monkeypatch):
+    tried = []
+
+    def peak(case, device, *more, s):
+        tried.append(case.batch)
+        if case.batch > fits:
+            raise RuntimeError("out of memory")
+        return (100.0 + 10 * case.batch, 1.0 + case.batch / 4) + (case.batch / 8,) * len(more)
+
+    monkeypatch.setattr(plan, "peak_of", peak)
+    s = Settings(batch_size=10)
+    for fits, expected in ((10, [1, 10]), (4, [1, 10, 1, 2])):
+        tried.clear()
+        needs = plan.measure_needs(s, torch.device("cuda"))
+        assert tried == expected and needs.memory(10) == 200
+        assert (needs.step, needs.window) == pytest.approx((3.5, 1 / 8))

@@ -5,6 +5,7 @@ processes.
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import signal
 import statistics
@@ -612,7 +613,8 @@ def test_a_run_keeps_the_precision_that_it_began_with(city, tmp_path, monkeypatc
         patch.setattr(a_run, "resolve_precision", lambda given, device: "bf16")
         call(city, out, f"{flags} 1 --start-or-continue")
     call(city, out, f"{flags} 1 --start-or-continue")  # finds it finished
-    call_script("train.py", train.main, "--resume", "--out", out, "--epochs", 2)
+    words = "--resume --epochs 2 --precision auto".split()
+    call_script("train.py", train.main, *words, "--out", out)
     assert json.loads((out / "config.json").read_text())["precision"] == "bf16"
     assert torch.load(out / "last.pt", weights_only=True)["settings"]["precision"] == "bf16"
 
@@ -624,6 +626,28 @@ def test_a_second_run_on_the_same_folder_is_refused(city, tmp_path):
 
 
 # --------------------------------------------------------------------------------------- many seeds
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows locks no folder")
+def test_a_process_that_cuts_crops_does_not_hold_the_folder(tmp_path):
+    """It outlives a run that was killed by seconds."""
+    run = RunFolder(tmp_path)
+    run.hold()
+    forked = multiprocessing.get_context("fork")
+    begun = forked.Event()
+    worker = forked.Process(target=lambda: (begun.set(), time.sleep(60)))
+    worker.start()
+    try:
+        assert begun.wait(20)
+        with pytest.raises(Mistake, match="being trained by another"):
+            RunFolder(tmp_path).hold()
+        run.release()
+        other = RunFolder(tmp_path)
+        other.hold()
+        other.release()
+    finally:
+        worker.kill()
+        worker.join()
 
 
 def test_seeds_are_trained_in_turn_and_shown_as_one_row_with_what_was_there(city, tmp_path):
