@@ -877,13 +877,12 @@ def test_a_mistake_in_looking_inside_is_one_line_and_writes_no_page(
 # ---------------------------------------------------------------------------------------- benchmark
 
 
-def test_the_benchmark_prints_and_keeps_both_networks_with_their_ratio_memory_and_ceiling(
-    script, tmp_path
-):
+def test_the_benchmark_prints_and_keeps_both_networks_with_their_ratio_memory_and_ceiling(tmp_path):
     words = "speed --encoder vit_t --tasks network --crop 64 --batch 1 --repeats 1 --precision fp32"
     words = [*words.split(), "--memory", "--out", "here/rows.csv", "--device", "cpu"]
-    status, out, err = script("benchmark.py", *words)
-    assert (status, err) == (0, "next: python benchmark.py plan vaihingen\n")
+    done = shell(tmp_path, "benchmark.py", *words)
+    out = done.stdout
+    assert (done.returncode, done.stderr) == (0, "next: python benchmark.py plan vaihingen\n")
     assert files_below(tmp_path) == ["here/rows.csv", "here/rows.md"]
     assert out.strip() in (tmp_path / "here/rows.md").read_text()
     with (tmp_path / "here/rows.csv").open(newline="") as file:
