@@ -222,7 +222,7 @@ def add_flags(parser: Parser) -> None:
 
 def survey_device(args: argparse.Namespace) -> None:
     """Raises Mistake."""
-    if min(args.batch, args.repeats) < 1 or min(args.crop, *args.more_crops) < 64:
+    if min(args.batch, args.repeats) < 1 or min([args.crop, *args.more_crops]) < 64:
         raise Mistake("--batch-size and --repeats begin at 1, --crop and --more-crops at 64")
     device = pick_device(args.device)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:

@@ -8,7 +8,7 @@ import torch
 from test_speed import case
 
 from engine import plan, speed, survey
-from engine.console import Parser
+from engine.console import Mistake, Parser
 from engine.device import compute_deterministically, pick_device
 from engine.settings import Settings
 from engine.survey import Survey, take
@@ -86,6 +86,12 @@ def test_what_no_time_is_left_for_is_said_and_a_run_is_ended_in_time(asked, tmp_
     take(s)
     assert time.monotonic() - start < 20
     assert (tmp_path / "D.md").read_text().count("not measured: no time was left") == 3
+
+
+@pytest.mark.parametrize("words", ["--crop 32 --more-crops", "--more-crops 32", "--batch 0"])
+def test_sizes_that_cannot_work_are_refused_before_anything_is_measured(asked, words):
+    with pytest.raises(Mistake, match="begin at 1"):
+        survey.survey_device(asked(words).args)
 
 
 def test_speed_is_asked_of_every_encoder_tuner_and_crop(asked, monkeypatch):
