@@ -293,13 +293,17 @@ def test_a_run_on_two_processes_is_that_of_one_and_writes_one_folder(city, tmp_p
     assert scores[0]["confusion"] == scores[1]["confusion"] and out.count("2 processes") == 1
 
 
-def test_where_a_process_is_killed_the_other_ends_with_an_error(city, tmp_path):
-    words = words_of(city, tmp_path / "two", "--steps 5000 --save-every 1")
-    main, worker = two_processes(ROOT / "train.py", *words)
-    wait_for_step(tmp_path / "two", main, 0)
-    worker.kill()
-    main.communicate(timeout=100)
-    assert main.returncode == 1
+def test_a_killed_worker_ends_the_run_with_an_error(city, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
+    process = start(city, tmp_path / "two", "--steps 5000 --save-every 1", launcher)
+    wait_for_step(tmp_path / "two", process, 0)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        process.terminate()
+        pytest.skip("needs /proc to find a worker")
+    os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
+    process.communicate(timeout=100)
+    assert process.returncode != 0
 
 
 # -------------------------------------------------------------------------------- memory, precision
