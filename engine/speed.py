@@ -250,13 +250,13 @@ def add_ceiling(
     encoder's products."""
     rates: dict[str, float] = {}
     for case, result in results.items():
-        if result.seconds and case.order != "plain":
+        counted = operations(products) if case.task == "encoder" else 1e9 * (result.gflop or 0)
+        if result.seconds and counted and case.order != "plain":
             if case.precision not in rates:
                 set_tf32(case.precision == "tf32")
                 dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
                 seconds = ceiling(products, dtype, device, result.repeats)
                 rates[case.precision] = operations(products) / seconds
-            counted = operations(products) if case.task == "encoder" else 1e9 * (result.gflop or 0)
             result.of_ceiling = counted / rates[case.precision] / result.seconds
 
 

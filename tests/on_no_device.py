@@ -4,8 +4,6 @@ Run by test_device.py in a process of its own, since the device stays registered
 tensors of two devices raises here, as it would on a GPU, and what is done on a CPU alone is not.
 """
 
-import sys
-
 import torch
 from conftest import TINY
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -63,4 +61,3 @@ for name in TUNERS:
 check("adapter", True, (3, 1, 2), encoder_alone=False)
 check("lora", False, (4,), encoder_alone=False)
 print(f"{len(TUNERS)} tuners")
-sys.stdout.flush()
